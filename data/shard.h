@@ -1,0 +1,54 @@
+// shard.h: one file of token ids, memory-mapped: nothing is read before it is asked for, and the page cache is the only
+// buffer. Formats: docs/data.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+// How the bytes of a .bin file are to be understood.
+enum class DataFormat {
+  kLlmc,     // 256 int32 header, then uint16 (magic 20240520, version 1) or uint32 (magic 20240801, version 7) tokens
+  kNanogpt,  // no header, uint16 tokens; the vocabulary is taken to be GPT-2's
+};
+
+inline constexpr int32_t kShardMagic = 20240520, kShardVersion = 1;
+inline constexpr int32_t kWideShardMagic = 20240801, kWideShardVersion = 7;  // uint32 tokens
+inline constexpr int32_t kTokenizerMagic = 20240328;
+inline constexpr int64_t kHeaderWords = 256;  // int32 words before the tokens; 1,024 bytes
+inline constexpr int64_t kGpt2Vocabulary = 50257;
+inline constexpr int64_t kLlama3Vocabulary = 128256;
+
+class Shard {
+ public:
+  // Maps the file and checks its header against its size. Throws std::runtime_error, one line naming the file and the
+  // remedy, when it is missing, empty, truncated, or of another kind or version.
+  explicit Shard(const std::string& path, DataFormat format = DataFormat::kLlmc);
+  ~Shard();
+  Shard(Shard&& other) noexcept;
+  Shard& operator=(Shard&& other) noexcept;
+  Shard(const Shard&) = delete;
+  Shard& operator=(const Shard&) = delete;
+
+  const std::string& path() const { return path_; }
+  int64_t tokens() const { return tokens_; }  // number of tokens in the file
+  // Ids are below this: header[3], or, where that is 0, GPT-2's 50257 (uint16 tokens) or Llama 3's 128256 (uint32).
+  int64_t vocabulary() const { return vocabulary_; }
+
+  // out = the tokens at positions [first, first + out.size()). A uint32 id that does not fit int32 comes out negative.
+  // Throws std::out_of_range when the range leaves the shard.
+  void read(std::span<int32_t> out, int64_t first) const;
+
+ private:
+  void read_header(DataFormat format);
+  void unmap() noexcept;
+
+  std::string path_;
+  void* mapping_ = nullptr;
+  size_t mapped_bytes_ = 0;
+  const unsigned char* data_ = nullptr;  // first token
+  int64_t tokens_ = 0;
+  int64_t vocabulary_ = 0;
+  int64_t token_bytes_ = 2;
+};

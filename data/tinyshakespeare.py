@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""tinyshakespeare.py: downloads Karpathy's tiny Shakespeare (1.1 MB) and makes its shards: every speech is a document,
+and the first tokens are held out, 32,768 of them with GPT-2's tokenizer, exactly as in llm.c.
+"""
+import os
+import sys
+
+from errors import OneLineParser, run_main
+
+from documents import read_documents
+from download import download
+from encoders import make_encoder
+from prepare import add_tokenizer_arguments, check_tokenizer_arguments, encode_documents, report
+from token_files import ShardWriter, write_tokenizer
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+VALIDATION_TOKENS = {"gpt2": 32_768, "bytes": 111_540}  # about a tenth of the text
+
+
+def main(argv):
+    parser = OneLineParser(description="Downloads tiny Shakespeare and makes token shards of it.")
+    parser.add_argument("--out", default="data/tinyshakespeare", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--url", default=URL, help="of the text (default: %(default)s)")
+    add_tokenizer_arguments(parser)
+    args = parser.parse_args(argv)
+    check_tokenizer_arguments(args)
+    os.makedirs(args.out, exist_ok=True)
+    path = download(args.url, os.path.join(args.out, "tinyshakespeare.txt"))
+    encoder = make_encoder(args.tokenizer, args.vocab_dir)
+    tokens, _ = encode_documents(encoder, read_documents(path, split_on="\n\n"), validation_fraction=0)
+    held_out = min(VALIDATION_TOKENS[encoder.name], len(tokens) // 2)
+    result = {}
+    for split, part in (("val", tokens[:held_out]), ("train", tokens[held_out:])):
+        with ShardWriter(args.out, encoder.vocabulary, args.shard_tokens) as writer:
+            writer.append(part)
+            result[split] = (writer.commit("tinyshakespeare", split), len(part))
+    write_tokenizer(os.path.join(args.out, "tokenizer.bin"), encoder.token_bytes(), encoder.end_of_text)
+    report(result, args.out, "tinyshakespeare", encoder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,53 @@
+// tokenizer.h: text to token ids and back, for prompts and samples; training data is tokenized beforehand by
+// data/prepare.py. Encoding costs O(n log n) per word of n bytes, decoding one copy.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+class Tokenizer {
+ public:
+  // 256 bytes and the end-of-text token 256.
+  static Tokenizer bytes();
+  // Reads llm.c's tokenizer.bin, version 1 or 2. Throws std::runtime_error, one line naming file and remedy, when it is
+  // missing, truncated, not a tokenizer, or of an unknown version.
+  static Tokenizer from_file(const std::string& path);
+
+  int64_t vocabulary() const { return static_cast<int64_t>(tokens_.size()); }
+  int32_t end_of_text() const { return end_of_text_; }
+
+  // The bytes of the tokens, one after another; not always valid UTF-8, as a token may hold part of a character. Throws
+  // std::runtime_error naming an id outside the vocabulary.
+  std::string decode(std::span<const int32_t> ids) const;
+  std::string_view token_bytes(int32_t id) const;
+
+  // Byte-pair encoding with ids as ranks, as tiktoken's encode_ordinary: the text is cut by GPT-2's rules (see
+  // split_words), then in each word the adjacent pair whose concatenation has the lowest id is merged until none is
+  // left. No text becomes the end-of-text token. Bytes that are not UTF-8 count as punctuation. Throws
+  // std::runtime_error when the vocabulary lacks a byte of the text.
+  std::vector<int32_t> encode(std::string_view text) const;
+
+ private:
+  struct BytesHash {
+    using is_transparent = void;
+    size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
+  };
+
+  Tokenizer(std::vector<std::string> tokens, int32_t end_of_text);
+  void encode_word(std::vector<int32_t>& out, std::string_view word) const;
+  int32_t rank(std::string_view text) const;  // id of the token with these bytes, or -1
+
+  std::vector<std::string> tokens_;  // bytes of each id
+  std::unordered_map<std::string, int32_t, BytesHash, std::equal_to<>> ranks_;
+  int32_t end_of_text_;
+};
+
+// GPT-2's pre-tokenization (Radford et al., 2019): the consecutive matches of
+//   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+std::vector<std::string_view> split_words(std::string_view text);

@@ -1,0 +1,76 @@
+// optimizer.h: what every optimizer offers to a sink, the options of all of them, and the factory that makes one.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "flora/parameter.h"
+#include "kernels/backend.h"
+#include "kernels/memory_plan.h"
+
+enum class OptimizerKind : uint8_t { kFlora, kAdamW, kAdafactor, kSgd };
+enum class TransferKind : uint8_t { kReencode, kRestart, kRescale };
+
+// All options of all optimizers; docs/design.md gives the formulas that use them. Adafactor is Flora with rank 0.
+struct OptimizerConfig {
+  OptimizerKind kind = OptimizerKind::kFlora;
+  uint64_t seed = 0;                // the run's seed
+  float beta1 = 0.9f;               // 0: no momentum and no memory for it
+  float weight_decay = 0.0f;        // applied to parameters of the decay group
+  DType state_dtype = DType::kF32;  // kF32, kBF16 or kI8: momentum (and full second moments, as kU8, when kI8);
+                                    // 1-D parameters and factored statistics stay fp32 under kI8
+
+  // AdamW
+  float beta2 = 0.95f;
+  float eps = 1e-8f;
+
+  // Flora and Adafactor
+  int64_t rank = 256;
+  uint32_t kappa = 1000;
+  float decay_rate = -0.8f;
+  float eps1 = 1e-30f, eps2 = 1e-3f;
+  float clip = 1.0f;  // of rms(update)
+  bool factored = true;
+  bool scale_parameter = false;
+  bool relative_step = false;  // lr_t = min(1e-2 or, with warmup_init, 1e-6 t; 1/sqrt(t)) instead of the schedule
+  bool warmup_init = false;
+  bool compress_embeddings = false;
+  ProjectionKind projection = ProjectionKind::kGaussian;
+  TransferKind transfer = TransferKind::kReencode;
+};
+
+// Moments of one parameter as a checkpoint stores them, in their own dtype (int8 with scales).
+struct StateTensor {
+  std::string name;  // "<parameter>.<what>", e.g. "h.0.mlp.c_fc.weight.momentum"
+  Tensor tensor;     // in device memory
+};
+
+class Optimizer {
+ public:
+  virtual ~Optimizer() = default;
+  virtual void declare(MemoryPlan& plan) const = 0;
+  virtual void bind(Arena& arena) = 0;  // state starts as zeros
+
+  // Writes the step's scalars this optimizer needs (beta2, bias corrections, projection indices; lr when it has a
+  // schedule of its own) into the host-side struct; called once per step, before any update().
+  virtual void begin_step(uint32_t step, StepScalars& scalars) = 0;
+
+  // Updates `weight` ([rows, cols] or [cols], maybe with a master copy) from `gradient`, whose contents are used up.
+  // Both are views of the unpadded parameter. `scalars` is in device memory.
+  virtual void update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient,
+                      StepScalars* scalars) = 0;
+
+  virtual std::vector<StateTensor> state() const = 0;
+
+  // Parameters whose momentum is compressed; empty for optimizers that compress nothing (a reason to warn).
+  virtual std::vector<std::string> compressed_parameters() const = 0;
+};
+
+// True when a gradient or momentum of this shape is held in a projection of rank r (docs/design.md, section Flora).
+bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embeddings, ProjectionKind projection);
+
+// gradient_dtype: of the gradients that update() gets; the projection scratch has the same.
+std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters,
+                                          DType gradient_dtype, Backend& backend);

@@ -1,0 +1,38 @@
+// projection.cpp: compressing, decoding and transferring with random projections; see projection.h for the costs.
+#include "flora/projection.h"
+
+void make_projection(Backend& backend, Tensor p, const ProjectionId& id, void* factor_scratch, StepScalars* scalars) {
+  backend.generate_projection(p, id.kind, id.key, id.index);
+  if (id.kind == ProjectionKind::kOrthonormal) backend.orthonormalize_rows(p, factor_scratch, scalars);
+}
+
+size_t factor_scratch_bytes(ProjectionKind kind, int64_t rank) {
+  return kind == ProjectionKind::kOrthonormal ? static_cast<size_t>(rank * rank) * sizeof(double) : 0;
+}
+
+void project_down(Backend& backend, Tensor out, Tensor g, Tensor p, const Compression& shape, bool accumulate) {
+  if (shape.wide()) {
+    backend.matmul(out, p, g, {.accumulate = accumulate});
+  } else {
+    backend.matmul(out, g, p, {.transpose_b = true, .accumulate = accumulate});
+  }
+}
+
+void project_up(Backend& backend, Tensor out, Tensor m, Tensor p, const Compression& shape, float alpha,
+                bool accumulate) {
+  if (shape.wide()) {
+    backend.matmul(out, p, m, {.transpose_a = true, .accumulate = accumulate, .alpha = alpha});
+  } else {
+    backend.matmul(out, m, p, {.accumulate = accumulate, .alpha = alpha});
+  }
+}
+
+void transfer(Backend& backend, Tensor out, Tensor m, Tensor p_old, Tensor p_new, Tensor square,
+              const Compression& shape) {
+  backend.matmul(square, p_new, p_old, {.transpose_b = true});
+  if (shape.wide()) {
+    backend.matmul(out, square, m);
+  } else {
+    backend.matmul(out, m, square, {.transpose_b = true});
+  }
+}

@@ -1,0 +1,78 @@
+// projection.h: what random projections do to a matrix: compress it, decode it, and carry a compressed matrix from one
+// projection to the next. Each costs one matmul of 2 r n m operations (a transfer: 2 r^2 (n + m)); a projection is
+// generated when it is needed and never stored.
+//
+// Of a parameter [n, m] the smaller dimension d is compressed, with P [r, d] from the generator:
+//   n <  m: d = n, down(G) = P G   [r, m], up(M) = P^T M
+//   n >= m: d = m, down(G) = G P^T [n, r], up(M) = M P
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "flora/parameter.h"
+#include "kernels/backend.h"
+#include "kernels/memory_plan.h"
+#include "kernels/tensor.h"
+
+// The shape of a compressed parameter.
+struct Compression {
+  int64_t rows = 0, cols = 0, rank = 0;
+
+  Compression(const Parameter& parameter, int64_t rank) : rows(parameter.rows), cols(parameter.cols), rank(rank) {}
+
+  bool wide() const { return rows < cols; }  // n < m: the projection multiplies from the left
+  int64_t dimension() const { return wide() ? rows : cols; }
+  int64_t compressed_rows() const { return wide() ? rank : rows; }
+  int64_t compressed_cols() const { return wide() ? cols : rank; }
+  int64_t compressed_elements() const { return compressed_rows() * compressed_cols(); }
+  int64_t projection_elements() const { return rank * dimension(); }
+};
+
+// Which projection of a parameter: its random stream and, in device memory, its index in that stream.
+struct ProjectionId {
+  ProjectionKind kind;
+  RandomKey key;
+  const uint32_t* index;
+};
+
+// p [r, d] <- the projection `id`. factor_scratch: r*r doubles, for orthonormal ones only.
+void make_projection(Backend& backend, Tensor p, const ProjectionId& id, void* factor_scratch, StepScalars* scalars);
+
+// Bytes of factor_scratch for projections of this kind and rank.
+size_t factor_scratch_bytes(ProjectionKind kind, int64_t rank);
+
+// out (+)= down(g).
+void project_down(Backend& backend, Tensor out, Tensor g, Tensor p, const Compression& shape, bool accumulate);
+
+// out (+)= alpha * up(m).
+void project_up(Backend& backend, Tensor out, Tensor m, Tensor p, const Compression& shape, float alpha,
+                bool accumulate);
+
+// out = down'(up(m)): from projection p_old to p_new without decoding, through the r x r matrix P' P^T in `square`
+// (fp32). out may not be m.
+void transfer(Backend& backend, Tensor out, Tensor m, Tensor p_old, Tensor p_new, Tensor square,
+              const Compression& shape);
+
+// A buffer that parameters of different sizes take turns to use: as large as the largest of them.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const char* name, DType dtype) : name_(name), dtype_(dtype) {}
+
+  void reserve(int64_t elements) { elements_ = elements > elements_ ? elements : elements_; }
+  void declare(MemoryPlan& plan, uint32_t phases) const {
+    if (elements_ > 0) plan.add_tensor(name_, Category::kWorkspace, dtype_, elements_, phases);
+  }
+  void bind(Arena& arena) {
+    if (elements_ > 0) memory_ = arena.tensor(name_, dtype_, {elements_}).data;
+  }
+  Tensor tensor(std::initializer_list<int64_t> shape) const { return Tensor::of(memory_, dtype_, shape); }
+  void* data() const { return memory_; }
+
+ private:
+  const char* name_ = nullptr;
+  DType dtype_ = DType::kF32;
+  int64_t elements_ = 0;
+  void* memory_ = nullptr;
+};

@@ -1,0 +1,223 @@
+// backend.h: every operation the trainer needs, on one device. The abstract class that the CPU and the CUDA backend
+// implement.
+//
+// Conventions. Tensors are row-major views; letters as everywhere: B batch, T sequence length, C channels, V
+// vocabulary, NH heads, HD = C / NH. Outputs come first. Unless a comment says otherwise every floating tensor may be
+// fp32 or bf16, also mixed; all arithmetic and all accumulation is fp32, and a result is rounded once, to nearest even,
+// when stored. Operations run in order on the compute stream and return before they are done (the CPU backend: when
+// they are done). Nothing allocates. Results depend only on the inputs and the backend's options: no
+// scheduling-dependent order of sums. A shape that does not fit throws std::logic_error (a bug of the caller), a
+// failing device throws std::runtime_error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "kernels/philox.h"
+#include "kernels/profiler.h"
+#include "kernels/tensor.h"
+
+// What changes from step to step, in device memory, so that a captured step can be replayed. Written by Backend::copy.
+struct StepScalars {
+  float lr = 0;                        // learning rate of this step, schedule applied
+  float beta2 = 0;                     // decay of the second moment at this step
+  float bias_correction1 = 1;          // 1 - beta1^t, AdamW
+  float bias_correction2 = 1;          // 1 - beta2^t, AdamW
+  float gradient_scale = 1;            // global-norm clipping: min(1, clip_norm / norm)
+  uint32_t step = 0;                   // t = 1, 2, ...
+  uint32_t projection_index = 0;       // floor((t - 1) / kappa): the projection the stored momentum is in
+  uint32_t next_projection_index = 0;  // floor(t / kappa): the projection the momentum is in after this step
+  uint32_t gate = 1;  // 0: a loss or gradient was not finite, every update leaves weights and state alone
+};
+
+// For the embedding's backward pass without atomics: the positions of a batch grouped by token id, made on the host.
+// All int32, N = B*T positions. ids[k] is the k-th distinct token (ascending; -1 past the last), its positions are
+// positions[starts[k] .. starts[k+1]), ascending.
+struct TokenGroups {
+  Tensor ids;        // [N]
+  Tensor starts;     // [N + 1]
+  Tensor positions;  // [N]
+};
+
+struct MatmulOptions {
+  bool transpose_a = false;  // a is [K, M] in memory
+  bool transpose_b = false;  // b is [N, K] in memory
+  bool accumulate = false;   // add to out instead of overwriting it
+  float alpha = 1.0f;        // factor on the product
+  Tensor bias = {};          // [N], added to every row of the product, or empty
+};
+
+enum class ProjectionKind : uint8_t { kGaussian, kRademacher, kOrthonormal };
+
+struct AdamWOptions {
+  float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.0f;
+};
+
+struct SgdOptions {
+  float beta1 = 0.0f, weight_decay = 0.0f;
+};
+
+struct ApplyOptions {
+  float weight_decay = 0.0f;
+  float clip = 1.0f;             // on rms(update); 0 turns it off
+  bool scale_parameter = false;  // multiply the learning rate by max(eps2, rms(weight))
+  float eps2 = 1e-3f;
+};
+
+// The largest shapes a run will ask for: what workspace_bytes() is computed from.
+struct KernelShapes {
+  int64_t batch = 0, sequence = 0, channels = 0, heads = 0, vocabulary = 0;
+  bool any_bf16 = false;  // some floating tensor is bf16
+};
+
+enum class Stream : uint8_t { kCompute, kCopy };
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // ---- the device
+  // ----------------------------------------------------------------------------------------------------
+  virtual std::string name() const = 0;         // "cpu" or "cuda"
+  virtual std::string description() const = 0;  // for the banner: model of the device, threads, BLAS
+  virtual size_t memory_available() const = 0;  // bytes the device could still give
+  virtual double
+  measure_peak_flops() = 0;  // FLOP/s of a large fp32 (CPU) or bf16 (CUDA) matmul on random data, measured now
+
+  // Device memory. allocate() throws std::runtime_error naming the bytes when the device has no more.
+  virtual void* allocate(size_t bytes) = 0;
+  virtual void release(void* memory) = 0;
+  virtual void* allocate_host(size_t bytes) = 0;  // pinned where the device can copy from it asynchronously
+  virtual void release_host(void* memory) = 0;
+  virtual size_t allocated_bytes() const = 0;  // device memory given out by allocate() and not yet released
+
+  // Scratch memory of the backend itself: how much the shapes need, and where it is (from the arena).
+  virtual size_t workspace_bytes(const KernelShapes& shapes) const = 0;
+  virtual void set_workspace(void* memory, size_t bytes) = 0;
+
+  // Asynchronous copies in any direction between host and device memory; fill sets every byte.
+  virtual void copy(void* destination, const void* source, size_t bytes, Stream stream = Stream::kCompute) = 0;
+  virtual void fill(void* destination, int byte, size_t bytes, Stream stream = Stream::kCompute) = 0;
+  virtual void synchronize(Stream stream = Stream::kCompute) = 0;  // the host waits
+  // Events order the streams: `stream` goes on only after what `event` recorded is done. Event ids are small integers.
+  virtual int create_event() = 0;
+  virtual void record(int event, Stream stream) = 0;
+  virtual void wait(int event, Stream stream) = 0;
+
+  Profiler* profiler = nullptr;  // when set, every operation is timed (the device is synchronized around it)
+
+  // ---- elementwise and reductions
+  // ------------------------------------------------------------------------------------
+  virtual void convert(Tensor out, Tensor in) = 0;       // out = in, between fp32 and bf16; views may be strided
+  virtual void add(Tensor out, Tensor a, Tensor b) = 0;  // out = a + b; out may be a or b
+  // accumulator += in. With a bf16 accumulator the sum is rounded stochastically with the numbers of (key, counter).
+  virtual void accumulate(Tensor accumulator, Tensor in, RandomKey key, uint32_t counter) = 0;
+  virtual void scale(Tensor x, const float* factor) = 0;  // x *= *factor (device memory); no pass over x when it is 1
+  // out[0] (fp32) = or += sum of x^2.
+  virtual void sum_squares(Tensor out, Tensor x, bool accumulate) = 0;
+  virtual void sum(Tensor out, Tensor x, float factor, bool accumulate) = 0;  // out[0] = or += factor * sum(x)
+  // x *= sqrt(*target_squares / *current_squares); 1 when the current one is 0.
+  virtual void restore_norm(Tensor x, const float* target_squares, const float* current_squares) = 0;
+  // scalars->gate = 0 when value[0] (fp32) is infinite or NaN; otherwise unchanged.
+  virtual void gate_on_finite(StepScalars* scalars, Tensor value) = 0;
+  // Global-norm clipping: scalars->gradient_scale = min(1, clip_norm / (sqrt(*squares) + 1e-6)).
+  virtual void clip_scale(StepScalars* scalars, const float* squares, float clip_norm) = 0;
+  // x = mean + stddev * normal(key, counter 0), element by position.
+  virtual void fill_normal(Tensor x, float mean, float stddev, RandomKey key) = 0;
+  virtual void fill_constant(Tensor x, float value) = 0;
+
+  // ---- the model
+  // ----------------------------------------------------------------------------------------------------- out[b,t,:] =
+  // wte[tokens[b,t],:] + wpe[t,:].   out [B,T,C], tokens [B,T] int32, wte [>=V,C], wpe [>=T,C]
+  virtual void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) = 0;
+  // dwte[id,:] (+)= sum of dout over the positions of id; dwpe[t,:] (+)= sum over b of dout[b,t,:]. Without
+  // `accumulate` the rows that get no gradient are set to 0.
+  virtual void embedding_backward(Tensor dwte, bool accumulate_wte, Tensor dwpe, bool accumulate_wpe, Tensor dout,
+                                  const TokenGroups& groups) = 0;
+
+  // LayerNorm of each row: out = (in - mean) * rstd * weight + bias, rstd = 1/sqrt(var + 1e-5), biased variance.
+  // in, out [..., C]; mean, rstd fp32, one per row; weight, bias [C].
+  virtual void layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor in, Tensor weight, Tensor bias) = 0;
+  // residual = a + b (rounded to its dtype), then out = LayerNorm of the *stored* residual: bit-identical to
+  // add() followed by layernorm_forward(). residual may be a.
+  virtual void residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
+                                          Tensor weight, Tensor bias) = 0;
+  // din += dLoss/din; dweight, dbias (+)= their gradients (fp32 sums over the rows, rounded once).
+  virtual void layernorm_backward(Tensor din, Tensor dweight, Tensor dbias, bool accumulate_parameters, Tensor dout,
+                                  Tensor in, Tensor mean, Tensor rstd, Tensor weight) = 0;
+
+  // out[M,N] (+)= alpha * op(a)[M,K] op(b)[K,N] + bias. Any mix of fp32 and bf16; rows may be strided.
+  virtual void matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options = {}) = 0;
+  virtual void bias_backward(Tensor dbias, Tensor dout, bool accumulate) = 0;  // dbias[j] (+)= sum_i dout[i,j]
+
+  // GELU, tanh form: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+  virtual void gelu_forward(Tensor out, Tensor in) = 0;
+  virtual void gelu_backward(Tensor d, Tensor in) = 0;  // d *= gelu'(in), in place
+
+  // Causal self-attention, softmax(Q K^T / sqrt(HD)) V for each head, on the packed projection.
+  // qkv [B,T,3C]: Q, K, V one after another, each NH heads of HD; out [B,T,C]; lse [B,NH,T] fp32: log-sum-exp of a row.
+  virtual void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) = 0;
+  // dqkv [B,T,3C] is overwritten.
+  virtual void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) = 0;
+
+  // One chunk of tokens through softmax and cross-entropy. logits [n, Vp], only the first `vocabulary` columns count;
+  // targets [n] int32, losses [n] fp32: losses[i] = -log softmax(logits[i])[targets[i]]. With write_gradient the logits
+  // become gradient_scale * (softmax - onehot), 0 in the padding. A target of -1 has loss 0 and gradient 0.
+  virtual void classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
+                          bool write_gradient) = 0;
+
+  // ---- optimizers
+  // ---------------------------------------------------------------------------------------------------- Everything
+  // below that changes weights or state does nothing when scalars->gate is 0. Formulas: docs/design.md.
+
+  // projection [r, d] (fp32 or bf16): Gaussian N(0,1)/sqrt(r), Rademacher +-1/sqrt(r), or (orthonormal) plain N(0,1) to
+  // be followed by orthonormalize_rows(); numbers of (key, *index), element k*d + j.
+  virtual void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) = 0;
+  // Makes the rows of p [r, d] orthonormal, r <= d: p <- L^-1 p with p p^T = L L^T (Cholesky; Gram matrix and factor in
+  // fp64 above r > 0.8 d). scratch: r*r doubles. A non-positive pivot sets scalars->gate = 0.
+  virtual void orthonormalize_rows(Tensor p, void* scratch, StepScalars* scalars) = 0;
+
+  // Factored second moment of grad [n, m]: row_state[i] <- beta2 row_state[i] + (1-beta2) mean_j(g^2 + eps1), col_state
+  // alike; then row_scale[i] = rsqrt(row_state[i] / mean(row_state)), col_scale[j] = rsqrt(col_state[j]). All fp32.
+  // beta2 is scalars->beta2.
+  virtual void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
+                                      Tensor grad, float eps1, const StepScalars* scalars) = 0;
+  // V <- beta2 V + (1-beta2) (g^2 + eps1), then grad <- grad * rsqrt(V). V fp32 or uint8, as long as grad.
+  virtual void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) = 0;
+  // out[i,j] = factor * in[i,j] * row_scale[i] * col_scale[j]; an empty scale counts as ones; out may be in.
+  virtual void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) = 0;
+  // Uncompressed momentum: M <- beta1 M + (1-beta1) update; update <- M (before M is rounded). M fp32, bf16 or int8.
+  virtual void momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) = 0;
+  // Compressed momentum: M <- beta1 M + (1-beta1) in. M fp32, bf16 or int8; `in` fp32 or bf16.
+  virtual void ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) = 0;
+  // W <- W - lr' (weight_decay W + update / max(1, rms(update)/clip)), lr' = lr * max(eps2, rms(W)) with
+  // scale_parameter, else lr. The sums of squares (fp32 scalars in device memory) belong to the whole parameter of
+  // `elements` elements; weight_squares may be null without scale_parameter. With a master copy (fp32) the update goes
+  // to it and weight is its nearest rounding; without one a bf16 weight is rounded stochastically with the numbers of
+  // (key, step).
+  virtual void apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
+                            const float* update_squares, const float* weight_squares, int64_t elements, RandomKey key,
+                            const StepScalars* scalars) = 0;
+  // AdamW, decoupled decay: m, v decayed averages of g and g^2; W <- W - lr (m^/(sqrt(v^) + eps) + weight_decay W).
+  // m fp32, bf16 or int8; v fp32 or uint8. Rounding of W as in apply_update.
+  virtual void adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, const AdamWOptions& options,
+                            RandomKey key, const StepScalars* scalars) = 0;
+  // W <- W - lr (weight_decay W + u); u = grad, or with beta1 > 0 the momentum m <- beta1 m + grad. m may be empty.
+  virtual void sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options, RandomKey key,
+                          const StepScalars* scalars) = 0;
+
+  // 8-bit states, blocks of kQuantBlock elements, s = the block's largest magnitude (0 in a block of zeros):
+  //   int8:  code = round(127 sqrt(|x|/s)) with x's sign,        value = s * sign * (|code|/127)^2
+  //   uint8: code = max(1, round(255 (x/s)^(1/4))), 0 for x = 0, value = s * (code/255)^4
+  // Power laws, because a linear map rounds most second moments to zero; a positive one never becomes zero.
+  virtual void quantize(Tensor out, Tensor in) = 0;    // `in` fp32 contiguous
+  virtual void dequantize(Tensor out, Tensor in) = 0;  // out fp32 or bf16, in int8, uint8, fp32 or bf16
+};
+
+struct CpuOptions {
+  int threads = 0;  // 0: as many as there are cores this process may use
+};
+
+std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options = {});

@@ -1,0 +1,211 @@
+// attention.cpp: causal self-attention on the packed projection, forward and backward.
+// Compute-bound: 2 B T^2 C operations forward, 5 B T^2 C backward (half of a full matrix, thanks to causality).
+//
+// One thread owns one head of one sequence, so dK and dV need no atomics. It copies the head into contiguous fp32
+// scratch (which also widens bf16, and lets sgemm read with a short stride), walks over tiles of queries, and
+// multiplies each with the keys up to the tile's end. The T x T scores never exist beyond one tile of rows. Results are
+// summed in fp32 and rounded once.
+#include "kernels/cpu/attention.h"
+
+#include <cmath>
+
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/simd_math.h"
+
+namespace {
+
+constexpr int64_t kQueryTile = 64;
+
+int64_t round_to_vectors(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+struct Shape {
+  int64_t batch, sequence, channels, heads, head_dim;
+
+  int64_t head_floats() const { return round_to_vectors(sequence * head_dim); }
+  // Not a power of two, which would put the rows of a tile into the same few lines of the cache.
+  int64_t score_stride() const { return round_to_vectors(sequence) + 16; }
+};
+
+// Rows [begin, begin + rows) of one head: `row` is the head's first element in token 0, `stride` from token to token.
+template <typename T>
+void load_head(float* out, const T* row, int64_t stride, int64_t rows, int64_t head_dim, float factor = 1.0f) {
+  for (int64_t t = 0; t < rows; ++t, row += stride, out += head_dim) {
+#pragma omp simd
+    for (int64_t j = 0; j < head_dim; ++j) out[j] = to_float(row[j]) * factor;
+  }
+}
+
+template <typename T>
+void store_head(T* row, int64_t stride, const float* in, int64_t rows, int64_t head_dim) {
+  for (int64_t t = 0; t < rows; ++t, row += stride, in += head_dim) {
+#pragma omp simd
+    for (int64_t j = 0; j < head_dim; ++j) row[j] = from_float<T>(in[j]);
+  }
+}
+
+// What a query must not see gets a score of -infinity, a probability of 0, up to a whole number of vectors: loops over
+// scores then have no remainder to do one by one. Returns that number.
+int64_t hide_future(float* scores, int64_t visible, int64_t keys) {
+  const int64_t width = round_to_vectors(keys);
+  std::fill(scores + visible, scores + width, -INFINITY);
+  return width;
+}
+
+struct RowSum {
+  float sum, maximum;
+};
+
+// Scores become exp(score - maximum). Returns their sum and the maximum.
+RowSum exponentiate_row(float* scores, int64_t width) {
+  float maximum = scores[0];
+#pragma omp simd reduction(max : maximum)
+  for (int64_t j = 0; j < width; ++j) maximum = std::max(maximum, scores[j]);
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < width; ++j) {
+    const float e = simd_exp(scores[j] - maximum);
+    scores[j] = e;
+    sum += e;
+  }
+  return {sum, maximum};
+}
+
+template <typename Out, typename In>
+void head_forward(const Shape& s, Out* out, float* lse, const In* qkv, float* scratch) {
+  const int64_t head_dim = s.head_dim, stride = 3 * s.channels;
+  float* const k = scratch;
+  float* const v = k + s.head_floats();
+  float* const q = v + s.head_floats();
+  float* const o = q + kQueryTile * head_dim;
+  float* const scores = o + kQueryTile * head_dim;
+  load_head(k, qkv + s.channels, stride, s.sequence, head_dim);
+  load_head(v, qkv + 2 * s.channels, stride, s.sequence, head_dim);
+  const float factor = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  for (int64_t begin = 0; begin < s.sequence; begin += kQueryTile) {
+    const int64_t rows = std::min(kQueryTile, s.sequence - begin), keys = begin + rows;
+    load_head(q, qkv + begin * stride, stride, rows, head_dim, factor);
+    gemm({rows, keys, head_dim, false, true}, 1.0f, q, head_dim, k, head_dim, 0.0f, scores, s.score_stride());
+    float inverse_sums[kQueryTile];
+    for (int64_t i = 0; i < rows; ++i) {
+      float* const score_row = scores + i * s.score_stride();
+      const RowSum row = exponentiate_row(score_row, hide_future(score_row, begin + i + 1, keys));
+      lse[begin + i] = row.maximum + std::log(row.sum);
+      inverse_sums[i] = 1.0f / row.sum;
+    }
+    gemm({rows, head_dim, keys}, 1.0f, scores, s.score_stride(), v, head_dim, 0.0f, o, head_dim);
+    for (int64_t i = 0; i < rows; ++i) {
+      Out* const row = out + (begin + i) * s.channels;
+#pragma omp simd
+      for (int64_t j = 0; j < head_dim; ++j) row[j] = from_float<Out>(o[i * head_dim + j] * inverse_sums[i]);
+    }
+  }
+}
+
+// With P = softmax(S), S = Q K^T / sqrt(HD): dV = P^T dO, dP = dO V^T, dS = P (dP - delta), delta_i = sum_j dO_ij O_ij,
+// dQ = dS K / sqrt(HD), dK = dS^T Q / sqrt(HD). P comes back from the scores and their log-sum-exp.
+template <typename Grad, typename Out, typename In>
+void head_backward(const Shape& s, Grad* dqkv, const Grad* dout, const Out* out, const float* lse, const In* qkv,
+                   float* scratch) {
+  const int64_t head_dim = s.head_dim, stride = 3 * s.channels, head = s.head_floats(), width = s.score_stride();
+  float *const q = scratch, *const k = q + head, *const v = k + head, *const d = v + head;
+  float *const dq = d + head, *const dk = dq + head, *const dv = dk + head;
+  float *const p = dv + head, *const ds = p + kQueryTile * width;
+  const float factor = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  load_head(q, qkv, stride, s.sequence, head_dim, factor);
+  load_head(k, qkv + s.channels, stride, s.sequence, head_dim);
+  load_head(v, qkv + 2 * s.channels, stride, s.sequence, head_dim);
+  load_head(d, dout, s.channels, s.sequence, head_dim);
+  std::fill_n(dk, head, 0.0f);
+  std::fill_n(dv, head, 0.0f);
+  for (int64_t begin = 0; begin < s.sequence; begin += kQueryTile) {
+    const int64_t rows = std::min(kQueryTile, s.sequence - begin), keys = begin + rows;
+    const float *const q_tile = q + begin * head_dim, *const d_tile = d + begin * head_dim;
+    gemm({rows, keys, head_dim, false, true}, 1.0f, q_tile, head_dim, k, head_dim, 0.0f, p, width);
+    gemm({rows, keys, head_dim, false, true}, 1.0f, d_tile, head_dim, v, head_dim, 0.0f, ds, width);
+    for (int64_t i = 0; i < rows; ++i) {
+      const Out* const out_row = out + (begin + i) * s.channels;
+      const float* const d_row = d_tile + i * head_dim;
+      float delta = 0;
+#pragma omp simd reduction(+ : delta)
+      for (int64_t j = 0; j < head_dim; ++j) delta += d_row[j] * to_float(out_row[j]);
+      float *const p_row = p + i * width, *const ds_row = ds + i * width;
+      const float row_lse = lse[begin + i];
+      const int64_t visible = begin + i + 1, padded = hide_future(p_row, visible, keys);
+      std::fill(ds_row + visible, ds_row + padded, 0.0f);
+#pragma omp simd
+      for (int64_t j = 0; j < padded; ++j) {
+        const float probability = simd_exp(p_row[j] - row_lse);
+        p_row[j] = probability;
+        ds_row[j] = probability * (ds_row[j] - delta);
+      }
+    }
+    gemm({keys, head_dim, rows, true, false}, 1.0f, p, width, d_tile, head_dim, 1.0f, dv, head_dim);
+    gemm({keys, head_dim, rows, true, false}, 1.0f, ds, width, q_tile, head_dim, 1.0f, dk, head_dim);
+    gemm({rows, head_dim, keys}, factor, ds, width, k, head_dim, 0.0f, dq + begin * head_dim, head_dim);
+  }
+  store_head(dqkv, stride, dq, s.sequence, head_dim);
+  store_head(dqkv + s.channels, stride, dk, s.sequence, head_dim);
+  store_head(dqkv + 2 * s.channels, stride, dv, s.sequence, head_dim);
+}
+
+Shape check_shape(const Tensor& out, const Tensor& lse, const Tensor& qkv, int heads) {
+  require(out.rank == 3 && qkv.rank == 3 && out.contiguous() && qkv.contiguous(),
+          "attention: out [B,T,C], qkv [B,T,3C]");
+  const Shape s = {out.shape[0], out.shape[1], out.shape[2], heads, heads > 0 ? out.shape[2] / heads : 0};
+  require(heads > 0 && s.head_dim * heads == s.channels, "attention: channels are a multiple of the heads");
+  require(qkv.shape[0] == s.batch && qkv.shape[1] == s.sequence && qkv.shape[2] == 3 * s.channels, "attention: qkv");
+  require(lse.dtype == DType::kF32 && lse.elements() == s.batch * heads * s.sequence, "attention: lse [B,NH,T] fp32");
+  return s;
+}
+
+double score_flops(const Shape& s) {  // of one product of all queries with the keys they see
+  return static_cast<double>(s.batch * s.sequence) * static_cast<double>((s.sequence + 1) * s.channels);
+}
+
+}  // namespace
+
+int64_t attention_scratch_floats(int64_t sequence, int64_t channels, int64_t heads) {
+  const Shape s = {1, sequence, channels, heads, heads > 0 ? channels / heads : channels};
+  return 7 * s.head_floats() + 2 * kQueryTile * s.score_stride() + 2 * kQueryTile * s.head_dim;
+}
+
+void CpuBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) {
+  const Shape s = check_shape(out, lse, qkv, heads);
+  const Profiler::Scope scope(profiler, "attention_forward", 2 * score_flops(s),
+                              static_cast<double>(qkv.bytes() + out.bytes()));
+  const size_t bytes = static_cast<size_t>(attention_scratch_floats(s.sequence, s.channels, heads)) * sizeof(float);
+  thread_scratch(bytes);  // an error must not be thrown inside the parallel loop
+  dispatch(out.dtype, qkv.dtype, [&]<typename Out, typename In>() {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads_)
+    for (int64_t i = 0; i < s.batch * heads; ++i) {
+      const int64_t token = i / heads * s.sequence, channel = i % heads * s.head_dim;
+      head_forward(s, out.as<Out>() + token * s.channels + channel, lse.as<float>() + i * s.sequence,
+                   qkv.as<const In>() + token * 3 * s.channels + channel, thread_scratch(bytes));
+    }
+  });
+}
+
+void CpuBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) {
+  const Shape s = check_shape(out, lse, qkv, heads);
+  require(dqkv.elements() == qkv.elements() && dqkv.contiguous(), "attention: dqkv");
+  require(dout.elements() == out.elements() && dout.contiguous(), "attention: dout");
+  require(dqkv.dtype == dout.dtype, "attention: dqkv and dout have one dtype");
+  const Profiler::Scope scope(profiler, "attention_backward", 5 * score_flops(s),
+                              static_cast<double>(qkv.bytes() + dqkv.bytes() + out.bytes() + dout.bytes()));
+  const size_t bytes = static_cast<size_t>(attention_scratch_floats(s.sequence, s.channels, heads)) * sizeof(float);
+  thread_scratch(bytes);  // an error must not be thrown inside the parallel loop
+  dispatch(dqkv.dtype, [&]<typename Grad>() {
+    dispatch(out.dtype, qkv.dtype, [&]<typename Out, typename In>() {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads_)
+      for (int64_t i = 0; i < s.batch * heads; ++i) {
+        const int64_t token = i / heads * s.sequence, channel = i % heads * s.head_dim;
+        head_backward(s, dqkv.as<Grad>() + token * 3 * s.channels + channel,
+                      dout.as<const Grad>() + token * s.channels + channel,
+                      out.as<const Out>() + token * s.channels + channel, lse.as<const float>() + i * s.sequence,
+                      qkv.as<const In>() + token * 3 * s.channels + channel, thread_scratch(bytes));
+      }
+    });
+  });
+}

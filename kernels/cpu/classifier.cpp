@@ -1,0 +1,74 @@
+// classifier.cpp: softmax and cross-entropy over the vocabulary, loss and gradient.
+// Memory-bound: a row of logits comes from memory once for its maximum and stays in the second-level cache for the sum
+// of exponentials and the gradient, which overwrites it.
+#include <cmath>
+
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/simd_math.h"
+
+namespace {
+
+template <typename T>
+float row_maximum(const T* logits, int64_t count) {
+  float maximum = to_float(logits[0]);
+#pragma omp simd reduction(max : maximum)
+  for (int64_t j = 0; j < count; ++j) maximum = std::max(maximum, to_float(logits[j]));
+  return maximum;
+}
+
+// In pieces, so that fp32 sums of a large vocabulary stay exact enough.
+template <typename T>
+float sum_of_exponentials(const T* logits, float maximum, int64_t count) {
+  constexpr int64_t kPiece = 4096;
+  float total = 0;
+  for (int64_t begin = 0; begin < count; begin += kPiece) {
+    const int64_t end = std::min(count, begin + kPiece);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = begin; j < end; ++j) sum += simd_exp(to_float(logits[j]) - maximum);
+    total += sum;
+  }
+  return total;
+}
+
+template <typename T>
+float classify_row(T* logits, int32_t target, int64_t vocabulary, int64_t padded, float scale, bool write_gradient) {
+  if (target < 0) {
+    if (write_gradient) std::fill_n(logits, padded, from_float<T>(0.0f));
+    return 0.0f;
+  }
+  const float maximum = row_maximum(logits, vocabulary);
+  const float sum = sum_of_exponentials(logits, maximum, vocabulary);
+  const float target_logit = to_float(logits[target]);
+  if (write_gradient) {
+    const float factor = scale / sum;
+#pragma omp simd
+    for (int64_t j = 0; j < vocabulary; ++j) {
+      logits[j] = from_float<T>(simd_exp(to_float(logits[j]) - maximum) * factor);
+    }
+    logits[target] = from_float<T>(scale * (simd_exp(target_logit - maximum) / sum - 1.0f));
+    std::fill(logits + vocabulary, logits + padded, from_float<T>(0.0f));
+  }
+  return std::log(sum) - (target_logit - maximum);
+}
+
+}  // namespace
+
+void CpuBackend::classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
+                            bool write_gradient) {
+  const int64_t rows = logits.rows(), padded = logits.cols();
+  require(losses.dtype == DType::kF32 && targets.dtype == DType::kI32, "classifier: fp32 losses, int32 targets");
+  require(losses.elements() == rows && targets.elements() == rows, "classifier: one loss and target per row");
+  require(vocabulary > 0 && vocabulary <= padded && has_uniform_rows(logits), "classifier: shape of the logits");
+  const Profiler::Scope scope(profiler, "classifier", 0,
+                              static_cast<double>(logits.bytes()) * (write_gradient ? 2 : 1));
+  dispatch(logits.dtype, [&]<typename T>() {
+    parallel_blocks(threads_, rows, rows_per_span(padded), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        losses.as<float>()[i] = classify_row(element<T>(logits, i), targets.as<const int32_t>()[i], vocabulary, padded,
+                                             gradient_scale, write_gradient);
+      }
+    });
+  });
+}

@@ -1,0 +1,93 @@
+// cpu_backend.h: the CPU implementation of every operation. The plain-spoken one: read an operation here first.
+// Matmuls go to a CBLAS, everything else is OpenMP loops that the compiler vectorises. Sums over rows or elements are
+// cut into chunks of a fixed size and added in order, so results do not depend on the number of threads or on
+// scheduling.
+#pragma once
+
+#include <atomic>
+#include <mutex>
+#include <unordered_map>
+
+#include "kernels/backend.h"
+
+class CpuBackend final : public Backend {
+ public:
+  explicit CpuBackend(const CpuOptions& options);
+  ~CpuBackend() override;
+
+  std::string name() const override;
+  std::string description() const override;
+  size_t memory_available() const override;
+  double measure_peak_flops() override;
+  void* allocate(size_t bytes) override;
+  void release(void* memory) override;
+  void* allocate_host(size_t bytes) override;
+  void release_host(void* memory) override;
+  size_t allocated_bytes() const override;
+  size_t workspace_bytes(const KernelShapes& shapes) const override;
+  void set_workspace(void* memory, size_t bytes) override;
+  void copy(void* destination, const void* source, size_t bytes, Stream stream) override;
+  void fill(void* destination, int byte, size_t bytes, Stream stream) override;
+  void synchronize(Stream stream) override;
+  int create_event() override;
+  void record(int event, Stream stream) override;
+  void wait(int event, Stream stream) override;
+  void convert(Tensor out, Tensor in) override;
+  void add(Tensor out, Tensor a, Tensor b) override;
+  void accumulate(Tensor accumulator, Tensor in, RandomKey key, uint32_t counter) override;
+  void scale(Tensor x, const float* factor) override;
+  void sum_squares(Tensor out, Tensor x, bool accumulate) override;
+  void sum(Tensor out, Tensor x, float factor, bool accumulate) override;
+  void restore_norm(Tensor x, const float* target_squares, const float* current_squares) override;
+  void gate_on_finite(StepScalars* scalars, Tensor value) override;
+  void clip_scale(StepScalars* scalars, const float* squares, float clip_norm) override;
+  void fill_normal(Tensor x, float mean, float stddev, RandomKey key) override;
+  void fill_constant(Tensor x, float value) override;
+  void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) override;
+  void embedding_backward(Tensor dwte, bool accumulate_wte, Tensor dwpe, bool accumulate_wpe, Tensor dout,
+                          const TokenGroups& groups) override;
+  void layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor in, Tensor weight, Tensor bias) override;
+  void residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
+                                  Tensor weight, Tensor bias) override;
+  void layernorm_backward(Tensor din, Tensor dweight, Tensor dbias, bool accumulate_parameters, Tensor dout, Tensor in,
+                          Tensor mean, Tensor rstd, Tensor weight) override;
+  void matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options) override;
+  void bias_backward(Tensor dbias, Tensor dout, bool accumulate) override;
+  void gelu_forward(Tensor out, Tensor in) override;
+  void gelu_backward(Tensor d, Tensor in) override;
+  void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) override;
+  void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) override;
+  void classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
+                  bool write_gradient) override;
+  void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) override;
+  void orthonormalize_rows(Tensor p, void* scratch, StepScalars* scalars) override;
+  void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale, Tensor grad,
+                              float eps1, const StepScalars* scalars) override;
+  void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) override;
+  void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) override;
+  void momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) override;
+  void ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) override;
+  void apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
+                    const float* update_squares, const float* weight_squares, int64_t elements, RandomKey key,
+                    const StepScalars* scalars) override;
+  void adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, const AdamWOptions& options,
+                    RandomKey key, const StepScalars* scalars) override;
+  void sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options, RandomKey key,
+                  const StepScalars* scalars) override;
+  void quantize(Tensor out, Tensor in) override;
+  void dequantize(Tensor out, Tensor in) override;
+
+ private:
+  // Scratch of one thread, from the workspace the arena provides. Throws std::logic_error when `bytes` is more than
+  // there is.
+  float* thread_scratch(size_t bytes) const;
+
+  // The same memory as one piece, for operations that do not use thread_scratch(): partial sums of all threads.
+  float* shared_scratch(size_t bytes) const;
+
+  int threads_;
+  char* workspace_ = nullptr;
+  size_t workspace_bytes_ = 0;
+  size_t allocated_ = 0;
+  std::unordered_map<void*, size_t> device_blocks_, host_blocks_;
+};

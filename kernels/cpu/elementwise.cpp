@@ -1,0 +1,185 @@
+// elementwise.cpp: additions, conversions, scalings and sums. Memory-bound: each element is read once and written once.
+// Sums are made of chunks whose size depends on the number of elements alone, added in order in double precision.
+#include <array>
+#include <cmath>
+
+#include "kernels/cpu/add_rows.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/parallel.h"
+
+namespace {
+
+constexpr int64_t kMaxSumChunks = 1024;
+constexpr int64_t kSumSpan = 4096;  // elements added in fp32 before they join a double
+
+template <typename Out, typename In>
+void convert_span(Out* out, const In* in, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = from_float<Out>(to_float(in[i]));
+}
+
+template <typename Out, typename A, typename B>
+void add_span(Out* out, const A* a, const B* b, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = from_float<Out>(to_float(a[i]) + to_float(b[i]));
+}
+
+template <typename T>
+void scale_span(T* x, float factor, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) x[i] = from_float<T>(to_float(x[i]) * factor);
+}
+
+template <bool kSquare, typename T>
+double sum_span(const T* x, int64_t count) {
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kSumSpan) {
+    const int64_t end = std::min(count, begin + kSumSpan);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = begin; i < end; ++i) {
+      const float value = to_float(x[i]);
+      sum += kSquare ? value * value : value;
+    }
+    total += sum;
+  }
+  return total;
+}
+
+template <bool kSquare>
+double sum_elements(int threads, const Tensor& x) {
+  require(has_uniform_rows(x), "sum: rows of a view must have one stride");
+  const bool flat = x.contiguous();
+  const int64_t count = flat ? x.elements() : x.rows();
+  const int64_t smallest = flat ? kSpan : rows_per_span(x.cols());
+  const int64_t chunk = std::max(smallest, (count + kMaxSumChunks - 1) / kMaxSumChunks);
+  std::array<double, kMaxSumChunks> partials{};
+  dispatch(x.dtype, [&]<typename T>() {
+    parallel_blocks(threads, (count + chunk - 1) / chunk, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t begin = part * chunk, end = std::min(count, begin + chunk);
+        if (flat) {
+          partials[part] = sum_span<kSquare>(x.as<const T>() + begin, end - begin);
+        } else {
+          for (int64_t row = begin; row < end; ++row) {
+            partials[part] += sum_span<kSquare>(element<const T>(x, row), x.cols());
+          }
+        }
+      }
+    });
+  });
+  double total = 0;
+  for (double partial : partials) total += partial;
+  return total;
+}
+
+void store_sum(Tensor out, double value, bool accumulate) {
+  require(out.dtype == DType::kF32, "sum: the result is fp32");
+  float* target = out.as<float>();
+  *target = static_cast<float>(value + (accumulate ? *target : 0.0f));
+}
+
+void scale_by(int threads, const Tensor& x, float factor) {
+  if (factor == 1.0f) return;
+  dispatch(x.dtype, [&]<typename T>() {
+    parallel_spans(threads, {x}, [&](int64_t row, int64_t column, int64_t count) {
+      scale_span(element<T>(x, row, column), factor, count);
+    });
+  });
+}
+
+bool is_floating(const Tensor& t) { return t.dtype == DType::kF32 || t.dtype == DType::kBF16; }
+
+}  // namespace
+
+void add_row(const Tensor& out, const Tensor& a, const Tensor& b, int64_t row, int64_t column, int64_t count) {
+  dispatch(out.dtype, [&]<typename Out>() {
+    dispatch(a.dtype, b.dtype, [&]<typename A, typename B>() {
+      add_span(element<Out>(out, row, column), element<const A>(a, row, column), element<const B>(b, row, column),
+               count);
+    });
+  });
+}
+
+void CpuBackend::convert(Tensor out, Tensor in) {
+  const Profiler::Scope scope(profiler, "convert", 0, static_cast<double>(out.bytes() + in.bytes()));
+  dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
+    parallel_spans(threads_, {out, in}, [&](int64_t row, int64_t column, int64_t count) {
+      convert_span(element<Out>(out, row, column), element<const In>(in, row, column), count);
+    });
+  });
+}
+
+void CpuBackend::add(Tensor out, Tensor a, Tensor b) {
+  const Profiler::Scope scope(profiler, "add", 0, static_cast<double>(out.bytes() + a.bytes() + b.bytes()));
+  require(is_floating(out) && is_floating(a) && is_floating(b), "add: fp32 or bf16");
+  parallel_spans(threads_, {out, a, b},
+                 [&](int64_t row, int64_t column, int64_t count) { add_row(out, a, b, row, column, count); });
+}
+
+void CpuBackend::scale(Tensor x, const float* factor) {
+  const Profiler::Scope scope(profiler, "scale", 0, *factor == 1.0f ? 0.0 : 2.0 * static_cast<double>(x.bytes()));
+  scale_by(threads_, x, *factor);
+}
+
+void CpuBackend::sum_squares(Tensor out, Tensor x, bool accumulate) {
+  const Profiler::Scope scope(profiler, "sum_squares", 0, static_cast<double>(x.bytes()));
+  store_sum(out, sum_elements<true>(threads_, x), accumulate);
+}
+
+void CpuBackend::sum(Tensor out, Tensor x, float factor, bool accumulate) {
+  const Profiler::Scope scope(profiler, "sum", 0, static_cast<double>(x.bytes()));
+  store_sum(out, factor * sum_elements<false>(threads_, x), accumulate);
+}
+
+void CpuBackend::restore_norm(Tensor x, const float* target_squares, const float* current_squares) {
+  const Profiler::Scope scope(profiler, "restore_norm", 0, 2.0 * static_cast<double>(x.bytes()));
+  scale_by(threads_, x, *current_squares == 0.0f ? 1.0f : std::sqrt(*target_squares / *current_squares));
+}
+
+void CpuBackend::gate_on_finite(StepScalars* scalars, Tensor value) {
+  require(value.dtype == DType::kF32, "gate_on_finite: fp32");
+  if (!std::isfinite(*value.as<float>())) scalars->gate = 0;
+}
+
+void CpuBackend::fill_constant(Tensor x, float value) {
+  const Profiler::Scope scope(profiler, "fill_constant", 0, static_cast<double>(x.bytes()));
+  dispatch(x.dtype, [&]<typename T>() {
+    parallel_spans(threads_, {x}, [&](int64_t row, int64_t column, int64_t count) {
+      std::fill_n(element<T>(x, row, column), count, from_float<T>(value));
+    });
+  });
+}
+
+// Chunks of rows are summed into partials of their own, four rows per pass over the partial.
+void CpuBackend::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
+  const int64_t rows = dout.rows(), cols = dout.cols();
+  require(dbias.elements() == cols && has_uniform_rows(dout), "bias_backward: shapes");
+  const Profiler::Scope scope(profiler, "bias_backward", 0, static_cast<double>(dout.bytes()));
+  const int64_t chunk = row_chunk(rows), chunks = (rows + chunk - 1) / chunk;
+  float* const partials = shared_scratch(static_cast<size_t>(chunks * cols) * sizeof(float));
+  dispatch(dbias.dtype, dout.dtype, [&]<typename Bias, typename Out>() {
+    parallel_blocks(threads_, chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        float* const sums = partials + part * cols;
+        std::fill_n(sums, cols, 0.0f);
+        const int64_t end = std::min(rows, (part + 1) * chunk);
+        int64_t row = part * chunk;
+        for (; row + 4 <= end; row += 4) {
+          const Out *a = element<const Out>(dout, row), *b = element<const Out>(dout, row + 1);
+          const Out *c = element<const Out>(dout, row + 2), *d = element<const Out>(dout, row + 3);
+#pragma omp simd
+          for (int64_t j = 0; j < cols; ++j) {
+            sums[j] += (to_float(a[j]) + to_float(b[j])) + (to_float(c[j]) + to_float(d[j]));
+          }
+        }
+        for (; row < end; ++row) {
+          const Out* a = element<const Out>(dout, row);
+#pragma omp simd
+          for (int64_t j = 0; j < cols; ++j) sums[j] += to_float(a[j]);
+        }
+      }
+    });
+    add_partials(threads_, dbias.as<Bias>(), partials, chunks, cols, cols, accumulate);
+  });
+}

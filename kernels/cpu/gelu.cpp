@@ -1,0 +1,53 @@
+// gelu.cpp: GELU in its tanh form. Memory-bound: one read and one write (backward: two reads, one write).
+// 0.5 (1 + tanh u) is the logistic function of 2u, which keeps its relative precision where 1 + tanh u cancels.
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/simd_math.h"
+
+namespace {
+
+constexpr float kTwoSqrt2OverPi = 1.59576912f;  // 2 sqrt(2 / pi)
+constexpr float kCubic = 0.044715f;
+
+template <typename Out, typename In>
+void gelu_span(Out* out, const In* in, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = to_float(in[i]);
+    const float twice_u = kTwoSqrt2OverPi * __builtin_fmaf(kCubic * x * x, x, x);
+    out[i] = from_float<Out>(x * simd_logistic(twice_u));
+  }
+}
+
+// gelu'(x) = s + x s (1 - s) d(2u)/dx with s = logistic(2u).
+template <typename D, typename In>
+void gelu_gradient_span(D* d, const In* in, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = to_float(in[i]);
+    const float square = kCubic * x * x;
+    const float s = simd_logistic(kTwoSqrt2OverPi * __builtin_fmaf(square, x, x));
+    const float slope = kTwoSqrt2OverPi * __builtin_fmaf(3.0f, square, 1.0f);
+    d[i] = from_float<D>(to_float(d[i]) * __builtin_fmaf(x * s * (1.0f - s), slope, s));
+  }
+}
+
+}  // namespace
+
+void CpuBackend::gelu_forward(Tensor out, Tensor in) {
+  const Profiler::Scope scope(profiler, "gelu_forward", 0, static_cast<double>(in.bytes() + out.bytes()));
+  dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
+    parallel_spans(threads_, {out, in}, [&](int64_t row, int64_t column, int64_t count) {
+      gelu_span(element<Out>(out, row, column), element<const In>(in, row, column), count);
+    });
+  });
+}
+
+void CpuBackend::gelu_backward(Tensor d, Tensor in) {
+  const Profiler::Scope scope(profiler, "gelu_backward", 0, static_cast<double>(in.bytes() + 2 * d.bytes()));
+  dispatch(d.dtype, in.dtype, [&]<typename D, typename In>() {
+    parallel_spans(threads_, {d, in}, [&](int64_t row, int64_t column, int64_t count) {
+      gelu_gradient_span(element<D>(d, row, column), element<const In>(in, row, column), count);
+    });
+  });
+}

@@ -1,0 +1,9 @@
+// machine.h: what Linux says about the processor and the memory this process may use.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+std::string processor_name();  // model name from /proc/cpuinfo
+int usable_cores();            // affinity mask, and the control group's CPU quota if that is less
+size_t available_memory();     // bytes: MemAvailable, and what the control groups leave if that is less

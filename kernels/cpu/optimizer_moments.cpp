@@ -1,0 +1,162 @@
+// optimizer_moments.cpp: first and second moments of gradients. Memory-bound: every operation reads each tensor once
+// and writes what it changes once.
+#include <cmath>
+
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/state_blocks.h"
+
+namespace {
+
+// Adds the squares of four rows: sums[i] = sum_j rows[i][j]^2, columns[j] += rows[0][j]^2 + ... + rows[3][j]^2.
+template <typename T>
+void add_squares_of_four_rows(float* sums, float* columns, const T* in, int64_t stride, int64_t cols) {
+  const T *r0 = in, *r1 = in + stride, *r2 = in + 2 * stride, *r3 = in + 3 * stride;
+  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t j = 0; j < cols; ++j) {
+    const float x0 = to_float(r0[j]), x1 = to_float(r1[j]), x2 = to_float(r2[j]), x3 = to_float(r3[j]);
+    const float q0 = x0 * x0, q1 = x1 * x1, q2 = x2 * x2, q3 = x3 * x3;
+    s0 += q0;
+    s1 += q1;
+    s2 += q2;
+    s3 += q3;
+    columns[j] += (q0 + q1) + (q2 + q3);
+  }
+  sums[0] = s0;
+  sums[1] = s1;
+  sums[2] = s2;
+  sums[3] = s3;
+}
+
+template <typename T>
+void add_squares_of_row(float* sum, float* columns, const T* in, int64_t cols) {
+  float s = 0;
+#pragma omp simd reduction(+ : s)
+  for (int64_t j = 0; j < cols; ++j) {
+    const float x = to_float(in[j]);
+    s += x * x;
+    columns[j] += x * x;
+  }
+  *sum = s;
+}
+
+// M <- beta M + (1 - beta) in, for one block in fp32.
+void average(float* out, const float* m, const float* in, int64_t count, float beta) {
+  const float one_minus_beta = 1.0f - beta;
+  for (int64_t i = 0; i < count; ++i) out[i] = beta * m[i] + one_minus_beta * in[i];
+}
+
+}  // namespace
+
+void CpuBackend::factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
+                                        Tensor grad, float eps1, const StepScalars* scalars) {
+  const int64_t rows = grad.rows(), cols = grad.cols();
+  require(row_state.elements() == rows && row_scale.elements() == rows && col_state.elements() == cols &&
+              col_scale.elements() == cols && has_uniform_rows(grad),
+          "factored_second_moment: shapes differ");
+  const Profiler::Scope scope(profiler, "factored_second_moment", 4.0 * rows * cols, static_cast<double>(grad.bytes()));
+  if (scalars->gate == 0) return;
+
+  // Row sums of squares go to row_scale, column sums to one partial per chunk of rows, then in order to col_scale.
+  const int64_t chunk_rows = row_chunk(rows), chunks = (rows + chunk_rows - 1) / chunk_rows;
+  float* const partials = shared_scratch(static_cast<size_t>(chunks * cols) * sizeof(float));
+  dispatch(grad.dtype, [&]<typename T>() {
+    parallel_blocks(threads_, rows, chunk_rows, [&](int64_t begin, int64_t end) {
+      float* const columns = partials + begin / chunk_rows * cols;
+      std::fill(columns, columns + cols, 0.0f);
+      float* const sums = row_scale.as<float>();
+      int64_t row = begin;
+      for (; row + 4 <= end; row += 4)
+        add_squares_of_four_rows(sums + row, columns, element<T>(grad, row), grad.leading_dimension(), cols);
+      for (; row < end; ++row) add_squares_of_row(sums + row, columns, element<T>(grad, row), cols);
+    });
+  });
+  add_partials(threads_, col_scale.as<float>(), partials, chunks, cols, cols, false);
+
+  const float beta2 = scalars->beta2, one_minus_beta2 = 1.0f - beta2;
+  float *row = row_state.as<float>(), *col = col_state.as<float>();
+  float *row_factor = row_scale.as<float>(), *col_factor = col_scale.as<float>();
+  double row_total = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    row[i] = beta2 * row[i] + one_minus_beta2 * (row_factor[i] / static_cast<float>(cols) + eps1);
+    row_total += row[i];
+  }
+  const float row_mean = static_cast<float>(row_total / static_cast<double>(rows));
+  for (int64_t i = 0; i < rows; ++i) row_factor[i] = 1.0f / std::sqrt(row[i] / row_mean);
+  for (int64_t j = 0; j < cols; ++j) {
+    col[j] = beta2 * col[j] + one_minus_beta2 * (col_factor[j] / static_cast<float>(rows) + eps1);
+    col_factor[j] = 1.0f / std::sqrt(col[j]);
+  }
+}
+
+void CpuBackend::full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) {
+  require_elements(second_moment, grad.elements(), "full_second_moment: sizes differ");
+  require(grad.contiguous(), "full_second_moment: the gradient must be contiguous");
+  const Profiler::Scope scope(profiler, "full_second_moment", 0,
+                              static_cast<double>(2 * grad.bytes() + 2 * second_moment.bytes()));
+  if (scalars->gate == 0) return;
+  const float beta2 = scalars->beta2, one_minus_beta2 = 1.0f - beta2;
+  for_each_block(threads_, grad.elements(), [&](int64_t begin, int64_t count) {
+    Block grad_buffer, moment_buffer, v, u;
+    const float* g = load_block(grad, begin, count, grad_buffer);
+    const float* old = load_block(second_moment, begin, count, moment_buffer);
+    for (int64_t i = 0; i < count; ++i) {
+      v[i] = beta2 * old[i] + one_minus_beta2 * (g[i] * g[i] + eps1);
+      u[i] = g[i] / std::sqrt(v[i]);
+    }
+    store_block(second_moment, begin, count, v);
+    store_block(grad, begin, count, u);
+  });
+}
+
+void CpuBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) {
+  const int64_t rows = in.rows(), cols = in.cols();
+  require(out.rows() == rows && out.cols() == cols && has_uniform_rows(in) && has_uniform_rows(out) &&
+              (row_scale.empty() || row_scale.elements() == rows) &&
+              (col_scale.empty() || col_scale.elements() == cols),
+          "scale_rows_cols: shapes differ");
+  const Profiler::Scope scope(profiler, "scale_rows_cols", 0, static_cast<double>(in.bytes() + out.bytes()));
+  dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
+    parallel_blocks(threads_, rows, rows_per_span(cols), [&](int64_t begin, int64_t end) {
+      const float* columns = col_scale.as<float>();
+      for (int64_t i = begin; i < end; ++i) {
+        const float row_factor = row_scale.empty() ? factor : factor * row_scale.as<float>()[i];
+        const In* from = element<In>(in, i);
+        Out* to = element<Out>(out, i);
+        if (columns) {
+          for (int64_t j = 0; j < cols; ++j) to[j] = from_float<Out>(to_float(from[j]) * (row_factor * columns[j]));
+        } else {
+          for (int64_t j = 0; j < cols; ++j) to[j] = from_float<Out>(to_float(from[j]) * row_factor);
+        }
+      }
+    });
+  });
+}
+
+void CpuBackend::momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) {
+  require_elements(momentum, update.elements(), "momentum_update: sizes differ");
+  require(update.contiguous(), "momentum_update: the update must be contiguous");
+  const Profiler::Scope scope(profiler, "momentum_update", 0,
+                              static_cast<double>(2 * update.bytes() + 2 * momentum.bytes()));
+  if (scalars->gate == 0) return;
+  for_each_block(threads_, update.elements(), [&](int64_t begin, int64_t count) {
+    Block update_buffer, momentum_buffer, m;
+    const float* u = load_block(update, begin, count, update_buffer);
+    average(m, load_block(momentum, begin, count, momentum_buffer), u, count, beta1);
+    store_block(momentum, begin, count, m);
+    store_block(update, begin, count, m);
+  });
+}
+
+void CpuBackend::ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) {
+  require_elements(momentum, in.elements(), "ema: sizes differ");
+  require(in.contiguous(), "ema: the input must be contiguous");
+  const Profiler::Scope scope(profiler, "ema", 0, static_cast<double>(in.bytes() + 2 * momentum.bytes()));
+  if (scalars->gate == 0) return;
+  for_each_block(threads_, in.elements(), [&](int64_t begin, int64_t count) {
+    Block in_buffer, momentum_buffer, m;
+    const float* added = load_block(in, begin, count, in_buffer);
+    average(m, load_block(momentum, begin, count, momentum_buffer), added, count, beta1);
+    store_block(momentum, begin, count, m);
+  });
+}

@@ -1,0 +1,138 @@
+// optimizer_updates.cpp: operations that change weights, and the sums that precede them. Memory-bound; AdamW moves 28
+// bytes an fp32 parameter in one pass.
+#include <cmath>
+
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/state_blocks.h"
+
+namespace {
+
+// The new value of a weight: to the master copy where there is one (the weight is then its rounding), else to the
+// weight itself, stochastically if it is bf16.
+struct Destination {
+  Tensor weight, master;
+  RandomKey key;
+  uint32_t step;
+
+  const float* load(int64_t begin, int64_t count, Block& buffer) const {
+    return load_block(master.empty() ? weight : master, begin, count, buffer);
+  }
+  void store(int64_t begin, int64_t count, const float* values) const {
+    if (master.empty()) {
+      store_block_stochastic(weight, begin, count, values, key, step);
+      return;
+    }
+    store_block(master, begin, count, values);
+    store_block(weight, begin, count, values);
+  }
+};
+
+void require_update_shapes(const Tensor& weight, const Tensor& master, const Tensor& grad) {
+  require_elements(weight, grad.elements(), "update: sizes of weight and gradient differ");
+  require(grad.contiguous(), "update: the gradient must be contiguous");
+  require(master.empty() || (master.dtype == DType::kF32 && master.elements() == weight.elements()),
+          "update: the master copy is fp32 and as large as the weight");
+}
+
+double update_bytes(const Tensor& weight, const Tensor& master, const Tensor& grad) {
+  return static_cast<double>(grad.bytes() + 2 * weight.bytes() + (master.empty() ? 0 : 2 * master.bytes()));
+}
+
+}  // namespace
+
+void CpuBackend::accumulate(Tensor accumulator, Tensor in, RandomKey key, uint32_t counter) {
+  require_elements(accumulator, in.elements(), "accumulate: sizes differ");
+  require(in.contiguous(), "accumulate: the input must be contiguous");
+  const Profiler::Scope scope(profiler, "accumulate", 0, static_cast<double>(in.bytes() + 2 * accumulator.bytes()));
+  for_each_block(threads_, in.elements(), [&](int64_t begin, int64_t count) {
+    Block in_buffer, old_buffer, sum;
+    const float* added = load_block(in, begin, count, in_buffer);
+    const float* old = load_block(accumulator, begin, count, old_buffer);
+    for (int64_t i = 0; i < count; ++i) sum[i] = old[i] + added[i];
+    store_block_stochastic(accumulator, begin, count, sum, key, counter);
+  });
+}
+
+void CpuBackend::clip_scale(StepScalars* scalars, const float* squares, float clip_norm) {
+  const float norm = std::sqrt(*squares);
+  scalars->gradient_scale = std::min(1.0f, clip_norm / (norm + 1e-6f));
+}
+
+void CpuBackend::apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
+                              const float* update_squares, const float* weight_squares, int64_t elements, RandomKey key,
+                              const StepScalars* scalars) {
+  require_update_shapes(weight, master, update);
+  require(!options.scale_parameter || weight_squares, "apply_update: scale_parameter needs the sum of squares");
+  const Profiler::Scope scope(profiler, "apply_update", 0, update_bytes(weight, master, update));
+  if (scalars->gate == 0) return;
+  const float count_f = static_cast<float>(elements);
+  float lr = scalars->lr, shrink = 1.0f;
+  if (options.clip > 0) shrink = 1.0f / std::max(1.0f, std::sqrt(*update_squares / count_f) / options.clip);
+  if (options.scale_parameter) lr *= std::max(options.eps2, std::sqrt(*weight_squares / count_f));
+  const float decay = options.weight_decay;
+  const Destination destination{weight, master, key, scalars->step};
+  for_each_block(threads_, weight.elements(), [&](int64_t begin, int64_t count) {
+    Block weight_buffer, update_buffer, result;
+    const float* w = destination.load(begin, count, weight_buffer);
+    const float* d = load_block(update, begin, count, update_buffer);
+    for (int64_t i = 0; i < count; ++i) result[i] = w[i] - lr * (decay * w[i] + shrink * d[i]);
+    destination.store(begin, count, result);
+  });
+}
+
+void CpuBackend::adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad,
+                              const AdamWOptions& options, RandomKey key, const StepScalars* scalars) {
+  require_update_shapes(weight, master, grad);
+  require_elements(v, grad.elements(), "adamw_update: sizes of gradient and second moment differ");
+  if (!m.empty()) require_elements(m, grad.elements(), "adamw_update: sizes of gradient and momentum differ");
+  const Profiler::Scope scope(
+      profiler, "adamw_update", 0,
+      update_bytes(weight, master, grad) + 2.0 * static_cast<double>(v.bytes() + (m.empty() ? 0 : m.bytes())));
+  if (scalars->gate == 0) return;
+  const float beta1 = m.empty() ? 0.0f : options.beta1, rest1 = 1.0f - beta1;
+  const float beta2 = options.beta2, rest2 = 1.0f - beta2;
+  const float correct1 = 1.0f / scalars->bias_correction1, correct2 = 1.0f / scalars->bias_correction2;
+  const float lr = scalars->lr, eps = options.eps, decay = options.weight_decay;
+  const Destination destination{weight, master, key, scalars->step};
+  for_each_block(threads_, weight.elements(), [&](int64_t begin, int64_t count) {
+    Block grad_buffer, m_buffer, v_buffer, weight_buffer, new_m, new_v, result;
+    const float* g = load_block(grad, begin, count, grad_buffer);
+    const float* old_m = m.empty() ? g : load_block(m, begin, count, m_buffer);
+    const float* old_v = load_block(v, begin, count, v_buffer);
+    const float* w = destination.load(begin, count, weight_buffer);
+    for (int64_t i = 0; i < count; ++i) {
+      new_m[i] = beta1 * old_m[i] + rest1 * g[i];
+      new_v[i] = beta2 * old_v[i] + rest2 * (g[i] * g[i]);
+      const float step = correct1 * new_m[i] / (std::sqrt(correct2 * new_v[i]) + eps);
+      result[i] = w[i] - lr * (step + decay * w[i]);
+    }
+    if (!m.empty()) store_block(m, begin, count, new_m);
+    store_block(v, begin, count, new_v);
+    destination.store(begin, count, result);
+  });
+}
+
+void CpuBackend::sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options,
+                            RandomKey key, const StepScalars* scalars) {
+  require_update_shapes(weight, master, grad);
+  if (!m.empty()) require_elements(m, grad.elements(), "sgd_update: sizes of gradient and momentum differ");
+  const Profiler::Scope scope(
+      profiler, "sgd_update", 0,
+      update_bytes(weight, master, grad) + (m.empty() ? 0.0 : 2.0 * static_cast<double>(m.bytes())));
+  if (scalars->gate == 0) return;
+  const float lr = scalars->lr, beta1 = options.beta1, decay = options.weight_decay;
+  const Destination destination{weight, master, key, scalars->step};
+  for_each_block(threads_, weight.elements(), [&](int64_t begin, int64_t count) {
+    Block grad_buffer, m_buffer, weight_buffer, new_m, result;
+    const float* u = load_block(grad, begin, count, grad_buffer);
+    if (!m.empty()) {
+      const float* old = load_block(m, begin, count, m_buffer);
+      for (int64_t i = 0; i < count; ++i) new_m[i] = beta1 * old[i] + u[i];
+      store_block(m, begin, count, new_m);
+      u = new_m;
+    }
+    const float* w = destination.load(begin, count, weight_buffer);
+    for (int64_t i = 0; i < count; ++i) result[i] = w[i] - lr * (decay * w[i] + u[i]);
+    destination.store(begin, count, result);
+  });
+}

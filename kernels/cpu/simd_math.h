@@ -1,0 +1,28 @@
+// simd_math.h: exp and the logistic function from multiplications, additions and bit operations, so that the compiler
+// turns a loop over them into vector code (libm's are calls). About 12 instructions for 8 or 16 numbers at once.
+#pragma once
+
+#include "kernels/tensor.h"
+
+// e^x with a relative error below 2e-7; 0 below -87, infinity above 88, NaN for NaN.
+// x = n ln 2 + r with |r| <= ln(2) / 2; e^r = 1 + r + r^2 p(r), p the polynomial of degree 4 that makes the largest
+// relative error smallest (3e-9; found by Remez exchange); 2^n is put together from its exponent bits.
+inline float simd_exp(float x) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+  const float shifted = __builtin_fmaf(x, kLog2E, kRound);
+  const float n = shifted - kRound;
+  const float r = __builtin_fmaf(-n, kLn2Low, __builtin_fmaf(-n, kLn2High, x));
+  float p = 0.001381454017f;
+  p = __builtin_fmaf(p, r, 0.008368745109f);
+  p = __builtin_fmaf(p, r, 0.04166839078f);
+  p = __builtin_fmaf(p, r, 0.166665204f);
+  p = __builtin_fmaf(p, r, 0.4999999343f);
+  const float fraction = __builtin_fmaf(r * r, p, r) + 1.0f;
+  const float power = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
+  const float bounded = x > 88.0f ? __builtin_inff() : fraction * power;
+  return x < -87.0f ? 0.0f : bounded;
+}
+
+// 1 / (1 + e^-x).
+inline float simd_logistic(float x) { return 1.0f / (1.0f + simd_exp(-x)); }

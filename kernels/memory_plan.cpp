@@ -1,0 +1,171 @@
+// memory_plan.cpp: the layout of planned allocations and the arena that holds them. Costs O(n^2) comparisons in the
+// number of allocations (a few thousand), once per run.
+#include "kernels/memory_plan.h"
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <stdexcept>
+
+#include "kernels/backend.h"
+
+const char* category_name(Category category) {
+  switch (category) {
+    case Category::kWeights: return "weights";
+    case Category::kOptimizerState: return "optimizer state";
+    case Category::kGradients: return "gradients";
+    case Category::kActivations: return "activations";
+    case Category::kWorkspace: return "workspace";
+  }
+  return "?";
+}
+
+namespace {
+
+size_t align_up(size_t offset) {
+  return (offset + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
+}
+
+// Greedy first fit, largest first: every allocation takes the lowest aligned offset at which it touches no allocation
+// of a common phase that has its place already. Returns the extent.
+size_t place(std::vector<Allocation>& allocations, bool host) {
+  std::vector<size_t> order;
+  for (size_t i = 0; i < allocations.size(); ++i) {
+    if (allocations[i].host != host) continue;
+    allocations[i].offset = 0;
+    if (allocations[i].bytes > 0) order.push_back(i);
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return allocations[a].bytes > allocations[b].bytes; });
+
+  std::vector<const Allocation*> placed;  // by offset
+  size_t extent = 0;
+  for (size_t i : order) {
+    Allocation& allocation = allocations[i];
+    size_t offset = 0;
+    for (const Allocation* other : placed) {
+      if ((other->phases & allocation.phases) == 0) continue;
+      if (offset + allocation.bytes <= other->offset) break;
+      offset = std::max(offset, align_up(other->offset + other->bytes));
+    }
+    allocation.offset = offset;
+    extent = std::max(extent, offset + allocation.bytes);
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), &allocation,
+                                   [](const Allocation* a, const Allocation* b) { return a->offset < b->offset; }),
+                  &allocation);
+  }
+  return extent;
+}
+
+}  // namespace
+
+void MemoryPlan::add(const std::string& name, Category category, size_t bytes, uint32_t phases, bool host) {
+  if (!index_.emplace(name, allocations_.size()).second)
+    throw std::logic_error("memory plan: " + name + " is declared twice");
+  if ((phases & kPhaseAlways) == 0) throw std::logic_error("memory plan: " + name + " is alive in no phase");
+  allocations_.push_back({.name = name, .category = category, .bytes = bytes, .phases = phases, .host = host});
+  laid_out_ = false;
+}
+
+void MemoryPlan::add_tensor(const std::string& name, Category category, DType dtype, int64_t elements,
+                            uint32_t phases) {
+  add(name, category, static_cast<size_t>(elements) * dtype_size(dtype), phases);
+  if (dtype == DType::kI8 || dtype == DType::kU8)
+    add(name + ".scales", category, static_cast<size_t>(quant_blocks(elements)) * sizeof(float), phases);
+}
+
+void MemoryPlan::layout() {
+  if (laid_out_) return;
+  device_bytes_ = place(allocations_, false);
+  host_bytes_ = place(allocations_, true);
+  laid_out_ = true;
+}
+
+const Allocation* MemoryPlan::find(const std::string& name) const {
+  const auto found = index_.find(name);
+  return found == index_.end() ? nullptr : &allocations_[found->second];
+}
+
+size_t MemoryPlan::device_bytes() const {
+  if (!laid_out_) throw std::logic_error("memory plan: device_bytes() before layout()");
+  return device_bytes_;
+}
+
+size_t MemoryPlan::host_bytes() const {
+  if (!laid_out_) throw std::logic_error("memory plan: host_bytes() before layout()");
+  return host_bytes_;
+}
+
+std::vector<size_t> MemoryPlan::bytes_by_category() const {
+  if (!laid_out_) throw std::logic_error("memory plan: bytes_by_category() before layout()");
+  struct Edge {
+    size_t offset;
+    int category;
+    int change;
+  };
+  std::vector<Edge> edges;
+  for (const Allocation& allocation : allocations_) {
+    if (allocation.host || allocation.bytes == 0) continue;
+    const int category = static_cast<int>(allocation.category);
+    edges.push_back({allocation.offset, category, 1});
+    edges.push_back({allocation.offset + allocation.bytes, category, -1});
+  }
+  std::sort(edges.begin(), edges.end(), [](const Edge& a, const Edge& b) { return a.offset < b.offset; });
+
+  // Sweep over the arena with the number of allocations of each category that cover the current byte.
+  std::vector<size_t> bytes(kCategoryCount, 0);
+  std::array<int, kCategoryCount> covering{};
+  size_t position = 0;
+  for (const Edge& edge : edges) {
+    const auto first = std::find_if(covering.begin(), covering.end(), [](int count) { return count > 0; });
+    const size_t owner = first == covering.end() ? static_cast<size_t>(Category::kWorkspace)
+                                                 : static_cast<size_t>(first - covering.begin());
+    bytes[owner] += edge.offset - position;
+    position = edge.offset;
+    covering[static_cast<size_t>(edge.category)] += edge.change;
+  }
+  return bytes;
+}
+
+Arena::Arena(Backend& backend, MemoryPlan plan) : backend_(backend), plan_(std::move(plan)) {
+  plan_.layout();
+  bound_.assign(plan_.allocations().size(), false);
+  if (plan_.device_bytes() > 0) device_ = backend_.allocate(plan_.device_bytes());
+  try {
+    if (plan_.host_bytes() > 0) host_ = backend_.allocate_host(plan_.host_bytes());
+  } catch (...) {
+    if (device_) backend_.release(device_);
+    throw;
+  }
+}
+
+Arena::~Arena() {
+  if (device_) backend_.release(device_);
+  if (host_) backend_.release_host(host_);
+}
+
+void* Arena::bytes(const std::string& name, size_t bytes) {
+  const Allocation* allocation = plan_.find(name);
+  if (!allocation) throw std::logic_error("arena: " + name + " was not declared");
+  if (allocation->bytes != bytes)
+    throw std::logic_error("arena: " + name + " was declared with " + std::to_string(allocation->bytes) +
+                           " bytes and bound with " + std::to_string(bytes));
+  bound_[static_cast<size_t>(allocation - plan_.allocations().data())] = true;
+  return static_cast<char*>(allocation->host ? host_ : device_) + allocation->offset;
+}
+
+Tensor Arena::tensor(const std::string& name, DType dtype, std::initializer_list<int64_t> shape) {
+  Tensor tensor = Tensor::of(nullptr, dtype, shape);
+  tensor.data = bytes(name, tensor.bytes());
+  if (dtype == DType::kI8 || dtype == DType::kU8)
+    tensor.scales = static_cast<float*>(
+        bytes(name + ".scales", static_cast<size_t>(quant_blocks(tensor.elements())) * sizeof(float)));
+  return tensor;
+}
+
+std::vector<std::string> Arena::unbound() const {
+  std::vector<std::string> names;
+  for (size_t i = 0; i < bound_.size(); ++i)
+    if (!bound_[i]) names.push_back(plan_.allocations()[i].name);
+  return names;
+}

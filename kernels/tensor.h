@@ -1,0 +1,163 @@
+// tensor.h: a non-owning view of numbers in some device's memory, and the element types the project stores.
+// A Tensor never allocates; the arena (memory_plan.h) owns every buffer. Views are cheap to copy and pass by value.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#if defined(__CUDACC__)
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
+enum class DType : uint8_t {
+  kF32,
+  kBF16,
+  kI8,   // block-wise quantized, signed code map (momentum); see Backend::quantize
+  kU8,   // block-wise quantized, unsigned code map (second moments); see Backend::quantize
+  kI32,  // token ids and indices
+};
+
+inline size_t dtype_size(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+    case DType::kI32: return 4;
+    case DType::kBF16: return 2;
+    case DType::kI8:
+    case DType::kU8: return 1;
+  }
+  return 0;
+}
+
+inline const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kF32: return "fp32";
+    case DType::kBF16: return "bf16";
+    case DType::kI8: return "int8";
+    case DType::kU8: return "uint8";
+    case DType::kI32: return "int32";
+  }
+  return "?";
+}
+
+// Storage of a bfloat16 number. Arithmetic happens in float; conversion to bf16 rounds to nearest, ties to even.
+struct bf16 {
+  uint16_t bits;
+};
+
+HOST_DEVICE inline float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+HOST_DEVICE inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+HOST_DEVICE inline float to_float(float value) { return value; }
+HOST_DEVICE inline float to_float(bf16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
+
+template <typename T>
+HOST_DEVICE inline T from_float(float value);
+
+template <>
+HOST_DEVICE inline float from_float<float>(float value) {
+  return value;
+}
+
+// Round to nearest even. A NaN stays a NaN: its quiet bit is set so that truncation cannot turn it into infinity.
+template <>
+HOST_DEVICE inline bf16 from_float<bf16>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return bf16{static_cast<uint16_t>((is_nan ? (bits | 0x00400000u) : rounded) >> 16)};
+}
+
+// Number of consecutive elements that share one scale in an 8-bit block-wise quantized tensor.
+inline constexpr int64_t kQuantBlock = 256;
+
+inline int64_t quant_blocks(int64_t elements) { return (elements + kQuantBlock - 1) / kQuantBlock; }
+
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+  int rank = 0;
+  std::array<int64_t, 4> shape{};
+  std::array<int64_t, 4> stride{};  // in elements; the last is always 1
+  float* scales = nullptr;          // kI8, kU8: one float per kQuantBlock elements of the flattened tensor
+
+  // Contiguous, row-major.
+  static Tensor of(void* data, DType dtype, std::initializer_list<int64_t> shape, float* scales = nullptr) {
+    if (shape.size() < 1 || shape.size() > 4) throw std::logic_error("a tensor has 1 to 4 dimensions");
+    Tensor t;
+    t.data = data;
+    t.dtype = dtype;
+    t.rank = static_cast<int>(shape.size());
+    int i = 0;
+    for (int64_t extent : shape) t.shape[i++] = extent;
+    int64_t step = 1;
+    for (i = t.rank - 1; i >= 0; --i) {
+      t.stride[i] = step;
+      step *= t.shape[i];
+    }
+    t.scales = scales;
+    return t;
+  }
+
+  bool empty() const { return data == nullptr; }
+  explicit operator bool() const { return data != nullptr; }
+
+  int64_t elements() const {
+    int64_t count = rank == 0 ? 0 : 1;
+    for (int i = 0; i < rank; ++i) count *= shape[i];
+    return count;
+  }
+
+  // Bytes of the elements themselves, without the block scales.
+  size_t bytes() const { return static_cast<size_t>(elements()) * dtype_size(dtype); }
+
+  // A tensor seen as a matrix: the last dimension is the columns, all others together the rows.
+  int64_t cols() const { return shape[rank - 1]; }
+  int64_t rows() const { return cols() == 0 ? 0 : elements() / cols(); }
+  int64_t leading_dimension() const { return rank >= 2 ? stride[rank - 2] : shape[0]; }
+
+  bool contiguous() const {
+    int64_t step = 1;
+    for (int i = rank - 1; i >= 0; --i) {
+      if (shape[i] != 1 && stride[i] != step) return false;
+      step *= shape[i];
+    }
+    return true;
+  }
+
+  // The same elements as a contiguous tensor of another shape. Throws std::logic_error when the counts differ.
+  Tensor view(std::initializer_list<int64_t> new_shape) const {
+    Tensor t = of(data, dtype, new_shape, scales);
+    if (!contiguous() || t.elements() != elements()) throw std::logic_error("view: the shapes do not match");
+    return t;
+  }
+
+  // Rows [begin, begin + count) of the first dimension.
+  Tensor slice(int64_t begin, int64_t count) const {
+    if (begin < 0 || count < 0 || begin + count > shape[0]) throw std::logic_error("slice: out of range");
+    Tensor t = *this;
+    t.data = static_cast<char*>(data) + static_cast<size_t>(begin * stride[0]) * dtype_size(dtype);
+    t.shape[0] = count;
+    return t;
+  }
+
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};

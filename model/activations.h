@@ -1,0 +1,100 @@
+// activations.h: the buffers of a forward and backward pass, and which of them each recompute level keeps per layer.
+//
+//   level        kept for every layer (in units of B*T*C elements)                            recomputed in the
+//   backward pass none         x 1, ln1 1, qkv 3, att 1, x2 1, ln2 1, fch 4, gelu 4                 = 16     - gelu
+//   without gelu                                                         = 12     GELU norms+gelu   without ln1, ln2 =
+//   10     both LayerNorms, too attention    without att                                                          =  9
+//   attention's output, too block        x only                                                               =  1 the
+//   whole block but its last matmul
+//
+// What is not kept exists once and is shared by all layers.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/memory_plan.h"
+#include "kernels/tensor.h"
+#include "model/config.h"
+
+enum class Recompute : uint8_t { kNone, kGelu, kNormsGelu, kAttention, kBlock };
+
+struct ActivationShapes {
+  int64_t batch = 1, sequence = 1;  // the micro-batch: B sequences of T tokens
+  int64_t head_chunk = 1;           // tokens whose logits exist at a time
+  DType dtype = DType::kF32;
+  Recompute recompute = Recompute::kNone;
+  bool training = true;  // false: forward passes only, nothing is kept
+};
+
+// One layer's tensors, for the B and T of the batch at hand (at most the planned ones).
+struct LayerActivations {
+  Tensor x;                  // [B,T,C] residual stream into the block
+  Tensor ln1, mean1, rstd1;  // [B,T,C], [B*T], [B*T]
+  Tensor qkv;                // [B,T,3C]
+  Tensor att, lse;           // [B,T,C], [B,NH,T]
+  Tensor x2;                 // [B,T,C] residual stream after attention
+  Tensor ln2, mean2, rstd2;
+  Tensor fch, gelu;  // [B,T,4C]
+};
+
+class Activations {
+ public:
+  Activations(const Gpt2Config& config, const ActivationShapes& shapes);
+
+  void declare(MemoryPlan& plan) const;
+  void bind(Arena& arena);
+  // Makes views of B sequences of T tokens. Throws std::logic_error when they are more than planned.
+  void resize(int64_t batch, int64_t sequence);
+
+  LayerActivations layer(int64_t index) const;
+  Tensor residual(int64_t index) const;       // x of layer `index`; index L: the stream after the last block
+  Tensor final_norm, final_mean, final_rstd;  // [B,T,C], [B*T], [B*T]
+  Tensor branch;                              // [B,T,C]: output of a projection; gradient of one's input
+  Tensor d_residual;                          // [B,T,C]
+  Tensor d_wide;                              // [B,T,4C]
+  Tensor d_qkv;                               // [B,T,3C], the same memory as d_wide
+  Tensor logits;                              // [head_chunk, Vp]
+  Tensor losses;                              // [B*T] fp32
+
+ private:
+  struct Buffer {
+    const char* name;
+    int64_t width;  // elements per token
+    DType dtype;
+    uint32_t phases;
+    int64_t copies;  // layers kept, or 1
+    std::vector<void*> memory;
+  };
+  enum Slot {
+    kX,
+    kLn1,
+    kMean1,
+    kRstd1,
+    kQkv,
+    kAtt,
+    kLse,
+    kX2,
+    kLn2,
+    kMean2,
+    kRstd2,
+    kFch,
+    kGelu,
+    kFinalNorm,
+    kFinalMean,
+    kFinalRstd,
+    kBranch,
+    kDResidual,
+    kDWide,
+    kLosses,
+    kSlots
+  };
+
+  Tensor at(Slot slot, int64_t index) const;
+
+  Gpt2Config config_;
+  ActivationShapes shapes_;
+  std::vector<Buffer> buffers_;
+  void* logits_memory_ = nullptr;
+  int64_t batch_ = 0, sequence_ = 0;
+};

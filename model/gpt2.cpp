@@ -1,0 +1,200 @@
+// gpt2.cpp: what a pass over the model is made of: batch, forward, head, and initialization. The backward pass is in
+// gpt2_backward.cpp.
+#include "model/gpt2.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "model/gpt2_layer.h"
+
+Gpt2::Gpt2(const Gpt2Config& config, const ActivationShapes& shapes, ParameterStore& store, Backend& backend)
+    : config_(config), shapes_(shapes), store_(store), backend_(backend), activations_(config, shapes) {
+  if (shapes.sequence > config.positions) throw std::logic_error("the sequence is longer than the model's positions");
+}
+
+void Gpt2::declare(MemoryPlan& plan) const {
+  activations_.declare(plan);
+  const int64_t tokens = shapes_.batch * shapes_.sequence;
+  plan.add_tensor("batch.inputs", Category::kActivations, DType::kI32, tokens);
+  plan.add_tensor("batch.targets", Category::kActivations, DType::kI32, tokens);
+  if (!shapes_.training) return;
+  plan.add_tensor("batch.group_ids", Category::kActivations, DType::kI32, tokens);
+  plan.add_tensor("batch.group_starts", Category::kActivations, DType::kI32, tokens + 1);
+  plan.add_tensor("batch.group_positions", Category::kActivations, DType::kI32, tokens);
+}
+
+void Gpt2::bind(Arena& arena) {
+  activations_.bind(arena);
+  const int64_t tokens = shapes_.batch * shapes_.sequence;
+  inputs_memory_ = arena.tensor("batch.inputs", DType::kI32, {tokens}).data;
+  targets_memory_ = arena.tensor("batch.targets", DType::kI32, {tokens}).data;
+  if (!shapes_.training) return;
+  groups_.ids = arena.tensor("batch.group_ids", DType::kI32, {tokens});
+  groups_.starts = arena.tensor("batch.group_starts", DType::kI32, {tokens + 1});
+  groups_.positions = arena.tensor("batch.group_positions", DType::kI32, {tokens});
+}
+
+const Parameter& Gpt2::parameter(const std::string& name) const {
+  for (const Parameter& parameter : store_.parameters()) {
+    if (parameter.name == name) return parameter;
+  }
+  throw std::logic_error("no parameter " + name);
+}
+
+void Gpt2::initialize(uint64_t seed) {
+  const float residual_scale = 1.0f / std::sqrt(2.0f * static_cast<float>(config_.layers));
+  for (const Parameter& parameter : store_.parameters()) {
+    store_.acquire(parameter.layer);
+    const auto ends_with = [&](const std::string& suffix) {
+      return parameter.name.size() >= suffix.size() &&
+             parameter.name.compare(parameter.name.size() - suffix.size(), suffix.size(), suffix) == 0;
+    };
+    const RandomKey key{seed, RandomPurpose::kInit, parameter.hash()};
+    const auto set = [&](Tensor tensor) {
+      if (!tensor) return;
+      if (!parameter.matrix) {
+        backend_.fill_constant(tensor, ends_with(".weight") ? 1.0f : 0.0f);
+      } else {
+        backend_.fill_normal(tensor, 0.0f, 0.02f * (ends_with("c_proj.weight") ? residual_scale : 1.0f), key);
+      }
+    };
+    set(store_.weight(parameter));
+    set(store_.master(parameter));
+    store_.release(parameter.layer, true);
+  }
+}
+
+void Gpt2::load(const HostBatch& batch) {
+  const size_t bytes = static_cast<size_t>(batch.batch * batch.sequence) * sizeof(int32_t);
+  backend_.copy(inputs_memory_, batch.inputs, bytes);
+  if (batch.targets) backend_.copy(targets_memory_, batch.targets, bytes);
+  if (batch.group_ids) {
+    backend_.copy(groups_.ids.data, batch.group_ids, bytes);
+    backend_.copy(groups_.starts.data, batch.group_starts, bytes + sizeof(int32_t));
+    backend_.copy(groups_.positions.data, batch.group_positions, bytes);
+  }
+  activations_.resize(batch.batch, batch.sequence);
+  inputs_ = Tensor::of(inputs_memory_, DType::kI32, {batch.batch, batch.sequence});
+  targets_ = Tensor::of(targets_memory_, DType::kI32, {batch.batch * batch.sequence});
+}
+
+// x, ln1 of the next block (or ln_f after the last one) from the sum of the residual stream and a block's output.
+void Gpt2::norm_into(int64_t next_layer, Tensor a, Tensor b) {
+  const Tensor residual = activations_.residual(next_layer);
+  if (next_layer == config_.layers) {
+    backend_.residual_layernorm_forward(residual, activations_.final_norm, activations_.final_mean,
+                                        activations_.final_rstd, a, b, weight(parameter("ln_f.weight")),
+                                        weight(parameter("ln_f.bias")));
+    return;
+  }
+  const Gpt2Layer layer(store_.parameters(), next_layer);
+  const LayerActivations next = activations_.layer(next_layer);
+  backend_.residual_layernorm_forward(residual, next.ln1, next.mean1, next.rstd1, a, b, weight(layer.ln1_weight),
+                                      weight(layer.ln1_bias));
+}
+
+// From ln1: qkv, attention, its projection, and with them x2 and ln2.
+void Gpt2::attention_branch(int64_t index, const LayerActivations& a) {
+  const Gpt2Layer layer(store_.parameters(), index);
+  backend_.matmul(a.qkv, a.ln1, weight(layer.qkv_weight), {.bias = weight(layer.qkv_bias)});
+  backend_.attention_forward(a.att, a.lse, a.qkv, static_cast<int>(config_.heads));
+  backend_.matmul(activations_.branch, a.att, weight(layer.proj_weight), {.bias = weight(layer.proj_bias)});
+  backend_.residual_layernorm_forward(a.x2, a.ln2, a.mean2, a.rstd2, a.x, activations_.branch, weight(layer.ln2_weight),
+                                      weight(layer.ln2_bias));
+}
+
+// From ln2: the hidden layer of the MLP.
+void Gpt2::mlp_hidden(int64_t index, const LayerActivations& a) {
+  const Gpt2Layer layer(store_.parameters(), index);
+  backend_.matmul(a.fch, a.ln2, weight(layer.fc_weight), {.bias = weight(layer.fc_bias)});
+  backend_.gelu_forward(a.gelu, a.fch);
+}
+
+void Gpt2::forward_block(int64_t index) {
+  const Gpt2Layer layer(store_.parameters(), index);
+  const LayerActivations a = activations_.layer(index);
+  attention_branch(index, a);
+  mlp_hidden(index, a);
+  backend_.matmul(activations_.branch, a.gelu, weight(layer.mlp_proj_weight), {.bias = weight(layer.mlp_proj_bias)});
+  // The next block's first LayerNorm is fused into this residual add, so its weights are acquired here.
+  const int next = index + 1 < config_.layers ? static_cast<int>(index + 1) : -1;
+  store_.acquire(next);
+  norm_into(index + 1, a.x2, activations_.branch);
+  store_.release(next, false);
+}
+
+void Gpt2::forward() {
+  store_.acquire(-1);
+  const Tensor x = activations_.residual(0);
+  backend_.embedding_forward(x, inputs_, weight(parameter("wte.weight")), weight(parameter("wpe.weight")));
+  store_.release(-1, false);
+  for (int64_t l = 0; l < config_.layers; ++l) {
+    store_.acquire(static_cast<int>(l));
+    if (l == 0) {
+      const Gpt2Layer layer(store_.parameters(), 0);
+      const LayerActivations a = activations_.layer(0);
+      backend_.layernorm_forward(a.ln1, a.mean1, a.rstd1, a.x, weight(layer.ln1_weight), weight(layer.ln1_bias));
+    }
+    forward_block(l);
+    store_.release(static_cast<int>(l), false);
+  }
+}
+
+// Walks over chunks of tokens: logits, loss, and with a sink the gradients of the head's weight and input (into
+// branch).
+void Gpt2::head(GradientSink* sink, float gradient_scale) {
+  store_.acquire(-1);
+  const Parameter& head = parameter(config_.tied_head ? "wte.weight" : "lm_head.weight");
+  const Tensor head_weight = store_.padded_weight(head);
+  const int64_t tokens = targets_.elements(), C = config_.channels, V = config_.vocabulary;
+  const Tensor norm = activations_.final_norm.view({tokens, C});
+  const Tensor d_norm = activations_.branch.view({tokens, C});
+  for (int64_t begin = 0; begin < tokens; begin += shapes_.head_chunk) {
+    const int64_t count = std::min(shapes_.head_chunk, tokens - begin);
+    const Tensor logits = activations_.logits.slice(0, count);
+    const Tensor in = norm.slice(begin, count);
+    backend_.matmul(logits, in, head_weight, {.transpose_b = true});
+    backend_.classifier(activations_.losses.slice(begin, count), logits, targets_.slice(begin, count), V,
+                        gradient_scale, sink != nullptr);
+    if (!sink) continue;
+    backend_.matmul(d_norm.slice(begin, count), logits, head_weight);
+    const GradientSink::Target target = sink->target(head);
+    Tensor d_logits = logits;
+    d_logits.shape[1] = V;
+    backend_.matmul(target.tensor, d_logits, in, {.transpose_a = true, .accumulate = target.accumulate});
+  }
+  if (sink && !config_.tied_head) sink->ready(head);
+  store_.release(-1, false);
+}
+
+void Gpt2::train_micro_batch(const HostBatch& batch, GradientSink& sink, Tensor loss, bool accumulate_loss,
+                             float loss_scale, StepScalars* scalars) {
+  load(batch);
+  forward();
+  const float per_token = loss_scale / static_cast<float>(batch.batch * batch.sequence);
+  head(&sink, per_token);
+  backend_.sum(loss, activations_.losses, per_token, accumulate_loss);
+  backend_.gate_on_finite(scalars, loss);
+  backward(sink);
+}
+
+void Gpt2::evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, float loss_scale) {
+  load(batch);
+  forward();
+  head(nullptr, 0.0f);
+  backend_.sum(loss, activations_.losses, loss_scale / static_cast<float>(batch.batch * batch.sequence),
+               accumulate_loss);
+}
+
+Tensor Gpt2::logits(const int32_t* tokens, int64_t count, int64_t rows) {
+  load({.batch = 1, .sequence = count, .inputs = tokens});
+  forward();
+  store_.acquire(-1);
+  const Parameter& head = parameter(config_.tied_head ? "wte.weight" : "lm_head.weight");
+  const Tensor out = activations_.logits.slice(0, rows);
+  backend_.matmul(out, activations_.final_norm.view({count, config_.channels}).slice(count - rows, rows),
+                  store_.padded_weight(head), {.transpose_b = true});
+  store_.release(-1, false);
+  return out;
+}

@@ -1,0 +1,76 @@
+// gpt2.h: the forward and backward pass of GPT-2 over the operations of a Backend. The model owns neither weights (it
+// takes them from a ParameterStore, layer by layer) nor gradients (it hands each one to a GradientSink and forgets it).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "flora/gradient_sink.h"
+#include "flora/parameter_store.h"
+#include "kernels/backend.h"
+#include "kernels/memory_plan.h"
+#include "model/activations.h"
+#include "model/config.h"
+
+// One micro-batch in host memory: B*T inputs, targets (-1: no loss), and the groups for the embedding's backward pass.
+struct HostBatch {
+  int64_t batch = 0, sequence = 0;
+  const int32_t* inputs = nullptr;
+  const int32_t* targets = nullptr;
+  const int32_t* group_ids = nullptr;        // [N], only for training
+  const int32_t* group_starts = nullptr;     // [N + 1]
+  const int32_t* group_positions = nullptr;  // [N]
+};
+
+class Gpt2 {
+ public:
+  // `training` in the shapes decides whether backward passes are possible (and planned for).
+  Gpt2(const Gpt2Config& config, const ActivationShapes& shapes, ParameterStore& store, Backend& backend);
+
+  void declare(MemoryPlan& plan) const;
+  void bind(Arena& arena);
+
+  // Weights ~ N(0, 0.02), residual projections scaled by 1/sqrt(2 L), LayerNorm 1 and 0, biases 0; from the seed.
+  void initialize(uint64_t seed);
+
+  // One micro-batch of a step: loss[0] (device, fp32) = or += loss_scale * mean loss, and every gradient of
+  // loss_scale * mean loss goes to the sink. A loss that is not finite closes scalars->gate before the backward pass.
+  void train_micro_batch(const HostBatch& batch, GradientSink& sink, Tensor loss, bool accumulate_loss,
+                         float loss_scale, StepScalars* scalars);
+
+  // loss[0] = or += loss_scale * mean loss over the batch. No gradients.
+  void evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, float loss_scale);
+
+  // Logits of the last `rows` positions (at most the head chunk) of one sequence; a [rows, Vp] view of the logits
+  // buffer.
+  Tensor logits(const int32_t* tokens, int64_t count, int64_t rows);
+
+  const Gpt2Config& config() const { return config_; }
+  const Parameter& parameter(const std::string& name) const;
+
+ private:
+  void load(const HostBatch& batch);
+  void forward();
+  void forward_block(int64_t layer);
+  void recompute_block(int64_t layer);
+  void attention_branch(int64_t layer, const LayerActivations& a);
+  void mlp_hidden(int64_t layer, const LayerActivations& a);
+  void norm_into(int64_t next_layer, Tensor a, Tensor b);
+  void head(GradientSink* sink, float gradient_scale);
+  void backward(GradientSink& sink);
+  void backward_block(int64_t layer, GradientSink& sink);
+  void linear_backward(GradientSink& sink, const Parameter& weight, const Parameter& bias, Tensor d_input, Tensor input,
+                       Tensor d_output);
+  void norm_backward(GradientSink& sink, const Parameter& weight, const Parameter& bias, Tensor d_out, Tensor in,
+                     Tensor mean, Tensor rstd);
+  Tensor weight(const Parameter& parameter) { return store_.weight(parameter); }
+
+  Gpt2Config config_;
+  ActivationShapes shapes_;
+  ParameterStore& store_;
+  Backend& backend_;
+  Activations activations_;
+  Tensor inputs_, targets_;  // [B, T], [B*T] of the batch at hand
+  TokenGroups groups_;
+  void *inputs_memory_ = nullptr, *targets_memory_ = nullptr;
+};

@@ -1,0 +1,89 @@
+// gpt2_backward.cpp: the backward pass, last block first. In every linear layer the gradient of the input is computed
+// before the weight's gradient is handed to the sink, because the sink may update the weight at once.
+#include "model/gpt2.h"
+#include "model/gpt2_layer.h"
+
+// d_input = d_output W^T, dW = input^T d_output, db = column sums of d_output.
+void Gpt2::linear_backward(GradientSink& sink, const Parameter& weight_parameter, const Parameter& bias_parameter,
+                           Tensor d_input, Tensor input, Tensor d_output) {
+  backend_.matmul(d_input, d_output, weight(weight_parameter), {.transpose_b = true});
+  const GradientSink::Target d_weight = sink.target(weight_parameter);
+  backend_.matmul(d_weight.tensor, input, d_output, {.transpose_a = true, .accumulate = d_weight.accumulate});
+  sink.ready(weight_parameter);
+  const GradientSink::Target d_bias = sink.target(bias_parameter);
+  backend_.bias_backward(d_bias.tensor, d_output, d_bias.accumulate);
+  sink.ready(bias_parameter);
+}
+
+// Adds to d_residual; both parameters of a LayerNorm get their gradients in one pass, so both are open at a time.
+void Gpt2::norm_backward(GradientSink& sink, const Parameter& weight_parameter, const Parameter& bias_parameter,
+                         Tensor d_out, Tensor in, Tensor mean, Tensor rstd) {
+  const GradientSink::Target d_weight = sink.target(weight_parameter);
+  const GradientSink::Target d_bias = sink.target(bias_parameter);
+  backend_.layernorm_backward(activations_.d_residual, d_weight.tensor, d_bias.tensor, d_weight.accumulate, d_out, in,
+                              mean, rstd, weight(weight_parameter));
+  sink.ready(weight_parameter);
+  sink.ready(bias_parameter);
+}
+
+// Brings back what the recompute level did not keep, by the same kernels on the same rounded inputs as in the forward
+// pass.
+void Gpt2::recompute_block(int64_t index) {
+  const Recompute level = shapes_.recompute;
+  const Gpt2Layer layer(store_.parameters(), index);
+  const LayerActivations a = activations_.layer(index);
+  if (level >= Recompute::kNormsGelu) {
+    backend_.layernorm_forward(a.ln1, a.mean1, a.rstd1, a.x, weight(layer.ln1_weight), weight(layer.ln1_bias));
+  }
+  if (level == Recompute::kBlock) {
+    attention_branch(index, a);
+    mlp_hidden(index, a);
+    return;
+  }
+  if (level >= Recompute::kAttention) {
+    backend_.attention_forward(a.att, a.lse, a.qkv, static_cast<int>(config_.heads));
+  }
+  if (level >= Recompute::kNormsGelu) {
+    backend_.layernorm_forward(a.ln2, a.mean2, a.rstd2, a.x2, weight(layer.ln2_weight), weight(layer.ln2_bias));
+  }
+  if (level >= Recompute::kGelu) backend_.gelu_forward(a.gelu, a.fch);
+}
+
+void Gpt2::backward_block(int64_t index, GradientSink& sink) {
+  const Gpt2Layer layer(store_.parameters(), index);
+  const LayerActivations a = activations_.layer(index);
+  const Tensor d_residual = activations_.d_residual, d_wide = activations_.d_wide, d_qkv = activations_.d_qkv;
+  const Tensor d_branch = activations_.branch;
+
+  linear_backward(sink, layer.mlp_proj_weight, layer.mlp_proj_bias, d_wide, a.gelu, d_residual);
+  backend_.gelu_backward(d_wide, a.fch);
+  linear_backward(sink, layer.fc_weight, layer.fc_bias, d_branch, a.ln2, d_wide);
+  norm_backward(sink, layer.ln2_weight, layer.ln2_bias, d_branch, a.x2, a.mean2, a.rstd2);
+
+  linear_backward(sink, layer.proj_weight, layer.proj_bias, d_branch, a.att, d_residual);
+  backend_.attention_backward(d_qkv, d_branch, a.att, a.lse, a.qkv, static_cast<int>(config_.heads));
+  linear_backward(sink, layer.qkv_weight, layer.qkv_bias, d_branch, a.ln1, d_qkv);
+  norm_backward(sink, layer.ln1_weight, layer.ln1_bias, d_branch, a.x, a.mean1, a.rstd1);
+}
+
+void Gpt2::backward(GradientSink& sink) {
+  store_.acquire(-1);
+  backend_.fill(activations_.d_residual.data, 0, activations_.d_residual.bytes());
+  norm_backward(sink, parameter("ln_f.weight"), parameter("ln_f.bias"), activations_.branch,
+                activations_.residual(config_.layers), activations_.final_mean, activations_.final_rstd);
+  for (int64_t l = config_.layers - 1; l >= 0; --l) {
+    store_.acquire(static_cast<int>(l));
+    recompute_block(l);
+    backward_block(l, sink);
+    store_.release(static_cast<int>(l), true);
+  }
+  // The tied embedding got the head's gradient first and gets the lookup's last; only now is it complete.
+  const Parameter& wte = parameter("wte.weight");
+  const Parameter& wpe = parameter("wpe.weight");
+  const GradientSink::Target d_wte = sink.target(wte), d_wpe = sink.target(wpe);
+  backend_.embedding_backward(d_wte.tensor, d_wte.accumulate, d_wpe.tensor, d_wpe.accumulate, activations_.d_residual,
+                              groups_);
+  sink.ready(wte);
+  sink.ready(wpe);
+  store_.release(-1, true);
+}

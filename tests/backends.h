@@ -1,0 +1,232 @@
+// backends.h: what the tests of operations share: the list of backends they run on, tensors in a backend's memory with
+// poison around and inside them, and the comparison with float64 references.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels/backend.h"
+
+using Values = std::vector<double>;
+
+// The backends whose operations are tested; a build with CUDA adds its own.
+inline std::vector<std::string> backend_names() { return {"cpu"}; }
+
+inline std::unique_ptr<Backend> make_test_backend(const std::string& name, int threads) {
+  if (name == "cpu") return make_cpu_backend({.threads = threads});
+  throw std::runtime_error("unknown backend " + name);
+}
+
+// A backend with a (poisoned) workspace, and tensors in its memory. Every byte that belongs to no tensor, around a
+// buffer and between the rows of a strided view, is 0xff and must stay so: check_guards(), also called by the
+// destructor. So is every element of a tensor made by poisoned(): a NaN in fp32 and bf16.
+class TestDevice {
+ public:
+  explicit TestDevice(const std::string& name, int threads = 2) : backend_(make_test_backend(name, threads)) {
+    const KernelShapes shapes = {
+        .batch = 4, .sequence = 512, .channels = 1024, .heads = 4, .vocabulary = 2048, .any_bf16 = true};
+    const size_t bytes = backend_->workspace_bytes(shapes);
+    workspace_ = backend_->allocate(bytes);
+    backend_->fill(workspace_, 0xff, bytes);
+    backend_->set_workspace(workspace_, bytes);
+  }
+
+  ~TestDevice() {
+    check_guards();
+    for (const Buffer& buffer : buffers_) backend_->release(buffer.memory);
+    backend_->release(workspace_);
+    EXPECT_EQ(backend_->allocated_bytes(), 0u);
+  }
+
+  TestDevice(const TestDevice&) = delete;
+  TestDevice& operator=(const TestDevice&) = delete;
+
+  Backend* operator->() const { return backend_.get(); }
+  Backend& backend() const { return *backend_; }
+
+  // An uninitialised tensor; rows `pitch` elements apart when that is given.
+  Tensor poisoned(DType dtype, std::initializer_list<int64_t> shape, int64_t pitch = 0) {
+    Tensor t = Tensor::of(nullptr, dtype, shape);
+    if (pitch > 0) {
+      for (int i = t.rank - 2; i >= 0; --i) t.stride[i] = i == t.rank - 2 ? pitch : t.stride[i + 1] * t.shape[i + 1];
+    }
+    Buffer buffer = {.view = t};
+    buffer.bytes = 2 * kGuard + static_cast<size_t>(t.rows() * t.leading_dimension()) * dtype_size(dtype);
+    buffer.memory = backend_->allocate(buffer.bytes);
+    backend_->fill(buffer.memory, 0xff, buffer.bytes);
+    t.data = static_cast<char*>(buffer.memory) + kGuard;
+    buffer.view = t;
+    buffers_.push_back(buffer);
+    return t;
+  }
+
+  Tensor upload(const Values& values, DType dtype, std::initializer_list<int64_t> shape, int64_t pitch = 0) {
+    const Tensor t = poisoned(dtype, shape, pitch);
+    write(t, values);
+    return t;
+  }
+
+  // Normally distributed values, the same for the same seed.
+  Tensor random(uint32_t seed, DType dtype, std::initializer_list<int64_t> shape, double stddev = 1.0,
+                int64_t pitch = 0) {
+    std::mt19937 generator(seed);
+    std::normal_distribution<double> normal(0.0, stddev);
+    Values values(static_cast<size_t>(Tensor::of(nullptr, dtype, shape).elements()));
+    for (double& value : values) value = normal(generator);
+    return upload(values, dtype, shape, pitch);
+  }
+
+  void write(const Tensor& t, const Values& values) {
+    ASSERT_EQ(static_cast<int64_t>(values.size()), t.elements());
+    std::vector<char> row(static_cast<size_t>(t.cols()) * dtype_size(t.dtype));
+    for (int64_t i = 0; i < t.rows(); ++i) {
+      for (int64_t j = 0; j < t.cols(); ++j) {
+        const double value = values[static_cast<size_t>(i * t.cols() + j)];
+        char* target = row.data() + static_cast<size_t>(j) * dtype_size(t.dtype);
+        if (t.dtype == DType::kF32) store(target, static_cast<float>(value));
+        if (t.dtype == DType::kBF16) store(target, from_float<bf16>(static_cast<float>(value)));
+        if (t.dtype == DType::kI32) store(target, static_cast<int32_t>(value));
+      }
+      backend_->copy(address(t, i), row.data(), row.size());
+      backend_->synchronize();
+    }
+  }
+
+  // What a tensor holds, as float64: also the rounded inputs that a reference starts from.
+  Values read(const Tensor& t) const {
+    Values values;
+    const std::vector<uint8_t> bytes = bits(t);
+    for (size_t i = 0; i < bytes.size(); i += dtype_size(t.dtype)) {
+      if (t.dtype == DType::kF32) values.push_back(load<float>(&bytes[i]));
+      if (t.dtype == DType::kBF16) values.push_back(to_float(load<bf16>(&bytes[i])));
+      if (t.dtype == DType::kI32) values.push_back(load<int32_t>(&bytes[i]));
+    }
+    return values;
+  }
+
+  // The bytes of a tensor's elements, for comparisons that must be exact.
+  std::vector<uint8_t> bits(const Tensor& t) const {
+    const size_t row = static_cast<size_t>(t.cols()) * dtype_size(t.dtype);
+    std::vector<uint8_t> bytes(row * static_cast<size_t>(t.rows()));
+    for (int64_t i = 0; i < t.rows(); ++i) backend_->copy(&bytes[row * static_cast<size_t>(i)], address(t, i), row);
+    backend_->synchronize();
+    return bytes;
+  }
+
+  void check_guards() const {
+    for (const Buffer& buffer : buffers_) {
+      std::vector<uint8_t> bytes(buffer.bytes);
+      backend_->copy(bytes.data(), buffer.memory, buffer.bytes);
+      backend_->synchronize();
+      const Tensor& t = buffer.view;
+      const size_t size = dtype_size(t.dtype), row = static_cast<size_t>(t.cols()) * size;
+      for (int64_t i = 0; i < t.rows(); ++i) {
+        const size_t offset = kGuard + static_cast<size_t>(i * t.leading_dimension()) * size;
+        std::memset(&bytes[offset], 0xff, row);
+      }
+      size_t changed = 0;
+      for (uint8_t byte : bytes) changed += byte != 0xff;
+      EXPECT_EQ(changed, 0u) << "bytes written outside a tensor";
+    }
+  }
+
+ private:
+  static constexpr size_t kGuard = 256;
+
+  struct Buffer {
+    Tensor view;
+    void* memory = nullptr;
+    size_t bytes = 0;
+  };
+
+  template <typename T>
+  static void store(char* target, T value) {
+    std::memcpy(target, &value, sizeof value);
+  }
+  template <typename T>
+  static T load(const uint8_t* source) {
+    T value;
+    std::memcpy(&value, source, sizeof value);
+    return value;
+  }
+  static char* address(const Tensor& t, int64_t row) {
+    return static_cast<char*>(t.data) + static_cast<size_t>(row * t.leading_dimension()) * dtype_size(t.dtype);
+  }
+
+  std::unique_ptr<Backend> backend_;
+  void* workspace_ = nullptr;
+  std::vector<Buffer> buffers_;
+};
+
+// Every test of an operation runs on each backend in fp32 and in bf16.
+class OperationTest : public ::testing::TestWithParam<std::tuple<std::string, DType>> {
+ protected:
+  std::string backend() const { return std::get<0>(GetParam()); }
+  DType dtype() const { return std::get<1>(GetParam()); }
+};
+
+#define INSTANTIATE_OPERATION_TESTS(suite)                                                                    \
+  INSTANTIATE_TEST_SUITE_P(                                                                                   \
+      All, suite,                                                                                             \
+      ::testing::Combine(::testing::ValuesIn(backend_names()), ::testing::Values(DType::kF32, DType::kBF16)), \
+      [](const auto& info) {                                                                                  \
+        return std::get<0>(info.param) + "_" + std::string(dtype_name(std::get<1>(info.param)));              \
+      })
+
+// The largest relative error allowed in a result of this dtype.
+inline double tolerance(DType dtype) { return dtype == DType::kF32 ? 1e-5 : 1e-2; }
+
+// ||out - reference|| / ||reference||; NaN when `out` holds one (and a NaN passes no comparison).
+inline double relative_error(const Values& out, const Values& reference) {
+  if (out.size() != reference.size()) return INFINITY;
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < out.size(); ++i) {
+    difference += (out[i] - reference[i]) * (out[i] - reference[i]);
+    norm += reference[i] * reference[i];
+  }
+  return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
+}
+
+// d/dx of sum(f(x) * weights) by central differences in float64, for small x: what an analytic gradient is checked by.
+inline Values numeric_gradient(const std::function<Values(const Values&)>& f, Values x, const Values& weights) {
+  constexpr double kStep = 1e-5;
+  Values gradient(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double center = x[i];
+    x[i] = center + kStep;
+    const Values above = f(x);
+    x[i] = center - kStep;
+    const Values below = f(x);
+    x[i] = center;
+    for (size_t j = 0; j < above.size(); ++j) gradient[i] += weights[j] * (above[j] - below[j]) / (2 * kStep);
+  }
+  return gradient;
+}
+
+// The bits `run` returns must not depend on how many threads the device uses.
+inline void expect_independent_of_threads(const std::string& backend,
+                                          const std::function<std::vector<uint8_t>(TestDevice&)>& run) {
+  TestDevice one(backend, 1);
+  const std::vector<uint8_t> expected = run(one);
+  for (int threads : {2, 5}) {
+    TestDevice several(backend, threads);
+    EXPECT_EQ(run(several), expected) << threads << " threads";
+  }
+}
+
+// Two runs on devices of the same kind give the same bits.
+inline void expect_repeatable(const std::string& backend, const std::function<std::vector<uint8_t>(TestDevice&)>& run) {
+  TestDevice first(backend), second(backend);
+  EXPECT_EQ(run(first), run(second));
+}

@@ -1,0 +1,235 @@
+"""run.py: runs every test there is, C++ and Python, and counts them.
+
+    .venv/bin/python tests/run.py [--filter SUBSTRING] [--fast]
+
+Each build/tests/test_* is a GoogleTest binary; then pytest runs on tests/. One line per binary and per Python file,
+failures in full as they happen. A crash, a time-out or a binary that fails without a failed test counts as one failure.
+Reports go to build/tests/ (JSON of GoogleTest, JUnit XML of pytest, summary.json). The last line is
+"N passed, N failed" or "N passed, N failed, N skipped"; the exit code is 1 when anything failed or nothing ran.
+
+Slow tests, left out by --fast, have "Slow" in their GoogleTest name or pytest's mark `slow`.
+"""
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT / "build" / "tests"
+
+GTEST_EVENT = re.compile(r"\[( RUN      |       OK |  FAILED  |  SKIPPED )\] ([^\s,(]+)")
+PYTEST_EVENT = re.compile(r"^(\S+\.py)::.* (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
+
+
+class Counts:
+    """What happened in one binary, one Python file, or in all."""
+
+    def __init__(self, name):
+        self.name, self.passed, self.failed, self.skipped = name, 0, [], []  # skipped: (test, reason)
+
+    def add(self, other):
+        self.passed += other.passed
+        self.failed += other.failed
+        self.skipped += other.skipped
+
+    def total(self):
+        return self.passed + len(self.failed) + len(self.skipped)
+
+    def line(self):
+        text = f"{self.passed} passed, {len(self.failed)} failed"
+        return text + (f", {len(self.skipped)} skipped" if self.skipped else "")
+
+
+def say(text=""):
+    print(text, flush=True)
+
+
+def report(counts, seconds):
+    say(f"{'FAIL' if counts.failed else 'ok  '}  {counts.name:<36} {counts.line()}  ({seconds:.1f} s)")
+
+
+def start(command, timeout):
+    """The process with its merged output, ended after `timeout` seconds. Call the returned function when it is done: it
+    says whether time ran out."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+        errors="replace", start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    expired = threading.Event()
+
+    def stop():
+        expired.set()
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # the test and whatever it started
+        except ProcessLookupError:
+            pass
+
+    timer = threading.Timer(timeout, stop)
+    timer.start()
+
+    def finish():
+        process.wait()
+        timer.cancel()
+        return expired.is_set()
+
+    return process, finish
+
+
+def exit_text(code, expired, timeout):
+    if expired:
+        return f"was stopped after {timeout:.0f} s"
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def skip_reason(block):
+    """GoogleTest prints 'file:line: Skipped' and the message after it."""
+    lines = [line.strip() for line in block if line.strip()]
+    while lines and not lines[0].endswith("Skipped"):
+        lines.pop(0)
+    return " ".join(lines[1:]) or "no reason given"
+
+
+def run_binary(path, arguments):
+    counts = Counts(path.name)
+    command = [str(path), f"--gtest_output=json:{REPORTS / (path.name + '.json')}", "--gtest_color=no"]
+    wanted = "*"
+    if arguments.filter and arguments.filter not in path.name:
+        wanted = f"*{arguments.filter}*"
+    command.append(f"--gtest_filter={wanted}" + ("-*Slow*" if arguments.fast else ""))
+    began = time.monotonic()
+    process, finish = start(command, arguments.timeout)
+    current, block, tail = None, [], []
+    for line in process.stdout:
+        line = line.rstrip("\n")
+        tail = tail[-40:] + [line]
+        event = GTEST_EVENT.search(line)
+        if not event:
+            block.append(line)
+            continue
+        kind, test = event.group(1).strip(), event.group(2)
+        if kind == "RUN":
+            current, block = test, []
+        elif current:  # the closing summary repeats names; only the first report of a test counts
+            if kind == "OK":
+                counts.passed += 1
+            elif kind == "FAILED":
+                counts.failed.append(f"{path.name}: {test}")
+                say("\n".join([f"---- {path.name}: {test}", *block, line]))
+            else:
+                counts.skipped.append((f"{path.name}: {test}", skip_reason(block)))
+            current, block = None, []
+    expired = finish()
+    if expired or process.returncode not in (0, 1) or (process.returncode == 1 and not counts.failed) or current:
+        where = f" in {current}" if current else ""
+        problem = f"{path.name} {exit_text(process.returncode, expired, arguments.timeout)}{where}"
+        counts.failed.append(problem)
+        say("\n".join([f"---- {problem}", *(block if current else tail)]))
+    if counts.total() or not arguments.filter:
+        report(counts, time.monotonic() - began)
+    return counts
+
+
+def run_pytest(arguments):
+    counts = Counts("pytest")
+    xml = REPORTS / "pytest.xml"
+    xml.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "tests", "-v", "--tb=short", "--color=no", f"--junitxml={xml}"]
+    if arguments.filter:
+        command += ["-k", arguments.filter]
+    if arguments.fast:
+        command += ["-m", "not slow"]
+    process, finish = start(command, arguments.timeout)
+    file, began, output, failing = None, time.monotonic(), [], False
+    for line in process.stdout:
+        line = line.rstrip("\n")
+        output.append(line)
+        failing = failing or re.match(r"=+ (FAILURES|ERRORS) =+", line) is not None
+        if failing:
+            say(line)
+        event = PYTEST_EVENT.match(line)
+        if not event:
+            continue
+        if file is None or file.name != event.group(1):
+            if file:
+                report(file, time.monotonic() - began)
+            file, began = Counts(event.group(1)), time.monotonic()
+        if event.group(2) in ("PASSED", "XPASS"):
+            file.passed += 1
+        elif event.group(2) in ("FAILED", "ERROR"):
+            file.failed.append(line)
+        else:
+            file.skipped.append((line, ""))
+    expired = finish()
+    if file:
+        report(file, time.monotonic() - began)
+    if xml.exists():
+        read_junit(xml, counts)
+    code = process.returncode
+    if expired or code not in (0, 1, 5) or (code == 1 and not counts.failed) or (code != 5 and not xml.exists()):
+        problem = f"pytest {exit_text(code, expired, arguments.timeout)}"
+        counts.failed.append(problem)
+        say("\n".join([f"---- {problem}", *output[-40:]]))
+    return counts
+
+
+def read_junit(xml, counts):
+    for case in ElementTree.parse(xml).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        if case.find("failure") is not None or case.find("error") is not None:
+            counts.failed.append(name)
+        elif (skipped := case.find("skipped")) is not None:
+            counts.skipped.append((name, skipped.get("message") or "no reason given"))
+        else:
+            counts.passed += 1
+
+
+def write_summary(total, seconds):
+    summary = {
+        "passed": total.passed,
+        "failed": total.failed,
+        "skipped": [{"test": test, "reason": reason} for test, reason in total.skipped],
+        "seconds": round(seconds, 1),
+    }
+    (REPORTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Runs every test and counts them.")
+    parser.add_argument("--filter", default="", metavar="SUBSTRING", help="only tests whose name contains this")
+    parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
+    parser.add_argument("--timeout", type=float, default=1200, metavar="SECONDS",
+                        help="for each binary, and for pytest (default: 1200)")
+    arguments = parser.parse_args()
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    total = Counts("all")
+    binaries = [p for p in sorted(REPORTS.glob("test_*")) if p.is_file() and os.access(p, os.X_OK)]
+    if not binaries:
+        say("no test binary in build/tests; `make tests` builds them")
+    for path in binaries:
+        total.add(run_binary(path, arguments))
+    total.add(run_pytest(arguments))
+    write_summary(total, time.monotonic() - began)
+    say()
+    for test, reason in total.skipped:
+        say(f"skipped: {test}: {reason}")
+    for test in total.failed:
+        say(f"failed: {test}")
+    if not total.total():
+        say(f"no test has {arguments.filter!r} in its name" if arguments.filter else "no test ran")
+    say(f"all of it took {time.monotonic() - began:.0f} s")
+    say(total.line())
+    return 1 if total.failed or not total.total() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

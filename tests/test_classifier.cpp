@@ -1,0 +1,101 @@
+// test_classifier.cpp: softmax and cross-entropy against float64, the gradient by finite differences of the loss.
+#include "tests/backends.h"
+
+namespace {
+
+double reference_loss(const double* logits, int64_t vocabulary, int target) {
+  double maximum = -INFINITY, sum = 0;
+  for (int64_t j = 0; j < vocabulary; ++j) maximum = std::max(maximum, logits[j]);
+  for (int64_t j = 0; j < vocabulary; ++j) sum += std::exp(logits[j] - maximum);
+  return maximum + std::log(sum) - logits[target];
+}
+
+class Classifier : public OperationTest {};
+INSTANTIATE_OPERATION_TESTS(Classifier);
+
+TEST_P(Classifier, LossWithoutGradientLeavesTheLogitsAlone) {
+  for (const int64_t vocabulary : {1, 7, 257, 5003}) {
+    TestDevice device(backend());
+    const int64_t rows = 9, padded = vocabulary + 21;
+    const Tensor logits = device.random(1, dtype(), {rows, padded}, 4);
+    Values targets, expected;
+    const Values values = device.read(logits);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int target = i == 4 ? -1 : static_cast<int>(i * 37 % vocabulary);
+      targets.push_back(target);
+      expected.push_back(target < 0 ? 0 : reference_loss(&values[static_cast<size_t>(i * padded)], vocabulary, target));
+    }
+    const Tensor losses = device.poisoned(DType::kF32, {rows});
+    device->classifier(losses, logits, device.upload(targets, DType::kI32, {rows}), vocabulary, 1.0f, false);
+    EXPECT_LE(relative_error(device.read(losses), expected), 1e-5) << "V " << vocabulary;
+    EXPECT_EQ(device.read(logits), values);
+  }
+}
+
+TEST_P(Classifier, GradientMatchesFiniteDifferences) {
+  for (const int64_t vocabulary : {2, 131, 1003}) {
+    TestDevice device(backend());
+    const int64_t rows = 3, padded = vocabulary + 5;
+    const double scale = 0.125;
+    const Tensor logits = device.random(1, dtype(), {rows, padded}, 2, padded + 3);
+    const Values values = device.read(logits), targets = {static_cast<double>(vocabulary - 1), 0, -1};
+    Values expected;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int target = static_cast<int>(targets[static_cast<size_t>(i)]);
+      const double* row = &values[static_cast<size_t>(i * padded)];
+      Values gradient(static_cast<size_t>(vocabulary));
+      if (target >= 0) {
+        auto loss = [&](const Values& x) { return Values{reference_loss(x.data(), vocabulary, target)}; };
+        gradient = numeric_gradient(loss, Values(row, row + vocabulary), {scale});
+      }
+      gradient.resize(static_cast<size_t>(padded));
+      expected.insert(expected.end(), gradient.begin(), gradient.end());
+    }
+    const Tensor losses = device.poisoned(DType::kF32, {rows});
+    device->classifier(losses, logits, device.upload(targets, DType::kI32, {rows}), vocabulary,
+                       static_cast<float>(scale), true);
+    const Values gradient = device.read(logits);
+    EXPECT_LE(relative_error(gradient, expected), tolerance(dtype())) << "V " << vocabulary;
+    for (size_t i = 0; i < gradient.size(); ++i) {
+      const bool ignored = static_cast<int64_t>(i) % padded >= vocabulary || static_cast<int64_t>(i) / padded == 2;
+      if (ignored) {
+        EXPECT_EQ(gradient[i], 0.0);
+      }
+    }
+  }
+}
+
+// Differences of logits from 0 to -200: exponentials that vanish, and a loss that is large but finite.
+TEST_P(Classifier, ExtremeLogits) {
+  TestDevice device(backend());
+  Values values(300);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(i % 101) * 2;
+  const Tensor logits = device.upload(values, dtype(), {1, 300}), losses = device.poisoned(DType::kF32, {1});
+  device->classifier(losses, logits, device.upload({0}, DType::kI32, {1}), 300, 1.0f, true);
+  EXPECT_LE(relative_error(device.read(losses), {reference_loss(values.data(), 300, 0)}), 1e-5);
+  for (double gradient : device.read(logits)) EXPECT_TRUE(std::isfinite(gradient));
+}
+
+TEST_P(Classifier, NonFiniteLogitsGiveNonFiniteLosses) {
+  for (const double bad : Values{NAN, INFINITY}) {
+    for (const size_t where : {0, 50, 99}) {
+      TestDevice device(backend());
+      Values values(100, 1.0);
+      values[where] = bad;
+      const Tensor logits = device.upload(values, dtype(), {1, 100}), losses = device.poisoned(DType::kF32, {1});
+      device->classifier(losses, logits, device.upload({7}, DType::kI32, {1}), 100, 1.0f, false);
+      EXPECT_FALSE(std::isfinite(device.read(losses)[0]));
+    }
+  }
+}
+
+TEST_P(Classifier, IndependentOfThreads) {
+  expect_independent_of_threads(backend(), [&](TestDevice& device) {
+    const Tensor logits = device.random(1, dtype(), {11, 5003}, 2), losses = device.poisoned(DType::kF32, {11});
+    const Tensor targets = device.upload({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, DType::kI32, {11});
+    device->classifier(losses, logits, targets, 5000, 1.0f, true);
+    return device.bits(logits);
+  });
+}
+
+}  // namespace

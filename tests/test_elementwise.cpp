@@ -1,0 +1,205 @@
+// test_elementwise.cpp: GELU, additions, conversions, scalings and sums against float64, and the gate.
+#include <limits>
+
+#include "tests/backends.h"
+
+namespace {
+
+double gelu(double x) {
+  return 0.5 * x * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+}
+
+class Elementwise : public OperationTest {};
+INSTANTIATE_OPERATION_TESTS(Elementwise);
+
+// From one element to several spans, contiguous and strided.
+struct Shape {
+  int64_t rows, cols, pitch;
+};
+const Shape kShapes[] = {{1, 1, 0}, {1, 37, 0}, {7, 80, 97}, {67, 513, 0}, {67, 513, 520}};
+
+TEST_P(Elementwise, GeluForward) {
+  for (const Shape& s : kShapes) {
+    TestDevice device(backend());
+    const Tensor in = device.random(1, dtype(), {s.rows, s.cols}, 3, s.pitch);
+    const Tensor out = device.poisoned(dtype(), {s.rows, s.cols}, s.pitch);
+    Values expected = device.read(in);
+    for (double& x : expected) x = gelu(x);
+    device->gelu_forward(out, in);
+    EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype()));
+  }
+}
+
+TEST_P(Elementwise, GeluBackward) {
+  for (const Shape& s : kShapes) {
+    TestDevice device(backend());
+    const Tensor in = device.random(1, dtype(), {s.rows, s.cols}, 3, s.pitch);
+    const Tensor d = device.random(2, dtype(), {s.rows, s.cols}, 1, s.pitch);
+    Values expected = device.read(d);
+    const Values x = device.read(in);
+    for (size_t i = 0; i < x.size(); ++i) expected[i] *= (gelu(x[i] + 1e-5) - gelu(x[i] - 1e-5)) / 2e-5;
+    device->gelu_backward(d, in);
+    EXPECT_LE(relative_error(device.read(d), expected), tolerance(dtype()));
+  }
+}
+
+// Element by element over the whole range, where a norm would hide errors of small values.
+TEST_P(Elementwise, GeluOfExtremeValues) {
+  TestDevice device(backend());
+  const Values xs = {0.0, -0.0, 1e-30, -1e-30, 1e-3, -1e-3, -5.0, -9.0, 9.0, 50.0, -50.0, 1e4, -1e4, 1e15, -1e15};
+  const int64_t count = static_cast<int64_t>(xs.size());
+  const Tensor in = device.upload(xs, dtype(), {count}), out = device.poisoned(dtype(), {count});
+  const Tensor d = device.upload(Values(xs.size(), 1.0), dtype(), {count});
+  device->gelu_forward(out, in);
+  device->gelu_backward(d, in);
+  const Values x = device.read(in), y = device.read(out), slope = device.read(d);
+  for (size_t i = 0; i < x.size(); ++i) {
+    EXPECT_NEAR(y[i], gelu(x[i]), tolerance(dtype()) * std::abs(x[i]) * 0.1 + 1e-35) << x[i];
+    EXPECT_NEAR(slope[i],
+                x[i] > 8    ? 1
+                : x[i] < -8 ? 0
+                            : (gelu(x[i] + 1e-5) - gelu(x[i] - 1e-5)) / 2e-5,
+                tolerance(dtype()))
+        << x[i];
+  }
+}
+
+TEST_P(Elementwise, Add) {
+  for (const Shape& s : kShapes) {
+    for (const bool in_place : {false, true}) {
+      TestDevice device(backend());
+      const Tensor a = device.random(1, dtype(), {s.rows, s.cols}, 1, s.pitch);
+      const Tensor b = device.random(2, dtype(), {s.rows, s.cols});
+      const Tensor out = in_place ? a : device.poisoned(dtype(), {s.rows, s.cols}, s.pitch);
+      Values expected = device.read(a);
+      const Values other = device.read(b);
+      for (size_t i = 0; i < expected.size(); ++i) expected[i] += other[i];
+      device->add(out, a, b);
+      EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype()));
+    }
+  }
+}
+
+TEST_P(Elementwise, ScaleAndRestoreNorm) {
+  for (const Shape& s : kShapes) {
+    TestDevice device(backend());
+    const Tensor x = device.random(1, dtype(), {s.rows, s.cols}, 1, s.pitch);
+    const Tensor scalars = device.upload({-0.375, 1.0, 9.0, 4.0, 0.0}, DType::kF32, {5});
+    const float* values = scalars.as<float>();
+    const Values before = device.read(x);
+    device->scale(x, values + 1);
+    EXPECT_EQ(device.read(x), before);
+    device->scale(x, values);
+    Values expected = before;
+    for (double& value : expected) value *= -0.375;
+    EXPECT_LE(relative_error(device.read(x), expected), tolerance(dtype()));
+    device->restore_norm(x, values + 2, values + 4);
+    EXPECT_LE(relative_error(device.read(x), expected), tolerance(dtype()));
+    device->restore_norm(x, values + 2, values + 3);
+    for (double& value : expected) value *= 1.5;
+    EXPECT_LE(relative_error(device.read(x), expected), tolerance(dtype()));
+  }
+}
+
+TEST_P(Elementwise, Sums) {
+  for (const Shape& s : {Shape{1, 1, 0}, Shape{7, 80, 97}, Shape{67, 513, 520}, Shape{301, 1777, 0}}) {
+    for (const bool accumulate : {false, true}) {
+      TestDevice device(backend());
+      const Tensor x = device.random(1, dtype(), {s.rows, s.cols}, 1, s.pitch);
+      double squares = accumulate ? 3 : 0, sum = squares, size = 0;
+      for (double value : device.read(x)) {
+        squares += value * value;
+        sum += 0.5 * value;
+        size += std::abs(value);
+      }
+      const Values start = accumulate ? Values{3} : Values{NAN};
+      const Tensor out = device.upload(start, DType::kF32, {1});
+      device->sum_squares(out, x, accumulate);
+      EXPECT_LE(relative_error(device.read(out), {squares}), 1e-5);
+      device.write(out, start);
+      device->sum(out, x, 0.5f, accumulate);
+      EXPECT_NEAR(device.read(out)[0], sum, 1e-6 * size);
+    }
+  }
+}
+
+TEST_P(Elementwise, FillConstant) {
+  TestDevice device(backend());
+  const Tensor x = device.poisoned(dtype(), {7, 81}, 97);
+  device->fill_constant(x, 0.5f);
+  EXPECT_EQ(device.read(x), Values(7 * 81, 0.5));
+}
+
+TEST_P(Elementwise, IndependentOfThreads) {
+  expect_independent_of_threads(backend(), [&](TestDevice& device) {
+    const Tensor x = device.random(1, dtype(), {301, 177}), out = device.poisoned(dtype(), {301, 177});
+    const Tensor sums = device.poisoned(DType::kF32, {2});
+    device->gelu_forward(out, x);
+    device->gelu_backward(out, x);
+    device->add(out, out, x);
+    device->sum_squares(sums.slice(0, 1), out, false);
+    device->sum(sums.slice(1, 1), out, 1.0f, false);
+    std::vector<uint8_t> all = device.bits(out);
+    const std::vector<uint8_t> scalars = device.bits(sums);
+    all.insert(all.end(), scalars.begin(), scalars.end());
+    return all;
+  });
+}
+
+class Conversion : public ::testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(All, Conversion, ::testing::ValuesIn(backend_names()));
+
+TEST_P(Conversion, BetweenEveryPairOfDTypes) {
+  for (const Shape& s : kShapes) {
+    for (const DType to : {DType::kF32, DType::kBF16}) {
+      for (const DType from : {DType::kF32, DType::kBF16}) {
+        TestDevice device(GetParam());
+        const Tensor in = device.random(1, from, {s.rows, s.cols}, 1, s.pitch);
+        const Tensor out = device.poisoned(to, {s.rows, s.cols});
+        device->convert(out, in);
+        Values expected = device.read(in);
+        if (to == DType::kBF16) {
+          for (double& x : expected) x = to_float(from_float<bf16>(static_cast<float>(x)));
+        }
+        EXPECT_EQ(device.read(out), expected);
+      }
+    }
+  }
+}
+
+TEST_P(Conversion, RoundsToNearestEvenAndKeepsSpecialValues) {
+  TestDevice device(GetParam());
+  const double ulp = 1.0 / 128, tiny = 1e-40;
+  const Values xs = {1 + ulp / 2, 1 + 3 * ulp / 2, 1 + ulp * 0.51, -1 - ulp * 0.49, INFINITY, -INFINITY, 3.4e38, tiny,
+                     -0.0};
+  const Values expected = {1, 1 + 2 * ulp, 1 + ulp, -1, INFINITY, -INFINITY, INFINITY, 0, 0};
+  const int64_t count = static_cast<int64_t>(xs.size());
+  const Tensor out = device.poisoned(DType::kBF16, {count});
+  device->convert(out, device.upload(xs, DType::kF32, {count}));
+  const Values rounded = device.read(out);
+  for (size_t i = 0; i < xs.size(); ++i) {
+    if (xs[i] == tiny) {
+      EXPECT_NEAR(rounded[i], tiny, 1e-40);
+    } else {
+      EXPECT_EQ(rounded[i], expected[i]) << xs[i];
+    }
+  }
+  const Tensor nan = device.poisoned(DType::kBF16, {1});
+  device->convert(nan, device.upload({NAN}, DType::kF32, {1}));
+  EXPECT_TRUE(std::isnan(device.read(nan)[0]));
+}
+
+TEST_P(Conversion, GateClosesOnNonFiniteValues) {
+  for (const double value : Values{0.0, -1e30, NAN, INFINITY, -INFINITY}) {
+    TestDevice device(GetParam());
+    StepScalars scalars;
+    const Tensor memory = device.poisoned(DType::kI32, {static_cast<int64_t>(sizeof scalars / 4)});
+    device->copy(memory.data, &scalars, sizeof scalars);
+    device->gate_on_finite(memory.as<StepScalars>(), device.upload({value}, DType::kF32, {1}));
+    device->copy(&scalars, memory.data, sizeof scalars);
+    device->synchronize();
+    EXPECT_EQ(scalars.gate, std::isfinite(value) ? 1u : 0u) << value;
+  }
+}
+
+}  // namespace

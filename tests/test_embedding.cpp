@@ -1,0 +1,99 @@
+// test_embedding.cpp: token and position embeddings, forward and backward, against float64 loops.
+#include <map>
+
+#include "tests/backends.h"
+
+namespace {
+
+constexpr int64_t kBatch = 3, kSequence = 13, kVocabulary = 57, kPositions = 17;
+
+Values tokens_with_repeats() {
+  std::mt19937 generator(5);
+  Values tokens(static_cast<size_t>(kBatch * kSequence));
+  for (double& token : tokens)
+    token = static_cast<double>(generator() % 9 * 7);  // 0, 7, ..., 56: the first and last row
+  return tokens;
+}
+
+TokenGroups group(TestDevice& device, const Values& tokens) {
+  std::map<int, Values> positions_of;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    positions_of[static_cast<int>(tokens[i])].push_back(static_cast<double>(i));
+  }
+  Values ids, starts = {0}, positions;
+  for (const auto& [id, list] : positions_of) {
+    ids.push_back(id);
+    positions.insert(positions.end(), list.begin(), list.end());
+    starts.push_back(static_cast<double>(positions.size()));
+  }
+  ids.resize(tokens.size(), -1);
+  starts.resize(tokens.size() + 1, static_cast<double>(tokens.size()));
+  const int64_t count = static_cast<int64_t>(tokens.size());
+  return {device.upload(ids, DType::kI32, {count}), device.upload(starts, DType::kI32, {count + 1}),
+          device.upload(positions, DType::kI32, {count})};
+}
+
+class Embedding : public OperationTest {};
+INSTANTIATE_OPERATION_TESTS(Embedding);
+
+TEST_P(Embedding, Forward) {
+  for (const int64_t channels : {1, 80, 387}) {
+    TestDevice device(backend());
+    const Values tokens = tokens_with_repeats();
+    const Tensor wte = device.random(1, dtype(), {kVocabulary, channels});
+    const Tensor wpe = device.random(2, dtype(), {kPositions, channels});
+    const Tensor out = device.poisoned(dtype(), {kBatch, kSequence, channels});
+    device->embedding_forward(out, device.upload(tokens, DType::kI32, {kBatch, kSequence}), wte, wpe);
+    const Values token_rows = device.read(wte), position_rows = device.read(wpe);
+    Values expected;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      for (size_t j = 0; j < static_cast<size_t>(channels); ++j) {
+        expected.push_back(token_rows[static_cast<size_t>(tokens[i]) * static_cast<size_t>(channels) + j] +
+                           position_rows[i % kSequence * static_cast<size_t>(channels) + j]);
+      }
+    }
+    EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype()));
+  }
+}
+
+TEST_P(Embedding, Backward) {
+  for (const int64_t channels : {1, 80, 387}) {
+    for (int flags = 0; flags < 4; ++flags) {
+      const bool accumulate_wte = flags & 1, accumulate_wpe = flags & 2;
+      TestDevice device(backend());
+      const Values tokens = tokens_with_repeats();
+      const Tensor dout = device.random(1, dtype(), {kBatch, kSequence, channels});
+      const Tensor dwte = accumulate_wte ? device.random(2, dtype(), {kVocabulary, channels})
+                                         : device.poisoned(dtype(), {kVocabulary, channels});
+      const Tensor dwpe = accumulate_wpe ? device.random(3, dtype(), {kPositions, channels})
+                                         : device.poisoned(dtype(), {kPositions, channels});
+      Values expected_wte = accumulate_wte ? device.read(dwte) : Values(static_cast<size_t>(kVocabulary * channels));
+      Values expected_wpe = accumulate_wpe ? device.read(dwpe) : Values(static_cast<size_t>(kPositions * channels));
+      const Values gradient = device.read(dout);
+      const size_t row = static_cast<size_t>(channels);
+      for (size_t i = 0; i < tokens.size(); ++i) {
+        for (size_t j = 0; j < row; ++j) {
+          expected_wte[static_cast<size_t>(tokens[i]) * row + j] += gradient[i * row + j];
+          expected_wpe[i % kSequence * row + j] += gradient[i * row + j];
+        }
+      }
+      device->embedding_backward(dwte, accumulate_wte, dwpe, accumulate_wpe, dout, group(device, tokens));
+      EXPECT_LE(relative_error(device.read(dwte), expected_wte), tolerance(dtype())) << "C " << channels;
+      EXPECT_LE(relative_error(device.read(dwpe), expected_wpe), tolerance(dtype())) << "C " << channels;
+    }
+  }
+}
+
+TEST_P(Embedding, IndependentOfThreads) {
+  expect_independent_of_threads(backend(), [&](TestDevice& device) {
+    const Tensor dwte = device.poisoned(dtype(), {kVocabulary, 83}), dwpe = device.poisoned(dtype(), {kPositions, 83});
+    const TokenGroups groups = group(device, tokens_with_repeats());
+    device->embedding_backward(dwte, false, dwpe, false, device.random(1, dtype(), {kBatch, kSequence, 83}), groups);
+    std::vector<uint8_t> all = device.bits(dwte);
+    const std::vector<uint8_t> positions = device.bits(dwpe);
+    all.insert(all.end(), positions.begin(), positions.end());
+    return all;
+  });
+}
+
+}  // namespace

@@ -1,0 +1,101 @@
+// file_io.cpp: see file_io.h.
+#include "train/file_io.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+#include <zlib.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+namespace {
+
+[[noreturn]] void fail(const std::string& path, const char* what) {
+  throw std::runtime_error(path + ": " + what + ": " + std::strerror(errno));
+}
+
+uint32_t update_crc(uint32_t crc, const void* data, size_t bytes) {
+  return static_cast<uint32_t>(crc32_z(crc, static_cast<const Bytef*>(data), bytes));
+}
+
+}  // namespace
+
+FileWriter::FileWriter(const std::string& path) : path_(path) {
+  descriptor_ = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (descriptor_ < 0) fail(path, "cannot be written");
+}
+
+FileWriter::~FileWriter() {
+  if (descriptor_ >= 0) close(descriptor_);
+}
+
+void FileWriter::write(const void* data, size_t bytes) {
+  const char* at = static_cast<const char*>(data);
+  summary_.crc32 = update_crc(summary_.crc32, data, bytes);
+  summary_.bytes += bytes;
+  while (bytes > 0) {
+    const ssize_t written = ::write(descriptor_, at, std::min<size_t>(bytes, size_t{1} << 30));
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) fail(path_, "cannot be written");
+    at += written;
+    bytes -= static_cast<size_t>(written);
+  }
+}
+
+FileSummary FileWriter::finish() {
+  if (fsync(descriptor_) != 0) fail(path_, "cannot be synced to disk");
+  const int result = close(descriptor_);
+  descriptor_ = -1;
+  if (result != 0) fail(path_, "cannot be closed");
+  return summary_;
+}
+
+FileSummary write_file(const std::string& path, const std::string& contents) {
+  FileWriter writer(path);
+  writer.write(contents.data(), contents.size());
+  return writer.finish();
+}
+
+FileSummary summarize_file(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) fail(path, "cannot be read");
+  FileSummary summary;
+  std::vector<char> buffer(size_t{4} << 20);
+  while (file) {
+    file.read(buffer.data(), static_cast<std::streamsize>(buffer.size()));
+    const size_t count = static_cast<size_t>(file.gcount());
+    summary.crc32 = update_crc(summary.crc32, buffer.data(), count);
+    summary.bytes += count;
+  }
+  return summary;
+}
+
+std::string read_file(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) fail(path, "cannot be read");
+  std::ostringstream contents;
+  contents << file.rdbuf();
+  return contents.str();
+}
+
+void sync_directory(const std::string& path) {
+  const int descriptor = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (descriptor < 0) fail(path, "cannot be opened");
+  const int result = fsync(descriptor);
+  close(descriptor);
+  if (result != 0) fail(path, "cannot be synced to disk");
+}
+
+void replace_symlink(const std::string& link, const std::string& target) {
+  const std::string temporary = link + ".tmp";
+  std::error_code ignored;
+  std::filesystem::remove(temporary, ignored);
+  if (symlink(target.c_str(), temporary.c_str()) != 0) fail(temporary, "cannot be created");
+  if (rename(temporary.c_str(), link.c_str()) != 0) fail(link, "cannot be replaced");
+}

@@ -1,0 +1,37 @@
+// file_io.h: files that are written so that a crash or a full disk is noticed: every write is checked, checksummed and
+// synced.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+struct FileSummary {
+  uint64_t bytes = 0;
+  uint32_t crc32 = 0;  // zlib's
+};
+
+// A file being written from front to back. Throws std::runtime_error with the path and the system's message.
+class FileWriter {
+ public:
+  explicit FileWriter(const std::string& path);
+  ~FileWriter();
+  FileWriter(const FileWriter&) = delete;
+  FileWriter& operator=(const FileWriter&) = delete;
+
+  void write(const void* data, size_t bytes);
+  FileSummary finish();  // syncs to disk and closes
+
+ private:
+  std::string path_;
+  int descriptor_;
+  FileSummary summary_;
+};
+
+FileSummary write_file(const std::string& path, const std::string& contents);
+FileSummary summarize_file(const std::string& path);  // reads all of it
+std::string read_file(const std::string& path);
+void sync_directory(const std::string& path);
+
+// Gives `link` the new target in one step (a new symbolic link renamed over the old one).
+void replace_symlink(const std::string& link, const std::string& target);

@@ -1,0 +1,140 @@
+// options.cpp: options as JSON, the check on resume, and the checks that need nothing but the options themselves.
+#include "train/options.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+namespace {
+
+std::string underscored(std::string flag) {
+  std::replace(flag.begin(), flag.end(), '-', '_');
+  return flag;
+}
+
+struct ToJson {
+  nlohmann::ordered_json json = nlohmann::ordered_json::object();
+  void group(const char*) {}
+  template <typename T>
+  void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>&, OnResume) {
+    json[underscored(flag)] = field;
+  }
+};
+
+struct FromJson {
+  const nlohmann::json& saved;
+  const Options& options;
+  void group(const char*) {}
+  template <typename T>
+  void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>&,
+                  OnResume on_resume) {
+    const std::string key = underscored(flag);
+    if (!saved.contains(key)) return;
+    T value;
+    try {
+      value = saved[key].get<T>();
+    } catch (const nlohmann::json::exception&) {
+      throw std::runtime_error("the checkpoint's option '" + key + "' has the wrong type; the file is damaged");
+    }
+    if (!options.was_given(flag)) {
+      field = value;
+    } else if (on_resume == OnResume::kFixed && field != value) {
+      nlohmann::json given = field;
+      throw UsageError(std::string("--") + flag + " " + given.dump() + " contradicts the checkpoint, which has " +
+                       saved[key].dump() + "; it cannot change on resume: leave the flag out, or start a new run");
+    }
+  }
+};
+
+void at_least(double value, double least, const char* flag) {
+  if (!(value >= least)) {
+    std::string bound = std::to_string(static_cast<int64_t>(least));
+    throw UsageError(std::string("--") + flag + " must be at least " + bound);
+  }
+}
+
+void fraction(double value, const char* flag) {
+  if (!(value >= 0.0 && value < 1.0)) throw UsageError(std::string("--") + flag + " must be at least 0 and below 1");
+}
+
+}  // namespace
+
+bool Options::was_given(const std::string& flag) const {
+  return std::find(given.begin(), given.end(), flag) != given.end();
+}
+
+nlohmann::ordered_json options_to_json(const Options& options) {
+  ToJson visitor;
+  Options copy = options;
+  describe(copy, visitor);
+  return visitor.json;
+}
+
+void restore_options(Options& options, const nlohmann::json& saved) {
+  const Options before = options;
+  FromJson visitor{saved, before};
+  describe(options, visitor);
+  // What is asked for now is never what the earlier call asked for.
+  options.plan = before.plan;
+  options.json = before.json;
+  options.profile = before.profile;
+  options.resume = before.resume;
+}
+
+void check_options(const Options& o) {
+  at_least(static_cast<double>(o.seq_len), o.was_given("seq-len") ? 1 : 0, "seq-len");
+  at_least(static_cast<double>(o.micro_batch), o.was_given("micro-batch") ? 1 : 0, "micro-batch");
+  at_least(static_cast<double>(o.tokens_per_step), o.was_given("tokens-per-step") ? 1 : 0, "tokens-per-step");
+  at_least(static_cast<double>(o.head_chunk), o.was_given("head-chunk") ? 1 : 0, "head-chunk");
+  at_least(static_cast<double>(o.rank), 1, "rank");
+  at_least(static_cast<double>(o.kappa), 1, "kappa");
+  at_least(static_cast<double>(o.accumulation_rank), o.was_given("accumulation-rank") ? 1 : 0, "accumulation-rank");
+  at_least(static_cast<double>(o.steps), 1, "steps");
+  at_least(static_cast<double>(o.checkpoint_every), 0, "checkpoint-every");
+  at_least(static_cast<double>(o.keep_checkpoints), 0, "keep-checkpoints");
+  at_least(static_cast<double>(o.eval_every), 0, "eval-every");
+  at_least(static_cast<double>(o.eval_batches), 1, "eval-batches");
+  at_least(static_cast<double>(o.sample_every), 0, "sample-every");
+  at_least(static_cast<double>(o.sample_tokens), 1, "sample-tokens");
+  at_least(static_cast<double>(o.log_every), 1, "log-every");
+  at_least(static_cast<double>(o.threads), 0, "threads");
+  at_least(static_cast<double>(o.seed), 0, "seed");
+  at_least(static_cast<double>(o.top_k), 0, "top-k");
+  at_least(o.temperature, 0, "temperature");
+  at_least(o.final_lr, 0, "final-lr");
+  at_least(o.update_clip, 0, "update-clip");
+  at_least(o.peak_tflops, 0, "peak-tflops");
+  if (o.was_given("lr") && !(o.lr > 0)) throw UsageError("--lr must be above 0");
+  if (o.was_given("warmup-steps")) at_least(static_cast<double>(o.warmup_steps), 0, "warmup-steps");
+  if (o.was_given("cooldown-steps")) at_least(static_cast<double>(o.cooldown_steps), 0, "cooldown-steps");
+  if (o.was_given("weight-decay")) at_least(o.weight_decay, 0, "weight-decay");
+  if (o.was_given("clip-norm")) at_least(o.clip_norm, 0, "clip-norm");
+  if (o.was_given("beta1")) fraction(o.beta1, "beta1");
+  fraction(o.beta2, "beta2");
+  if (!(o.decay_rate < 0)) throw UsageError("--decay-rate must be below 0");
+
+  // Flags that say nothing, or two different things, together.
+  const auto only_for = [&](std::initializer_list<const char*> flags, bool applies, const std::string& needs) {
+    for (const char* flag : flags) {
+      if (o.was_given(flag) && !applies) throw UsageError(std::string("--") + flag + " contradicts " + needs);
+    }
+  };
+  const bool flora = o.optimizer == "flora", adaptive = flora || o.optimizer == "adafactor";
+  const std::string optimizer = "--optimizer " + o.optimizer;
+  only_for({"rank", "kappa", "projection", "transfer", "compress-embeddings"},
+           flora || o.gradients == "compressed" || o.accumulation_rank > 0, optimizer);
+  only_for({"kappa", "transfer"}, flora, optimizer);
+  only_for(
+      {"decay-rate", "eps1", "eps2", "update-clip", "no-factored", "scale-parameter", "relative-step", "warmup-init"},
+      adaptive, optimizer);
+  only_for({"beta2", "eps"}, o.optimizer == "adamw", optimizer);
+  only_for({"warmup-init"}, o.relative_step, "the absence of --relative-step");
+  only_for({"lr", "schedule", "warmup-steps", "final-lr"}, !o.relative_step,
+           "--relative-step, which has its own schedule");
+  only_for({"cooldown-steps"}, o.schedule == "wsd", "--schedule " + o.schedule);
+  only_for({"accumulation-rank"}, o.gradients != "dense", "--gradients dense");
+  const std::string weights = o.weight_dtype.empty() ? o.dtype : o.weight_dtype;
+  if (o.master_weights == "fp32" && weights == "fp32")
+    throw UsageError("--master-weights fp32 contradicts fp32 weights");
+  only_for({"json"}, o.plan, "the absence of --plan");
+  if (o.plan && !o.resume.empty()) throw UsageError("--plan contradicts --resume: a plan needs no checkpoint");
+}

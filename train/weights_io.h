@@ -1,0 +1,33 @@
+// weights_io.h: weights from and to files: Hugging Face directories (one model.safetensors, or shards with an index)
+// and llm.c's .bin models (versions 3, fp32, and 5, bf16).
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "flora/parameter_store.h"
+#include "kernels/backend.h"
+#include "model/config.h"
+#include "train/file_io.h"
+
+// What --model means: a preset's name, a directory with config.json, a config.json, or an llm.c .bin.
+struct ModelSource {
+  enum class Kind { kPreset, kDirectory, kConfigFile, kLlmcBin } kind;
+  std::string path;
+  Gpt2Config config;
+  bool has_weights;
+};
+
+// Throws UsageError for an unknown model, std::runtime_error for a file that cannot be used.
+ModelSource find_model(const std::string& name);
+
+// Fills every parameter (and master copy) of the store. Tensors may be fp32, fp16 or bf16, named with or without
+// "transformer."; a missing tensor or another shape throws std::runtime_error naming it.
+void load_weights(const ModelSource& source, ParameterStore& store, Backend& backend);
+
+// Writes model.safetensors into `directory` in the weights' own dtype (the fp32 master copies, where there are any, are
+// optimizer state), or model-00001-of-0000N.safetensors and model.safetensors.index.json when there is more than
+// `shard_bytes`. Returns size and checksum of each file.
+std::map<std::string, FileSummary> save_weights(const std::string& directory, ParameterStore& store, Backend& backend,
+                                                size_t shard_bytes = size_t{5} << 30);
