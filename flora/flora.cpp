@@ -6,6 +6,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "flora/optimizer_state.h"
+
 namespace {
 
 constexpr int64_t kSquares = 4;  // an element each: of the update, the weight, the momentum before and after a transfer
@@ -26,10 +28,12 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
       moved_("flora.moved_momentum", DType::kF32),
       square_("flora.transfer", DType::kF32),
       factor_("flora.cholesky", DType::kF32) {
+  require_indexed(parameters);
   if (config_.kappa == 0) throw std::invalid_argument("kappa must be at least 1");
   if (config_.kind == OptimizerKind::kAdafactor) config_.rank = 0;
   for (const Parameter& parameter : parameters) {
-    Slot slot{.parameter = parameter};
+    Slot slot;
+    slot.parameter = parameter;
     slot.factored = config_.factored && parameter.matrix;
     slot.compressed = slot.factored && has_momentum() &&
                       is_compressed(parameter, config_.rank, config_.compress_embeddings, config_.projection);
@@ -42,7 +46,8 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
       projection_.reserve(shape.projection_elements());
       projection2_.reserve(shape.projection_elements());
       compressed_.reserve(shape.compressed_elements());
-      if (momentum_dtype(slot) == DType::kI8) decoded_momentum_.reserve(shape.compressed_elements());
+      if (momentum_dtype(config_.state_dtype, slot.parameter) == DType::kI8)
+        decoded_momentum_.reserve(shape.compressed_elements());
       if (config_.transfer != TransferKind::kRestart) {
         moved_.reserve(shape.compressed_elements());
         square_.reserve(shape.rank * shape.rank);
@@ -51,15 +56,6 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
     }
     slots_.push_back(std::move(slot));
   }
-}
-
-DType Flora::momentum_dtype(const Slot& slot) const {
-  if (config_.state_dtype == DType::kI8) return slot.parameter.matrix ? DType::kI8 : DType::kF32;
-  return config_.state_dtype;
-}
-
-DType Flora::second_moment_dtype(const Slot& slot) const {
-  return config_.state_dtype == DType::kI8 && slot.parameter.matrix ? DType::kU8 : DType::kF32;
 }
 
 ProjectionId Flora::projection(const Slot& slot, const uint32_t* index) const {
@@ -72,13 +68,15 @@ void Flora::declare(MemoryPlan& plan) const {
   for (const Slot& slot : slots_) {
     const Parameter& p = slot.parameter;
     if (has_momentum())
-      plan.add_tensor(p.name + ".momentum", Category::kOptimizerState, momentum_dtype(slot),
+      plan.add_tensor(p.name + ".momentum", Category::kOptimizerState,
+                      momentum_dtype(config_.state_dtype, slot.parameter),
                       slot.compressed ? compression(slot).compressed_elements() : p.elements());
     if (slot.factored) {
       plan.add_tensor(p.name + ".row", Category::kOptimizerState, DType::kF32, p.rows);
       plan.add_tensor(p.name + ".col", Category::kOptimizerState, DType::kF32, p.cols);
     } else {
-      plan.add_tensor(p.name + ".second_moment", Category::kOptimizerState, second_moment_dtype(slot), p.elements());
+      plan.add_tensor(p.name + ".second_moment", Category::kOptimizerState, second_moment_dtype(config_.state_dtype, p),
+                      p.elements());
     }
   }
   for (const Scratch* scratch : {&row_scale_, &col_scale_, &projection_, &projection2_, &compressed_,
@@ -94,14 +92,15 @@ void Flora::bind(Arena& arena) {
       const Compression shape = compression(slot);
       const int64_t rows = slot.compressed ? shape.compressed_rows() : p.rows;
       const int64_t cols = slot.compressed ? shape.compressed_cols() : p.cols;
-      slot.momentum = bind_state(arena, backend_, p.name + ".momentum", momentum_dtype(slot), p.matrix, rows, cols);
+      slot.momentum = bind_state(arena, backend_, p.name + ".momentum",
+                                 momentum_dtype(config_.state_dtype, slot.parameter), p.matrix, rows, cols);
     }
     if (slot.factored) {
       slot.row = bind_state(arena, backend_, p.name + ".row", DType::kF32, false, 1, p.rows);
       slot.col = bind_state(arena, backend_, p.name + ".col", DType::kF32, false, 1, p.cols);
     } else {
-      slot.second_moment =
-          bind_state(arena, backend_, p.name + ".second_moment", second_moment_dtype(slot), p.matrix, p.rows, p.cols);
+      slot.second_moment = bind_state(arena, backend_, p.name + ".second_moment",
+                                      second_moment_dtype(config_.state_dtype, p), p.matrix, p.rows, p.cols);
     }
   }
   for (Scratch* scratch : {&row_scale_, &col_scale_, &projection_, &projection2_, &compressed_, &decoded_momentum_,
@@ -133,14 +132,13 @@ void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, Ten
   const Tensor update_squares = squares_.slice(0, 1), weight_squares = squares_.slice(1, 1);
   if (config_.clip > 0) backend_.sum_squares(update_squares, gradient, false);
   if (config_.scale_parameter) backend_.sum_squares(weight_squares, master.empty() ? weight : master, false);
-  backend_.apply_update(
-      weight, master, gradient,
-      {.weight_decay = parameter.decay ? config_.weight_decay : 0.0f,
-       .clip = config_.clip,
-       .scale_parameter = config_.scale_parameter,
-       .eps2 = config_.eps2},
-      update_squares.as<float>(), weight_squares.as<float>(), parameter.elements(),
-      {.seed = config_.seed, .purpose = RandomPurpose::kWeightRounding, .tensor = parameter.hash()}, scalars);
+  backend_.apply_update(weight, master, gradient,
+                        {.weight_decay = parameter.decay ? config_.weight_decay : 0.0f,
+                         .clip = config_.clip,
+                         .scale_parameter = config_.scale_parameter,
+                         .eps2 = config_.eps2},
+                        update_squares.as<float>(), weight_squares.as<float>(), parameter.elements(),
+                        rounding_key(config_.seed, parameter), scalars);
 }
 
 // gradient <- U.

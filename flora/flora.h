@@ -2,7 +2,8 @@
 // 2402.03293, Algorithm 2 on an Adafactor base) and, with rank 0, Adafactor (arXiv 1804.04235) with momentum.
 //
 // State of a compressed parameter [n, m]: momentum r max(n, m), row and column statistics n + m. An update makes two
-// matmuls of 2 r n m operations and about ten passes over the gradient and the weight (docs/design.md, "Flora, exactly").
+// matmuls of 2 r n m operations and about ten passes over the gradient and the weight (docs/design.md, "Flora,
+// exactly").
 #pragma once
 
 #include <memory>
@@ -33,8 +34,6 @@ class Flora final : public Optimizer {
     Tensor momentum, row, col, second_moment;
   };
 
-  DType momentum_dtype(const Slot& slot) const;
-  DType second_moment_dtype(const Slot& slot) const;
   bool has_momentum() const { return config_.beta1 > 0; }
   Compression compression(const Slot& slot) const { return {slot.parameter, config_.rank}; }
   ProjectionId projection(const Slot& slot, const uint32_t* index) const;
@@ -53,11 +52,11 @@ class Flora final : public Optimizer {
   uint32_t scratch_phases_;
 
   // Shared by all parameters; sized for the largest.
-  Scratch row_scale_, col_scale_;       // fp32
-  Scratch projection_, projection2_;    // [r, d], the gradient's dtype
-  Scratch compressed_;                  // S, fp32
-  Scratch decoded_momentum_, moved_;    // fp32, as large as a compressed momentum: of int8 states; of a transfer
-  Scratch square_;                      // [r, r] of a transfer, fp32
-  Scratch factor_;                      // r*r doubles of an orthonormal projection, as fp32 pairs
-  Tensor squares_;                      // [4]: of the update, of the weight, of the momentum before and after a transfer
+  Scratch row_scale_, col_scale_;     // fp32
+  Scratch projection_, projection2_;  // [r, d], the gradient's dtype
+  Scratch compressed_;                // S, fp32
+  Scratch decoded_momentum_, moved_;  // fp32, as large as a compressed momentum: of int8 states; of a transfer
+  Scratch square_;                    // [r, r] of a transfer, fp32
+  Scratch factor_;                    // r*r doubles of an orthonormal projection, as fp32 pairs
+  Tensor squares_;                    // [4]: of the update, of the weight, of the momentum before and after a transfer
 };

@@ -66,17 +66,21 @@ void Gpt2::initialize(uint64_t seed) {
 }
 
 void Gpt2::load(const HostBatch& batch) {
-  const size_t bytes = static_cast<size_t>(batch.batch * batch.sequence) * sizeof(int32_t);
+  activations_.resize(batch.batch, batch.sequence);  // throws before anything is written
+  const int64_t tokens = batch.batch * batch.sequence;
+  const size_t bytes = static_cast<size_t>(tokens) * sizeof(int32_t);
   backend_.copy(inputs_memory_, batch.inputs, bytes);
   if (batch.targets) backend_.copy(targets_memory_, batch.targets, bytes);
-  if (batch.group_ids) {
+  if (shapes_.training && batch.group_ids) {
+    groups_.ids = Tensor::of(groups_.ids.data, DType::kI32, {tokens});
+    groups_.starts = Tensor::of(groups_.starts.data, DType::kI32, {tokens + 1});
+    groups_.positions = Tensor::of(groups_.positions.data, DType::kI32, {tokens});
     backend_.copy(groups_.ids.data, batch.group_ids, bytes);
     backend_.copy(groups_.starts.data, batch.group_starts, bytes + sizeof(int32_t));
     backend_.copy(groups_.positions.data, batch.group_positions, bytes);
   }
-  activations_.resize(batch.batch, batch.sequence);
   inputs_ = Tensor::of(inputs_memory_, DType::kI32, {batch.batch, batch.sequence});
-  targets_ = Tensor::of(targets_memory_, DType::kI32, {batch.batch * batch.sequence});
+  targets_ = Tensor::of(targets_memory_, DType::kI32, {tokens});
 }
 
 // x, ln1 of the next block (or ln_f after the last one) from the sum of the residual stream and a block's output.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# setup.sh [build|demo|test|format]: installs what the project needs and this machine lacks, and nothing else.
+# setup.sh [--check] [build|demo|test|format]: installs what the project needs and this machine lacks, and nothing else.
+# With --check it installs nothing: it names what is missing and the command that installs it, and exits 1.
 #
 #   build   compiler and libraries of ./train_gpt2
 #   demo    build, and the virtual environment .venv with the packages of requirements-demo.txt
@@ -11,6 +12,11 @@
 # of a second and needs no network. CXX and BLAS are those of the Makefile.
 set -euo pipefail
 
+check=
+if [ "${1:-}" = --check ]; then
+  check=yes
+  shift
+fi
 target=${1:-build}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cxx=${CXX:-g++}
@@ -195,6 +201,10 @@ exec 9<"${BASH_SOURCE[0]}"
 command -v flock >/dev/null && flock 9
 
 find_missing
+if [ -n "$check" ]; then
+  [ ${#required[@]} -gt 0 ] || exit 0
+  fail "missing: ${required[*]}; install with: ${as_root[*]} apt-get install -y --no-install-recommends ${required[*]}"
+fi
 # PyTorch is asked for once: where the distribution has none, a finished setup does not try again.
 [ "$target" != test ] || [ ! -f "$venv/.installed-test" ] || optional=()
 if [ ${#required[@]} -gt 0 ] || [ ${#optional[@]} -gt 0 ] || [ "$target" = demo ] || [ "$target" = test ]; then

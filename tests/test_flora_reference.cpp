@@ -256,8 +256,8 @@ class Bench {
     plan.add_tensor("gradient", Category::kGradients, DType::kF32, count);
     plan.add("scalars", Category::kWorkspace, sizeof(StepScalars));
     if (c.at("master").get<bool>()) plan.add_tensor("master", Category::kWeights, DType::kF32, count);
-    const size_t workspace =
-        backend_->workspace_bytes({.batch = 1, .sequence = 64, .channels = 128, .heads = 2, .vocabulary = 128});
+    const size_t workspace = backend_->workspace_bytes(
+        {.batch = 1, .sequence = 64, .channels = 128, .heads = 2, .vocabulary = 128, .any_bf16 = true});
     if (workspace > 0) plan.add("workspace", Category::kWorkspace, workspace);
     if (const json& a = c.at("accumulation"); !a.is_null()) {
       micro_batches_ = a.at("micro_batches").get<int>();

@@ -1,0 +1,54 @@
+// fused_sink.cpp: updates a weight the moment its gradient is complete (LOMO, arXiv 2306.09782). With one micro-batch
+// the gradient memory is the largest matrix, one layer's vectors and the long-lived gradients; with several the sums
+// are kept, in full or compressed, and the update happens in the last one.
+//
+// Clipping needs the norm before the first update: a first pass over the micro-batches (set_norm_pass) measures it, the
+// second updates.
+#include "flora/sink_base.h"
+
+namespace {
+
+using Keep = GradientStorage::Keep;
+
+std::vector<Keep> kept_by_fused(const SinkConfig& config, const std::vector<Parameter>& parameters) {
+  if (config.micro_batches == 1) return std::vector<Keep>(parameters.size(), Keep::kSlot);
+  if (config.accumulation_rank == 0) return std::vector<Keep>(parameters.size(), Keep::kFull);
+  return keep_compressed(config, parameters, Keep::kFull);
+}
+
+class FusedSink final : public SinkBase {
+ public:
+  FusedSink(const SinkConfig& config, Optimizer& optimizer, ParameterStore& store, Backend& backend)
+      : SinkBase(config, optimizer, store, backend, kept_by_fused(config, store.parameters()), 0) {}
+
+  bool needs_norm_pass() const override { return clips(); }
+
+  void set_norm_pass(bool on) override {
+    if (norm_pass_ && !on) judge_norm();
+    norm_pass_ = on;
+  }
+
+  void ready(const Parameter& parameter) override {
+    if (!is_last_) {
+      storage_.add(parameter);
+      return;
+    }
+    const Tensor gradient = storage_.finish(parameter);
+    if (norm_pass_ || !clips()) add_squares(gradient);
+    if (norm_pass_) return;
+    clip(gradient);
+    update(parameter, gradient);
+  }
+
+  void end_step() override {}
+
+ private:
+  bool norm_pass_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<UpdatingSink> make_fused_sink(const SinkConfig& config, Optimizer& optimizer, ParameterStore& store,
+                                              Backend& backend) {
+  return std::make_unique<FusedSink>(config, optimizer, store, backend);
+}

@@ -1,0 +1,31 @@
+// optimizer.cpp: which parameters are compressed, and the factory of optimizers. Once per run.
+#include "flora/optimizer.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "flora/adamw.h"
+#include "flora/flora.h"
+#include "flora/sgd.h"
+
+bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embeddings, ProjectionKind projection) {
+  constexpr int64_t kLargestRatio = 4;
+  if (!parameter.matrix || rank <= 0) return false;
+  const int64_t small = std::min(parameter.rows, parameter.cols), large = std::max(parameter.rows, parameter.cols);
+  // r orthonormal rows of length r span everything: their Gram matrix is close to singular and nothing is saved.
+  if (projection == ProjectionKind::kOrthonormal ? small <= rank : small < rank) return false;
+  return compress_embeddings || large <= kLargestRatio * small;
+}
+
+std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters,
+                                          DType gradient_dtype, Backend& backend) {
+  if (config.state_dtype != DType::kF32 && config.state_dtype != DType::kBF16 && config.state_dtype != DType::kI8)
+    throw std::logic_error(std::string("no optimizer state in ") + dtype_name(config.state_dtype));
+  switch (config.kind) {
+    case OptimizerKind::kFlora:
+    case OptimizerKind::kAdafactor: return std::make_unique<Flora>(config, parameters, gradient_dtype, backend);
+    case OptimizerKind::kAdamW: return std::make_unique<AdamW>(config, parameters, backend);
+    case OptimizerKind::kSgd: return std::make_unique<Sgd>(config, parameters, backend);
+  }
+  throw std::logic_error("unknown optimizer");
+}

@@ -1,0 +1,46 @@
+// optimizer_state.cpp: states and scratch of optimizers; see optimizer_state.h. Once per run, not per step.
+#include "flora/optimizer_state.h"
+
+#include <stdexcept>
+
+DType momentum_dtype(DType state_dtype, const Parameter& parameter) {
+  return state_dtype == DType::kI8 && !parameter.matrix ? DType::kF32 : state_dtype;
+}
+
+DType second_moment_dtype(DType state_dtype, const Parameter& parameter) {
+  return state_dtype == DType::kI8 && parameter.matrix ? DType::kU8 : DType::kF32;
+}
+
+Tensor bind_state(Arena& arena, Backend& backend, const std::string& name, DType dtype, bool matrix, int64_t rows,
+                  int64_t cols) {
+  const Tensor state = matrix ? arena.tensor(name, dtype, {rows, cols}) : arena.tensor(name, dtype, {rows * cols});
+  zero_state(backend, state);
+  return state;
+}
+
+void zero_state(Backend& backend, const Tensor& state) {
+  backend.fill(state.data, 0, state.bytes());
+  if (state.scales) backend.fill(state.scales, 0, static_cast<size_t>(quant_blocks(state.elements())) * sizeof(float));
+}
+
+RandomKey rounding_key(uint64_t seed, const Parameter& parameter) {
+  return {.seed = seed, .purpose = RandomPurpose::kWeightRounding, .tensor = parameter.hash()};
+}
+
+uint32_t gradient_phases(const Parameter& parameter) {
+  if (parameter.layer >= 0 || (parameter.embedding && !parameter.long_lived)) return kPhaseBackward;
+  return kPhaseHead | kPhaseBackward;
+}
+
+uint32_t update_phases(const std::vector<Parameter>& parameters) {
+  uint32_t phases = kPhaseBackward | kPhaseUpdate;
+  for (const Parameter& parameter : parameters)
+    if (parameter.matrix && !parameter.long_lived) phases |= gradient_phases(parameter);
+  return phases;
+}
+
+void require_indexed(const std::vector<Parameter>& parameters) {
+  for (size_t i = 0; i < parameters.size(); ++i)
+    if (parameters[i].index != static_cast<int>(i))
+      throw std::logic_error("parameter " + parameters[i].name + " does not stand at its index");
+}

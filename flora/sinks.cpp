@@ -1,0 +1,89 @@
+// sinks.cpp: the choice of a sink, and what all sinks share (sink_base.h). Costs one pass over each gradient for the
+// norm.
+#include "flora/sinks.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "flora/sink_base.h"
+
+SinkBase::SinkBase(const SinkConfig& config, Optimizer& optimizer, ParameterStore& store, Backend& backend,
+                   const std::vector<GradientStorage::Keep>& keep, uint32_t slot_phases)
+    : config_(config),
+      backend_(backend),
+      storage_(config, store.parameters(), keep, slot_phases, backend),
+      optimizer_(optimizer),
+      store_(store) {
+  for (const Parameter& parameter : store.parameters())
+    if (std::find(layers_.begin(), layers_.end(), parameter.layer) == layers_.end()) layers_.push_back(parameter.layer);
+}
+
+void SinkBase::declare(MemoryPlan& plan) const {
+  storage_.declare(plan);
+  plan.add_tensor("gradient.squares", Category::kWorkspace, DType::kF32, 1);
+}
+
+void SinkBase::bind(Arena& arena) {
+  storage_.bind(arena);
+  squares_ = arena.tensor("gradient.squares", DType::kF32, {1});
+}
+
+void SinkBase::begin_step(const StepContext& context) {
+  if (context.micro_batches != config_.micro_batches)
+    throw std::logic_error("a sink is made for a fixed number of micro-batches");
+  step_ = context.step;
+  scalars_ = context.scalars;
+  backend_.synchronize();  // the copy of the last step may still read host_scalars_
+  host_scalars_ = StepScalars{};
+  host_scalars_.lr = context.lr;
+  host_scalars_.step = context.step;
+  optimizer_.begin_step(context.step, host_scalars_);
+  backend_.copy(scalars_, &host_scalars_, sizeof host_scalars_);
+  squares_written_ = false;
+}
+
+void SinkBase::begin_micro_batch(int index, bool is_last) {
+  is_last_ = is_last;
+  storage_.begin_micro_batch(step_, index, scalars_);
+}
+
+void SinkBase::add_squares(Tensor gradient) {
+  backend_.sum_squares(squares_, gradient, squares_written_);
+  squares_written_ = true;
+}
+
+void SinkBase::judge_norm() {
+  backend_.gate_on_finite(scalars_, squares_);
+  if (clips()) backend_.clip_scale(scalars_, squares_.as<float>(), config_.clip_norm);
+}
+
+void SinkBase::clip(Tensor gradient) {
+  if (clips()) backend_.scale(gradient, &scalars_->gradient_scale);
+}
+
+void SinkBase::update(const Parameter& parameter, Tensor gradient) {
+  store_.acquire(parameter.layer);
+  optimizer_.update(parameter, store_.weight(parameter), store_.master(parameter), gradient, scalars_);
+  store_.release(parameter.layer, true);
+}
+
+std::vector<GradientStorage::Keep> keep_compressed(const SinkConfig& config, const std::vector<Parameter>& parameters,
+                                                   GradientStorage::Keep other) {
+  std::vector<GradientStorage::Keep> keep;
+  for (const Parameter& parameter : parameters)
+    keep.push_back(is_compressed(parameter, config.accumulation_rank, config.compress_embeddings, config.projection)
+                       ? GradientStorage::Keep::kCompressed
+                       : other);
+  return keep;
+}
+
+std::unique_ptr<UpdatingSink> make_sink(const SinkConfig& config, Optimizer& optimizer, ParameterStore& store,
+                                        Backend& backend) {
+  if (config.micro_batches < 1) throw std::invalid_argument("a step has at least one micro-batch");
+  switch (config.kind) {
+    case SinkKind::kDense: return make_dense_sink(config, optimizer, store, backend);
+    case SinkKind::kFused: return make_fused_sink(config, optimizer, store, backend);
+    case SinkKind::kCompressed: return make_compressed_sink(config, optimizer, store, backend);
+  }
+  throw std::logic_error("unknown sink");
+}

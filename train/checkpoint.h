@@ -1,0 +1,42 @@
+// checkpoint.h: a run's state as a directory that Hugging Face's GPT2LMHeadModel loads: config.json, model.safetensors,
+// and beside them optimizer.safetensors, trainer_state.json (step, data position, options, checksums of the other
+// files) and the tokenizer. Format: docs/formats.md.
+//
+// A checkpoint is written under a temporary name, synced and renamed; then the symbolic link `latest` moves. A kill at
+// any instant leaves the previous checkpoint as it was.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include <nlohmann/json.hpp>
+
+#include "data/token_loader.h"
+#include "train/engine.h"
+
+struct TrainerState {
+  uint32_t step = 0;       // updates made
+  int64_t skipped = 0;     // of which were skipped for a loss that was not finite
+  DataPosition position;   // of the next micro-batch
+  nlohmann::json options;  // resolved
+};
+
+// Writes `run`/step_NNNNNNNN, moves `run`/latest, and removes all but the `keep` newest (0: keeps all). Returns the
+// path.
+std::string save_checkpoint(const std::string& run, const TrainerState& state, Engine& engine,
+                            const std::string& tokenizer_path, int64_t keep);
+
+// The checkpoint that a --resume argument means: the directory itself, or its `latest`. Throws std::runtime_error.
+std::string find_checkpoint(const std::string& path);
+
+// Reads trainer_state.json and checks size and checksum of every file it lists. Throws std::runtime_error naming the
+// file.
+TrainerState read_checkpoint(const std::string& checkpoint);
+
+// Weights (and master copies) and optimizer state into an allocated engine. Throws std::runtime_error naming what is
+// missing.
+void load_checkpoint(const std::string& checkpoint, Engine& engine);
+
+// True when the directory holds a finished checkpoint. Leftovers of an interrupted save are removed by clean_run().
+bool holds_checkpoints(const std::string& run);
+void clean_run(const std::string& run);

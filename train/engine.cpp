@@ -1,0 +1,67 @@
+// engine.cpp: see engine.h.
+#include "train/engine.h"
+
+#include <cmath>
+
+namespace {
+
+KernelShapes kernel_shapes(const EngineConfig& config) {
+  KernelShapes shapes;
+  shapes.batch = config.shapes.batch;
+  shapes.sequence = config.shapes.sequence;
+  shapes.channels = config.model.channels;
+  shapes.heads = config.model.heads;
+  shapes.vocabulary = config.model.padded_vocabulary();
+  const DType bf16_type = DType::kBF16;
+  shapes.any_bf16 = config.weight_dtype == bf16_type || config.shapes.dtype == bf16_type ||
+                    config.sink.gradient_dtype == bf16_type || config.sink.accumulation_dtype == bf16_type ||
+                    config.optimizer.state_dtype == bf16_type;
+  return shapes;
+}
+
+}  // namespace
+
+Engine::Engine(const EngineConfig& config, Backend& backend)
+    : config_(config),
+      backend_(backend),
+      store_(gpt2_parameters(config.model), config.weight_dtype, config.master_weights),
+      model_(config.model, config.shapes, store_, backend) {
+  if (!config.shapes.training) return;
+  optimizer_ = make_optimizer(config.optimizer, store_.parameters(), config.sink.gradient_dtype, backend);
+  sink_ = make_sink(config.sink, *optimizer_, store_, backend);
+}
+
+MemoryPlan Engine::plan() const {
+  MemoryPlan plan;
+  store_.declare(plan);
+  if (optimizer_) optimizer_->declare(plan);
+  if (sink_) sink_->declare(plan);
+  model_.declare(plan);
+  plan.add("step.scalars", Category::kWorkspace, sizeof(StepScalars));
+  plan.add_tensor("step.loss", Category::kWorkspace, DType::kF32, 1);
+  plan.add("backend.workspace", Category::kWorkspace, backend_.workspace_bytes(kernel_shapes(config_)));
+  plan.layout();
+  return plan;
+}
+
+void Engine::allocate() {
+  arena_ = std::make_unique<Arena>(backend_, plan());
+  store_.bind(*arena_, backend_);
+  if (optimizer_) optimizer_->bind(*arena_);
+  if (sink_) sink_->bind(*arena_);
+  model_.bind(*arena_);
+  scalars_ = static_cast<StepScalars*>(arena_->bytes("step.scalars", sizeof(StepScalars)));
+  loss_ = arena_->tensor("step.loss", DType::kF32, {1});
+  const size_t workspace = backend_.workspace_bytes(kernel_shapes(config_));
+  backend_.set_workspace(arena_->bytes("backend.workspace", workspace), workspace);
+}
+
+StepResult Engine::result() {
+  StepResult result;
+  float squares = 0;
+  backend_.copy(&result.loss, loss_.data, sizeof(float));
+  if (sink_) backend_.copy(&squares, sink_->gradient_squares(), sizeof(float));
+  backend_.synchronize();
+  result.grad_norm = std::sqrt(squares);
+  return result;
+}

@@ -1,0 +1,92 @@
+// engine.h: everything a training step needs, put together from a configuration: weights, model, optimizer, sink, and
+// the memory plan they declare. Also without the training half, for evaluation and sampling.
+#pragma once
+
+#include <memory>
+
+#include "flora/optimizer.h"
+#include "flora/sinks.h"
+#include "kernels/backend.h"
+#include "kernels/memory_plan.h"
+#include "model/gpt2.h"
+#include "model/resident_store.h"
+
+struct EngineConfig {
+  Gpt2Config model;
+  ActivationShapes shapes;  // shapes.training = false: no optimizer, no sink
+  DType weight_dtype = DType::kF32;
+  bool master_weights = false;
+  OptimizerConfig optimizer;
+  SinkConfig sink;
+};
+
+// What a step did, read back once per step.
+struct StepResult {
+  float loss = 0;       // mean over the tokens of the step
+  float grad_norm = 0;  // global, before clipping
+};
+
+class Engine {
+ public:
+  Engine(const EngineConfig& config, Backend& backend);
+
+  // The declared list, laid out. Needs no device memory.
+  MemoryPlan plan() const;
+  // Allocates exactly the plan, once, and binds every component to it.
+  void allocate();
+
+  ParameterStore& store() { return store_; }
+  Gpt2& model() { return model_; }
+  Optimizer& optimizer() { return *optimizer_; }
+  const Optimizer& optimizer() const { return *optimizer_; }
+  UpdatingSink& sink() { return *sink_; }
+  Backend& backend() { return backend_; }
+  const EngineConfig& config() const { return config_; }
+  const Arena& arena() const { return *arena_; }
+
+  // One optimizer step over sink.micro_batches micro-batches; next_batch(i) supplies the i-th. With global-norm
+  // clipping under a fused sink every micro-batch is asked for twice (first all, then all again).
+  template <typename NextBatch>
+  StepResult step(uint32_t t, float lr, NextBatch&& next_batch) {
+    StepContext context{t, lr, config_.sink.micro_batches, scalars_};
+    if (sink_->needs_norm_pass()) {
+      sink_->set_norm_pass(true);
+      pass(context, next_batch);
+      sink_->set_norm_pass(false);
+    }
+    pass(context, next_batch);
+    return result();
+  }
+
+  // Mean loss over batches supplied by next_batch(i), i < count.
+  template <typename NextBatch>
+  float evaluate(int64_t count, NextBatch&& next_batch) {
+    for (int64_t i = 0; i < count; ++i) {
+      model_.evaluate(next_batch(i), loss_, i > 0, 1.0f / static_cast<float>(count));
+    }
+    return result().loss;
+  }
+
+ private:
+  template <typename NextBatch>
+  void pass(const StepContext& context, NextBatch&& next_batch) {
+    const int count = config_.sink.micro_batches;
+    sink_->begin_step(context);
+    for (int i = 0; i < count; ++i) {
+      sink_->begin_micro_batch(i, i + 1 == count);
+      model_.train_micro_batch(next_batch(i), *sink_, loss_, i > 0, 1.0f / static_cast<float>(count), scalars_);
+    }
+    sink_->end_step();
+  }
+  StepResult result();
+
+  EngineConfig config_;
+  Backend& backend_;
+  ResidentStore store_;
+  Gpt2 model_;
+  std::unique_ptr<Optimizer> optimizer_;
+  std::unique_ptr<UpdatingSink> sink_;
+  std::unique_ptr<Arena> arena_;
+  Tensor loss_;
+  StepScalars* scalars_ = nullptr;
+};

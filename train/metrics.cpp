@@ -1,0 +1,117 @@
+// metrics.cpp: see metrics.h.
+#include "train/metrics.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <stdexcept>
+
+#include "train/file_io.h"
+
+namespace {
+
+// JSON has no infinity and no NaN.
+nlohmann::ordered_json number(double value) {
+  if (std::isfinite(value)) return value;
+  return nullptr;
+}
+
+// The lines of an interrupted run that a resumed one keeps: whole lines up to the step of the checkpoint.
+std::string lines_until(const std::string& path, uint32_t last_step) {
+  std::ifstream file(path);
+  std::string kept, line;
+  while (std::getline(file, line)) {
+    const nlohmann::json json = nlohmann::json::parse(line, nullptr, false);
+    if (json.is_discarded()) continue;
+    if (!json.contains("step") || json["step"].get<uint32_t>() <= last_step) kept += line + "\n";
+  }
+  return kept;
+}
+
+}  // namespace
+
+MetricsFile::MetricsFile(const std::string& run, const nlohmann::ordered_json& header,
+                         std::optional<uint32_t> resumed_step)
+    : path_(run + "/metrics.jsonl"), file_(nullptr, std::fclose) {
+  const bool append = resumed_step && std::filesystem::exists(path_);
+  if (append) {
+    write_file(path_ + ".tmp", lines_until(path_, *resumed_step));
+    std::filesystem::rename(path_ + ".tmp", path_);
+  }
+  file_.reset(std::fopen(path_.c_str(), append ? "a" : "w"));
+  if (!file_) throw std::runtime_error(path_ + ": cannot be written: " + std::strerror(errno));
+  if (!append) write_line(header.dump());
+}
+
+void MetricsFile::write_line(const std::string& line) {
+  if (std::fprintf(file_.get(), "%s\n", line.c_str()) < 0 || std::fflush(file_.get()) != 0) {
+    throw std::runtime_error(path_ + ": cannot be written: " + std::strerror(errno));
+  }
+}
+
+void MetricsFile::write(const StepMetrics& m) {
+  nlohmann::ordered_json json = {{"step", m.step},
+                                 {"tokens", m.tokens},
+                                 {"loss", number(m.loss)},
+                                 {"lr", m.lr},
+                                 {"grad_norm", number(m.grad_norm)},
+                                 {"step_ms", m.step_ms},
+                                 {"tokens_per_second", m.tokens_per_second},
+                                 {"mfu", m.mfu},
+                                 {"device_bytes", m.device_bytes}};
+  if (m.skipped > 0) json["skipped"] = m.skipped;
+  if (m.val_loss) json["val_loss"] = number(*m.val_loss);
+  write_line(json.dump());
+}
+
+Progress::Progress(int64_t total_steps) : total_steps_(total_steps), terminal_(isatty(STDOUT_FILENO)) {}
+
+void Progress::step(const StepMetrics& m, double seconds_left) {
+  char line[256];
+  snprintf(line, sizeof line,
+           "step %u/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %.0f tokens/s | MFU %.1f%% | ETA %s",
+           m.step, static_cast<long long>(total_steps_), m.loss, m.lr, m.grad_norm, m.step_ms, m.tokens_per_second,
+           100 * m.mfu, format_duration(seconds_left).c_str());
+  std::printf(terminal_ ? "\r\033[K%s" : "%s\n", line);
+  std::fflush(stdout);
+  open_line_ = terminal_;
+}
+
+void Progress::message(const std::string& text) {
+  finish();
+  std::printf("%s\n", text.c_str());
+  std::fflush(stdout);
+}
+
+void Progress::finish() {
+  if (open_line_) std::printf("\n");
+  open_line_ = false;
+}
+
+std::string format_duration(double seconds) {
+  const long long s = std::llround(std::max(0.0, seconds));
+  char text[64];
+  if (s >= 3600) {
+    snprintf(text, sizeof text, "%lldh%02lldm", s / 3600, s / 60 % 60);
+  } else {
+    snprintf(text, sizeof text, "%lldm%02llds", s / 60, s % 60);
+  }
+  return text;
+}
+
+std::string format_bytes(size_t bytes) {
+  const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  double value = static_cast<double>(bytes);
+  int unit = 0;
+  while (value >= 1024 && unit < 4) {
+    value /= 1024;
+    ++unit;
+  }
+  char text[64];
+  snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : "%.2f %s", value, units[unit]);
+  return text;
+}

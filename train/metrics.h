@@ -1,0 +1,50 @@
+// metrics.h: what a run tells the world: metrics.jsonl (one JSON object per line) and the progress line on the
+// terminal.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include <nlohmann/json.hpp>
+
+struct StepMetrics {
+  uint32_t step = 0;
+  int64_t tokens = 0;  // seen since the start of the run
+  double loss = 0, lr = 0, grad_norm = 0, step_ms = 0, tokens_per_second = 0, mfu = 0;
+  size_t device_bytes = 0;
+  int64_t skipped = 0;
+  std::optional<double> val_loss;
+};
+
+// Appends to `run`/metrics.jsonl; every line is flushed. Throws std::runtime_error when it cannot be written.
+class MetricsFile {
+ public:
+  // A new file begins with `header`. When resuming, lines of steps after `resumed_step` are dropped first.
+  MetricsFile(const std::string& run, const nlohmann::ordered_json& header, std::optional<uint32_t> resumed_step);
+  void write(const StepMetrics& metrics);
+
+ private:
+  void write_line(const std::string& line);
+  std::string path_;
+  std::unique_ptr<FILE, int (*)(FILE*)> file_;
+};
+
+// The live line: rewritten in place on a terminal, one line per call elsewhere.
+class Progress {
+ public:
+  explicit Progress(int64_t total_steps);
+  void step(const StepMetrics& metrics, double seconds_left);
+  void message(const std::string& text);  // a line that stays
+  void finish();                          // leaves the live line as it is
+
+ private:
+  int64_t total_steps_;
+  bool terminal_;
+  bool open_line_ = false;
+};
+
+std::string format_duration(double seconds);
+std::string format_bytes(size_t bytes);  // "1.50 GiB"

@@ -1,0 +1,209 @@
+// run_setup.cpp: see run_setup.h.
+#include "train/run_setup.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <map>
+
+#include "data/system_text.h"
+#include "data/token_loader.h"
+
+namespace fs = std::filesystem;
+
+namespace {
+
+DType dtype_of(const std::string& name) {
+  if (name == "bf16") return DType::kBF16;
+  if (name == "int8") return DType::kI8;
+  return DType::kF32;
+}
+
+template <typename T>
+T choice(const std::map<std::string, T>& names, const std::string& name) {
+  return names.at(name);
+}
+
+int64_t percent(int64_t steps, int64_t share) { return std::max<int64_t>(1, steps * share / 100); }
+
+void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch) {
+  const bool adaptive = o.optimizer == "flora" || o.optimizer == "adafactor";
+  if (o.dtype.empty()) o.dtype = cpu ? "fp32" : "bf16";
+  for (std::string* dtype : {&o.weight_dtype, &o.activation_dtype, &o.gradient_dtype, &o.state_dtype}) {
+    if (dtype->empty()) *dtype = o.dtype;
+  }
+  if (o.seq_len == 0) o.seq_len = cpu ? std::min<int64_t>(256, config.positions) : config.positions;
+  if (o.seq_len > config.positions) {
+    if (!from_scratch || o.model.find('/') != std::string::npos) {
+      throw UsageError("--seq-len " + std::to_string(o.seq_len) + " is longer than the model's " +
+                       std::to_string(config.positions) + " positions");
+    }
+    config.positions = o.seq_len;
+  }
+  if (o.micro_batch == 0) o.micro_batch = cpu ? 4 : 16;
+  const int64_t micro_tokens = o.micro_batch * o.seq_len;
+  if (o.tokens_per_step == 0) o.tokens_per_step = micro_tokens;
+  if (o.tokens_per_step % micro_tokens != 0) {
+    throw UsageError("--tokens-per-step " + std::to_string(o.tokens_per_step) +
+                     " is not a multiple of micro-batch x seq-len = " + std::to_string(micro_tokens));
+  }
+  if (o.head_chunk == 0) o.head_chunk = std::min<int64_t>(micro_tokens, 512);
+  o.head_chunk = std::min(o.head_chunk, micro_tokens);
+  if (o.lr == 0) o.lr = adaptive ? 2e-3 : o.optimizer == "adamw" ? 1e-3 : 0.1;
+  if (o.weight_decay < 0) o.weight_decay = o.optimizer == "sgd" ? 0.0 : 0.1;
+  if (o.beta1 < 0) o.beta1 = o.optimizer == "sgd" ? 0.0 : 0.9;
+  if (o.warmup_steps < 0) o.warmup_steps = percent(o.steps, 5);
+  if (o.cooldown_steps < 0) o.cooldown_steps = percent(o.steps, 20);
+  if (o.gradients.empty()) o.gradients = o.optimizer == "flora" ? "fused" : "dense";
+  if (o.gradients == "compressed" && o.accumulation_rank == 0) o.accumulation_rank = o.rank;
+  if (o.clip_norm < 0) o.clip_norm = !adaptive && o.gradients == "dense" ? 1.0 : 0.0;
+}
+
+EngineConfig engine_config(const Options& o, const Gpt2Config& model, bool training) {
+  EngineConfig engine;
+  engine.model = model;
+  engine.shapes = {o.micro_batch,
+                   o.seq_len,
+                   o.head_chunk,
+                   dtype_of(o.activation_dtype),
+                   choice<Recompute>({{"none", Recompute::kNone},
+                                      {"gelu", Recompute::kGelu},
+                                      {"norms+gelu", Recompute::kNormsGelu},
+                                      {"attention", Recompute::kAttention},
+                                      {"block", Recompute::kBlock}},
+                                     o.recompute),
+                   training};
+  engine.weight_dtype = dtype_of(o.weight_dtype);
+  engine.master_weights = o.master_weights == "fp32";
+
+  const auto projection = choice<ProjectionKind>({{"gaussian", ProjectionKind::kGaussian},
+                                                  {"rademacher", ProjectionKind::kRademacher},
+                                                  {"orthonormal", ProjectionKind::kOrthonormal}},
+                                                 o.projection);
+  OptimizerConfig& opt = engine.optimizer;
+  opt.kind = choice<OptimizerKind>({{"flora", OptimizerKind::kFlora},
+                                    {"adamw", OptimizerKind::kAdamW},
+                                    {"adafactor", OptimizerKind::kAdafactor},
+                                    {"sgd", OptimizerKind::kSgd}},
+                                   o.optimizer);
+  opt.seed = static_cast<uint64_t>(o.seed);
+  opt.beta1 = static_cast<float>(o.beta1);
+  opt.weight_decay = static_cast<float>(o.weight_decay);
+  opt.state_dtype = dtype_of(o.state_dtype);
+  opt.beta2 = static_cast<float>(o.beta2);
+  opt.eps = static_cast<float>(o.eps);
+  opt.rank = opt.kind == OptimizerKind::kFlora ? o.rank : 0;
+  opt.kappa = static_cast<uint32_t>(o.kappa);
+  opt.decay_rate = static_cast<float>(o.decay_rate);
+  opt.eps1 = static_cast<float>(o.eps1);
+  opt.eps2 = static_cast<float>(o.eps2);
+  opt.clip = static_cast<float>(o.update_clip);
+  opt.factored = !o.no_factored;
+  opt.scale_parameter = o.scale_parameter;
+  opt.relative_step = o.relative_step;
+  opt.warmup_init = o.warmup_init;
+  opt.compress_embeddings = o.compress_embeddings;
+  opt.projection = projection;
+  opt.transfer = choice<TransferKind>(
+      {{"reencode", TransferKind::kReencode}, {"restart", TransferKind::kRestart}, {"rescale", TransferKind::kRescale}},
+      o.transfer);
+  SinkConfig& sink = engine.sink;
+  sink.kind = choice<SinkKind>(
+      {{"dense", SinkKind::kDense}, {"fused", SinkKind::kFused}, {"compressed", SinkKind::kCompressed}}, o.gradients);
+  sink.micro_batches = static_cast<int>(o.tokens_per_step / (o.micro_batch * o.seq_len));
+  sink.gradient_dtype = dtype_of(o.gradient_dtype);
+  sink.accumulation_dtype = dtype_of(o.accumulation_dtype);
+  sink.accumulation_rank = o.accumulation_rank;
+  sink.projection = projection;
+  sink.compress_embeddings = o.compress_embeddings;
+  sink.clip_norm = static_cast<float>(o.clip_norm);
+  sink.seed = opt.seed;
+  return engine;
+}
+
+ScheduleConfig schedule_config(const Options& o) {
+  ScheduleConfig schedule;
+  schedule.kind = choice<ScheduleKind>({{"cosine", ScheduleKind::kCosine},
+                                        {"linear", ScheduleKind::kLinear},
+                                        {"constant", ScheduleKind::kConstant},
+                                        {"wsd", ScheduleKind::kWsd}},
+                                       o.schedule);
+  schedule.peak = static_cast<float>(o.lr);
+  schedule.warmup_steps = static_cast<uint32_t>(o.warmup_steps);
+  schedule.final_fraction = static_cast<float>(o.final_lr);
+  schedule.cooldown_steps = static_cast<uint32_t>(o.cooldown_steps);
+  return schedule;
+}
+
+// "data/x_train_*.bin" -> "data/x_val_*.bin"; empty when a pattern has no "train" in its file name.
+std::string validation_pattern(const std::string& patterns) {
+  const size_t name = patterns.find_last_of('/') == std::string::npos ? 0 : patterns.find_last_of('/') + 1;
+  const size_t train = patterns.find("train", name);
+  if (train == std::string::npos || patterns.find(',') != std::string::npos) return "";
+  const std::string prefix = patterns.substr(0, train) + "val";
+  const std::string rest = patterns.substr(train + 5);
+  // Numbered training shards rarely have a validation shard of the same number.
+  return rest.find('*') != std::string::npos ? prefix + rest : prefix + "*.bin";
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_backend(const Options& options, std::string& why) {
+  if (options.device == "cuda") {
+    throw UsageError("--device cuda: this program was built without the CUDA backend; use --device cpu");
+  }
+  why = options.device == "auto" ? "auto: this program was built without the CUDA backend" : "as asked for";
+  return make_cpu_backend({.threads = static_cast<int>(options.threads)});
+}
+
+RunSetup resolve(Options options, const std::string& device, int64_t vocabulary, bool training) {
+  RunSetup setup;
+  const bool cpu = device == "cpu";
+  if (options.model.empty()) options.model = cpu ? "small" : "d12";
+  setup.source = find_model(options.model);
+  Gpt2Config config = setup.source.config;
+  const bool preset_model = setup.source.kind == ModelSource::Kind::kPreset;
+  if (preset_model && vocabulary > 0) config.vocabulary = vocabulary;
+  if (vocabulary > config.vocabulary) {
+    throw UsageError("the data's vocabulary (" + std::to_string(vocabulary) + " tokens) is larger than the model's (" +
+                     std::to_string(config.vocabulary) + "): " + options.model);
+  }
+  choose_defaults(options, cpu, config, preset_model);
+  setup.engine = engine_config(options, config, training);
+  setup.schedule = schedule_config(options);
+  setup.options = options;
+  return setup;
+}
+
+void resolve_data(Options& options) {
+  if (options.data.empty()) {
+    const SystemTextPaths paths = make_system_text("data");
+    if (paths.created) std::printf("no --data: made shards of the text found on this machine, as bytes, under data/\n");
+    options.data = paths.train;
+    if (options.val_data.empty()) options.val_data = paths.validation;
+  }
+  if (options.val_data.empty()) {
+    const std::string pattern = validation_pattern(options.data);
+    try {
+      if (!pattern.empty() && !expand_globs(pattern).empty()) options.val_data = pattern;
+    } catch (const std::runtime_error&) {
+      // No validation shards: the banner says so.
+    }
+  }
+}
+
+std::unique_ptr<Tokenizer> find_tokenizer(const Options& options, int64_t vocabulary, std::string& path) {
+  path.clear();
+  if (!options.tokenizer.empty()) {
+    path = options.tokenizer;
+  } else if (vocabulary == 257) {
+    return std::make_unique<Tokenizer>(Tokenizer::bytes());
+  } else {
+    for (const fs::path& directory : {fs::path(options.data).parent_path(), fs::path(options.model)}) {
+      const fs::path candidate = directory / "tokenizer.bin";
+      if (path.empty() && fs::exists(candidate)) path = candidate;
+    }
+    if (path.empty()) return nullptr;
+  }
+  return std::make_unique<Tokenizer>(Tokenizer::from_file(path));
+}

@@ -1,0 +1,35 @@
+// run_setup.h: from options as the user gave them to options with every default chosen, and to the engine's
+// configuration.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "data/tokenizer.h"
+#include "flora/schedule.h"
+#include "kernels/backend.h"
+#include "train/engine.h"
+#include "train/options.h"
+#include "train/weights_io.h"
+
+// The device the options ask for. Throws UsageError when it cannot be had; `why` says in words what "auto" chose.
+std::unique_ptr<Backend> make_backend(const Options& options, std::string& why);
+
+struct RunSetup {
+  Options options;     // resolved: nothing is left to be chosen
+  ModelSource source;  // where weights come from
+  EngineConfig engine;
+  ScheduleConfig schedule;
+};
+
+// Fills in defaults for the device and the model and checks that it all fits together. `vocabulary` is the data's, or 0
+// where there is no data to ask (then GPT-2's). Throws UsageError.
+RunSetup resolve(Options options, const std::string& device, int64_t vocabulary, bool training);
+
+// Makes the default training data (text found on this machine) where no --data is given, and finds validation shards
+// beside the training shards. Changes options.data and options.val_data.
+void resolve_data(Options& options);
+
+// The tokenizer of a vocabulary: bytes for 257, else --tokenizer, or tokenizer.bin beside the shards or in the model's
+// directory; `path` becomes its file, if any. Null when there is none.
+std::unique_ptr<Tokenizer> find_tokenizer(const Options& options, int64_t vocabulary, std::string& path);

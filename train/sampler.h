@@ -1,0 +1,27 @@
+// sampler.h: text from a model, one token at a time. Every token costs a forward pass over the text so far (at most the
+// planned sequence length); there is no cache of keys and values.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "data/tokenizer.h"
+#include "train/engine.h"
+
+struct SamplingOptions {
+  int64_t tokens = 200;
+  float temperature = 0.8f;  // 0: the likeliest token
+  int64_t top_k = 50;        // 0: all
+  uint64_t seed = 0;
+  uint32_t step = 0;  // part of the random stream, so that samples of different steps differ
+};
+
+// Continues `prompt`; calls emit(id) for every new token and stops after an end-of-text token.
+void sample(Engine& engine, std::vector<int32_t> prompt, int32_t end_of_text, const SamplingOptions& options,
+            const std::function<void(int32_t)>& emit);
+
+// The prompt and its continuation as text. Without a tokenizer the ids themselves, separated by spaces.
+std::string sample_text(Engine& engine, const Tokenizer* tokenizer, const std::string& prompt,
+                        const SamplingOptions& options);

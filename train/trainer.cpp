@@ -1,0 +1,228 @@
+// trainer.cpp: see trainer.h.
+#include "train/trainer.h"
+
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <stdexcept>
+
+#include "train/interrupt.h"
+#include "train/sampler.h"
+#include "train/version.h"
+
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+TokenLoaderOptions loader_options(const Options& options, const std::string& pattern, int64_t vocabulary,
+                                  bool shuffle) {
+  TokenLoaderOptions loader;
+  loader.pattern = pattern;
+  loader.micro_batch = options.micro_batch;
+  loader.sequence_length = options.seq_len;
+  loader.vocabulary = vocabulary;
+  loader.seed = static_cast<uint64_t>(options.seed);
+  loader.shuffle = shuffle;
+  loader.prefetch = shuffle;
+  loader.format = options.data_format == "nanogpt" ? DataFormat::kNanogpt : DataFormat::kLlmc;
+  return loader;
+}
+
+// Largest resident set of this process so far, from the kernel.
+size_t peak_resident_bytes() {
+  std::ifstream status("/proc/self/status");
+  std::string word;
+  while (status >> word) {
+    size_t kilobytes;
+    if (word == "VmHWM:" && status >> kilobytes) return kilobytes * 1024;
+  }
+  return 0;
+}
+
+}  // namespace
+
+TokenLoader open_loader(const Options& options, const std::string& pattern, int64_t vocabulary, bool shuffle) {
+  return TokenLoader(loader_options(options, pattern, vocabulary, shuffle));
+}
+
+HostBatch host_batch(const MicroBatch& batch, int64_t sequences, int64_t length, bool training) {
+  HostBatch host{sequences, length, batch.inputs.data(), batch.targets.data()};
+  if (training) {
+    host.group_ids = batch.group_ids.data();
+    host.group_starts = batch.group_starts.data();
+    host.group_positions = batch.group_positions.data();
+  }
+  return host;
+}
+
+float validation_loss(Engine& engine, TokenLoader& loader, int64_t batches, int64_t& tokens) {
+  const ActivationShapes& shapes = engine.config().shapes;
+  const int64_t available = std::max<int64_t>(1, loader.sequences_per_epoch() / shapes.batch);
+  const int64_t count = batches > 0 ? std::min(batches, available) : available;
+  loader.rewind();
+  tokens = count * shapes.batch * shapes.sequence;
+  return engine.evaluate(count,
+                         [&](int64_t) { return host_batch(loader.next(), shapes.batch, shapes.sequence, false); });
+}
+
+Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint)
+    : setup_(setup),
+      backend_(backend),
+      engine_(setup.engine, backend),
+      loader_(loader_options(setup.options, setup.options.data, setup.engine.model.vocabulary, true)),
+      progress_(setup.options.steps) {
+  const Options& o = setup_.options;
+  if (!o.val_data.empty() && o.eval_every > 0) {
+    validation_ = std::make_unique<TokenLoader>(loader_options(o, o.val_data, setup.engine.model.vocabulary, false));
+  }
+  tokenizer_ = find_tokenizer(o, setup.engine.model.vocabulary, tokenizer_path_);
+  peak_flops_ = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : backend.measure_peak_flops();
+  engine_.allocate();
+  std::optional<uint32_t> resumed;
+  if (!checkpoint.empty()) {
+    const TrainerState state = read_checkpoint(checkpoint);
+    load_checkpoint(checkpoint, engine_);
+    loader_.seek(state.position);
+    first_step_ = state.step + 1;
+    skipped_ = state.skipped;
+    resumed = state.step;
+    last_checkpoint_ = checkpoint;
+    checkpointed_step_ = state.step;
+    if (first_step_ > o.steps) {
+      throw UsageError("nothing to do: " + checkpoint + " is at step " + std::to_string(state.step) + " of " +
+                       std::to_string(o.steps) + "; --steps N with a larger N goes on");
+    }
+  } else if (setup_.source.has_weights) {
+    load_weights(setup_.source, engine_.store(), backend_);
+  } else {
+    engine_.model().initialize(static_cast<uint64_t>(o.seed));
+  }
+  std::filesystem::create_directories(o.out);
+  clean_run(o.out);
+  metrics_ = std::make_unique<MetricsFile>(o.out, metrics_header(), resumed);
+}
+
+nlohmann::ordered_json Trainer::metrics_header() const {
+  return {{"options", options_to_json(setup_.options)},
+          {"version", kVersion},
+          {"device", backend_.description()},
+          {"parameters", setup_.engine.model.parameter_count()},
+          {"peak_flops", peak_flops_}};
+}
+
+bool Trainer::compresses_nothing() const {
+  return setup_.engine.optimizer.rank > 0 && engine_.optimizer().compressed_parameters().empty();
+}
+
+StepResult Trainer::train_step(uint32_t t) {
+  const ActivationShapes& shapes = engine_.config().shapes;
+  const bool two_passes = engine_.sink().needs_norm_pass();
+  const DataPosition start = loader_.position();
+  int passes = 0;
+  return engine_.step(t, learning_rate(setup_.schedule, t, static_cast<uint32_t>(setup_.options.steps)), [&](int i) {
+    if (two_passes && i == 0 && passes++ == 1) loader_.seek(start);  // the same micro-batches once more
+    return host_batch(loader_.next(), shapes.batch, shapes.sequence, true);
+  });
+}
+
+bool Trainer::finite_or_skipped(uint32_t t, const StepResult& result) {
+  const bool finite_loss = std::isfinite(result.loss);
+  if (finite_loss && std::isfinite(result.grad_norm)) return true;
+  const std::string what = finite_loss ? "gradient norm" : "loss";
+  // Under the fused sink weights were already updated when a gradient turned out not to be finite.
+  const bool undone = !finite_loss || setup_.options.gradients != "fused" || engine_.sink().needs_norm_pass();
+  if (setup_.options.skip_nonfinite && undone) {
+    ++skipped_;
+    progress_.message("step " + std::to_string(t) + ": the " + what + " is not finite, update skipped (" +
+                      std::to_string(skipped_) + " so far)");
+    return false;
+  }
+  progress_.finish();
+  throw std::runtime_error("step " + std::to_string(t) + ": the " + what + " is not finite; last good checkpoint: " +
+                           (last_checkpoint_.empty() ? "none yet" : last_checkpoint_));
+}
+
+StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double seconds) {
+  const Options& o = setup_.options;
+  StepMetrics m;
+  m.step = t;
+  m.tokens = static_cast<int64_t>(t) * o.tokens_per_step;
+  m.loss = result.loss;
+  m.grad_norm = result.grad_norm;
+  m.lr = learning_rate(setup_.schedule, t, static_cast<uint32_t>(o.steps));
+  m.step_ms = 1e3 * seconds;
+  m.tokens_per_second = static_cast<double>(o.tokens_per_step) / seconds;
+  m.mfu = m.tokens_per_second * setup_.engine.model.flops_per_token(o.seq_len) / peak_flops_;
+  m.device_bytes = backend_.allocated_bytes();
+  m.skipped = skipped_;
+  const double share = mean_step_seconds_ == 0 ? 1.0 : 0.05;
+  mean_step_seconds_ += share * (seconds - mean_step_seconds_);
+  return m;
+}
+
+void Trainer::evaluate(StepMetrics& metrics) {
+  int64_t tokens;
+  metrics.val_loss = validation_loss(engine_, *validation_, setup_.options.eval_batches, tokens);
+  char text[96];
+  snprintf(text, sizeof text, "step %u: validation loss %.4f (%lld tokens)", metrics.step, *metrics.val_loss,
+           static_cast<long long>(tokens));
+  progress_.message(text);
+}
+
+void Trainer::print_sample(uint32_t t) {
+  const Options& o = setup_.options;
+  const SamplingOptions sampling{o.sample_tokens, static_cast<float>(o.temperature), o.top_k,
+                                 static_cast<uint64_t>(o.seed), t};
+  progress_.message("---- sample at step " + std::to_string(t) + "\n" +
+                    sample_text(engine_, tokenizer_.get(), o.prompt, sampling) + "\n----");
+}
+
+void Trainer::checkpoint(uint32_t t) {
+  const Options& o = setup_.options;
+  const TrainerState state{t, skipped_, loader_.position(), options_to_json(o)};
+  last_checkpoint_ = save_checkpoint(o.out, state, engine_, tokenizer_path_, o.keep_checkpoints);
+  checkpointed_step_ = t;
+}
+
+void Trainer::run() {
+  const Options& o = setup_.options;
+  const uint32_t steps = static_cast<uint32_t>(o.steps);
+  watch_for_interrupts();
+  const auto run_start = std::chrono::steady_clock::now();
+  if (o.profile) backend_.profiler = &profiler_;
+  double step_seconds = 0;
+  const auto due = [](uint32_t t, int64_t every) { return every > 0 && t % static_cast<uint32_t>(every) == 0; };
+  for (uint32_t t = first_step_; t <= steps; ++t) {
+    const auto start = std::chrono::steady_clock::now();
+    const StepResult result = train_step(t);
+    const double seconds = seconds_since(start);
+    step_seconds += seconds;
+    const bool updated = finite_or_skipped(t, result);
+    StepMetrics metrics = measure(t, result, seconds);
+    const bool last = t == steps, stop = interrupted();
+    if (updated && (due(t, o.log_every) || last || stop)) progress_.step(metrics, (steps - t) * mean_step_seconds_);
+    backend_.profiler = nullptr;
+    if (validation_ && (due(t, o.eval_every) || last)) evaluate(metrics);
+    metrics_->write(metrics);
+    if (due(t, o.sample_every)) print_sample(t);
+    if (due(t, o.checkpoint_every) || last || stop) checkpoint(t);
+    if (stop && !last) {
+      progress_.message("interrupted after step " + std::to_string(t) + "; go on with: ./train_gpt2 --resume " + o.out);
+      return;
+    }
+    if (o.profile) backend_.profiler = &profiler_;
+  }
+  backend_.profiler = nullptr;
+  progress_.finish();
+  if (o.profile) std::fputs(profile_table(profiler_, step_seconds).c_str(), stdout);
+  const int64_t done = steps - first_step_ + 1;
+  std::string summary = "trained " + std::to_string(done) + " steps in " + format_duration(seconds_since(run_start)) +
+                        "; peak memory " + format_bytes(backend_.allocated_bytes()) + " on the device (planned), " +
+                        format_bytes(peak_resident_bytes()) + " resident";
+  if (skipped_ > 0) summary += "; " + std::to_string(skipped_) + " updates skipped";
+  progress_.message(summary);
+  progress_.message("checkpoint: " + last_checkpoint_);
+}

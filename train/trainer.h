@@ -1,0 +1,63 @@
+// trainer.h: the training loop: data, steps, evaluation, samples, checkpoints, and what is said about them on the way.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "data/token_loader.h"
+#include "data/tokenizer.h"
+#include "train/checkpoint.h"
+#include "train/engine.h"
+#include "train/metrics.h"
+#include "train/run_setup.h"
+
+class Trainer {
+ public:
+  // Opens the data, allocates the engine, and brings in the weights: fresh, from --model, or from `checkpoint` when
+  // that is not empty. Throws std::runtime_error or UsageError.
+  Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint);
+
+  // Trains to the last step, or to an interrupt, which leaves a checkpoint and says how to resume. Throws
+  // std::runtime_error naming step and last checkpoint when a loss or gradient is not finite.
+  void run();
+
+  const Engine& engine() const { return engine_; }
+  // True when the optimizer was asked to compress and no matrix is large enough for it.
+  bool compresses_nothing() const;
+
+ private:
+  StepResult train_step(uint32_t t);
+  bool finite_or_skipped(uint32_t t, const StepResult& result);
+  void evaluate(StepMetrics& metrics);
+  void print_sample(uint32_t t);
+  void checkpoint(uint32_t t);
+  StepMetrics measure(uint32_t t, const StepResult& result, double seconds);
+  nlohmann::ordered_json metrics_header() const;
+
+  RunSetup setup_;
+  Backend& backend_;
+  Engine engine_;
+  TokenLoader loader_;
+  std::unique_ptr<TokenLoader> validation_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  std::string tokenizer_path_;
+  Profiler profiler_;
+  Progress progress_;
+  std::unique_ptr<MetricsFile> metrics_;
+  double peak_flops_ = 0;
+  uint32_t first_step_ = 1;
+  int64_t skipped_ = 0;
+  double mean_step_seconds_ = 0;  // smoothed, for the ETA
+  std::string last_checkpoint_;
+  uint32_t checkpointed_step_ = 0;
+};
+
+HostBatch host_batch(const MicroBatch& batch, int64_t sequences, int64_t length, bool training);
+
+// Mean loss over up to `batches` micro-batches from the start of the validation shards (0: all of them).
+float validation_loss(Engine& engine, TokenLoader& loader, int64_t batches, int64_t& tokens);
+
+TokenLoader open_loader(const Options& options, const std::string& pattern, int64_t vocabulary, bool shuffle);
+
+// Time, rate and share of every operation since the profiler was cleared.
+std::string profile_table(const Profiler& profiler, double total_seconds);

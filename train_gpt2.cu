@@ -1,0 +1,168 @@
+// train_gpt2.cu: main(). Options, device, data, plan, trainer; and the subcommands plan, generate and eval.
+// Compiled by g++ where there is no nvcc: nothing in this file is CUDA.
+#include <chrono>
+#include <cstdio>
+#include <ctime>
+#include <exception>
+#include <filesystem>
+#include <string>
+
+#include "data/token_loader.h"
+#include "train/checkpoint.h"
+#include "train/command_line.h"
+#include "train/plan_report.h"
+#include "train/run_setup.h"
+#include "train/sampler.h"
+#include "train/trainer.h"
+
+namespace {
+
+int64_t data_vocabulary(const Options& options) {
+  Options probe = options;
+  probe.micro_batch = 1;
+  probe.seq_len = 1;
+  return open_loader(probe, options.data, 0, false).vocabulary();
+}
+
+std::string new_run_directory() {
+  const std::time_t now = std::time(nullptr);
+  char name[64];
+  std::strftime(name, sizeof name, "runs/%Y-%m-%d_%H-%M-%S", std::localtime(&now));
+  std::string path = name;
+  for (int i = 2; std::filesystem::exists(path); ++i) path = std::string(name) + "-" + std::to_string(i);
+  return path;
+}
+
+void print_banner(const RunSetup& setup, const Backend& backend, const std::string& why, const Trainer& trainer) {
+  const Options& o = setup.options;
+  const Gpt2Config& model = setup.engine.model;
+  std::printf("device      %s (%s)\n", backend.description().c_str(), why.c_str());
+  std::printf("model       %s: %lld layers, %lld channels, %lld heads, vocabulary %lld, %.1fM parameters, weights %s\n",
+              o.model.c_str(), static_cast<long long>(model.layers), static_cast<long long>(model.channels),
+              static_cast<long long>(model.heads), static_cast<long long>(model.vocabulary),
+              static_cast<double>(model.parameter_count()) / 1e6, setup.source.has_weights ? "loaded" : "initialized");
+  std::printf("data        %s; validation %s\n", o.data.c_str(), o.val_data.empty() ? "none" : o.val_data.c_str());
+  std::printf("step        %lld tokens: %d micro-batches of %lld x %lld\n", static_cast<long long>(o.tokens_per_step),
+              setup.engine.sink.micro_batches, static_cast<long long>(o.micro_batch),
+              static_cast<long long>(o.seq_len));
+  std::printf("settings   ");
+  const nlohmann::ordered_json options = options_to_json(o);
+  for (const auto& [key, value] : options.items()) {
+    if (value.is_string() ? !value.get<std::string>().empty() : value != false) {
+      std::printf(" %s=%s", key.c_str(), value.is_string() ? value.get<std::string>().c_str() : value.dump().c_str());
+    }
+  }
+  const MemoryPlan plan = trainer.engine().plan();
+  std::printf("\nmemory      %s on the device:", format_bytes(plan.device_bytes()).c_str());
+  const std::vector<size_t> categories = plan.bytes_by_category();
+  for (int i = 0; i < kCategoryCount; ++i) {
+    std::printf(" %s %s%s", category_name(static_cast<Category>(i)), format_bytes(categories[i]).c_str(),
+                i + 1 < kCategoryCount ? "," : "\n");
+  }
+  std::printf("output      %s\n", o.out.c_str());
+  if (trainer.compresses_nothing()) {
+    std::fprintf(stderr, "train_gpt2: warning: rank %lld is above every matrix of this model: nothing is compressed\n",
+                 static_cast<long long>(o.rank));
+  }
+  std::fflush(stdout);
+}
+
+int train(Options options) {
+  std::string checkpoint;
+  if (!options.resume.empty()) {
+    checkpoint = find_checkpoint(options.resume);
+    restore_options(options, read_checkpoint(checkpoint).options);
+    if (!options.was_given("out")) options.out = std::filesystem::path(checkpoint).parent_path();
+  } else {
+    if (options.out.empty()) options.out = new_run_directory();
+    if (holds_checkpoints(options.out)) {
+      throw UsageError(options.out + " holds a run already: go on with --resume " + options.out +
+                       ", or name another --out");
+    }
+  }
+  check_options(options);
+  std::string why;
+  const std::unique_ptr<Backend> backend = make_backend(options, why);
+  resolve_data(options);
+  const RunSetup setup = resolve(options, backend->name(), data_vocabulary(options), true);
+  Trainer trainer(setup, *backend, checkpoint);
+  print_banner(setup, *backend, why, trainer);
+  trainer.run();
+  return 0;
+}
+
+int plan(Options options) {
+  check_options(options);
+  std::string why;
+  const std::unique_ptr<Backend> backend = make_backend(options, why);
+  const RunSetup setup = resolve(options, backend->name(), options.data.empty() ? 0 : data_vocabulary(options), true);
+  const MemoryPlan plan = Engine(setup.engine, *backend).plan();
+  std::fputs((options.json ? plan_json(plan) : plan_table(plan)).c_str(), stdout);
+  return 0;
+}
+
+// An engine without a training half, with the weights of --model.
+std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, RunSetup& setup, int64_t vocabulary) {
+  if (options.model.empty()) throw UsageError("--model is needed: a checkpoint or another directory with weights");
+  setup = resolve(options, backend.name(), vocabulary, false);
+  if (!setup.source.has_weights) throw UsageError("--model " + options.model + " has no weights");
+  auto engine = std::make_unique<Engine>(setup.engine, backend);
+  engine->allocate();
+  load_weights(setup.source, engine->store(), backend);
+  return engine;
+}
+
+int generate(Options options) {
+  check_options(options);
+  options.micro_batch = 1;
+  std::string why, tokenizer_path;
+  const std::unique_ptr<Backend> backend = make_backend(options, why);
+  RunSetup setup;
+  const std::unique_ptr<Engine> engine = open_model(options, *backend, setup, 0);
+  const std::unique_ptr<Tokenizer> tokenizer = find_tokenizer(options, setup.engine.model.vocabulary, tokenizer_path);
+  if (!tokenizer && !options.prompt.empty()) {
+    throw UsageError("--prompt needs a tokenizer: --tokenizer FILE (tokenizer.bin, made by data/prepare.py)");
+  }
+  const SamplingOptions sampling{options.sample_tokens, static_cast<float>(options.temperature), options.top_k,
+                                 static_cast<uint64_t>(options.seed), 0};
+  std::printf("%s\n", sample_text(*engine, tokenizer.get(), options.prompt, sampling).c_str());
+  return 0;
+}
+
+int eval(Options options) {
+  check_options(options);
+  std::string why;
+  const std::unique_ptr<Backend> backend = make_backend(options, why);
+  if (options.val_data.empty()) resolve_data(options);
+  if (options.val_data.empty()) options.val_data = options.data;
+  RunSetup setup;
+  const std::unique_ptr<Engine> engine = open_model(options, *backend, setup, 0);
+  TokenLoader loader = open_loader(setup.options, setup.options.val_data, setup.engine.model.vocabulary, false);
+  int64_t tokens;
+  const float loss =
+      validation_loss(*engine, loader, options.was_given("eval-batches") ? options.eval_batches : 0, tokens);
+  std::printf("validation loss %.6f (%lld tokens)\n", loss, static_cast<long long>(tokens));
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    Options options;
+    switch (parse_command_line(argc, argv, options)) {
+      case Command::kTrain: return train(options);
+      case Command::kPlan: return plan(options);
+      case Command::kGenerate: return generate(options);
+      case Command::kEval: return eval(options);
+      case Command::kExit: return 0;
+    }
+  } catch (const UsageError& error) {
+    std::fprintf(stderr, "train_gpt2: %s\n", error.what());
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "train_gpt2: %s\n", error.what());
+    return 1;
+  }
+  return 1;
+}
