@@ -24,8 +24,16 @@ class FusedSink final : public SinkBase {
   bool needs_norm_pass() const override { return clips(); }
 
   void set_norm_pass(bool on) override {
-    if (norm_pass_ && !on) judge_norm();
+    norm_known_ = norm_pass_ && !on;
     norm_pass_ = on;
+    if (norm_known_) judge_norm();
+  }
+
+  // A step that begins again for its second pass writes the scalars again, so the verdict is repeated.
+  void begin_step(const StepContext& context) override {
+    SinkBase::begin_step(context);
+    if (norm_known_) judge_norm();
+    norm_known_ = false;
   }
 
   void ready(const Parameter& parameter) override {
@@ -44,6 +52,7 @@ class FusedSink final : public SinkBase {
 
  private:
   bool norm_pass_ = false;
+  bool norm_known_ = false;  // gradient_squares() are those of the norm pass
 };
 
 }  // namespace

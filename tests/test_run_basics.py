@@ -1,0 +1,131 @@
+"""test_run_basics.py: the first things a user does: the default command, --help, a configuration file, seeds, samples."""
+import re
+import subprocess
+
+import pytest
+from program import ROOT, TINY, losses, metrics, same_state, steps_saved, succeed, tensors
+
+METRIC_KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "step_ms", "tokens_per_second", "mfu", "device_bytes"}
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_works_in_an_empty_folder(data, tmp_path):
+    text = succeed("--optimizer", "flora", "--rank", 256, "--steps", 2, cwd=tmp_path, timeout=300)
+    for word in ("device", "model", "data", "memory", "output", "optimizer=flora", "rank=256", "step 1/2", "step 2/2",
+                 "checkpoint: "):
+        assert word in text, text
+    assert "nothing is compressed" not in text
+    made = sorted(path.name for path in (tmp_path / "data").iterdir())
+    assert "system_text_train_000000.bin" in made and "system_text_val_000000.bin" in made
+    (run,) = (tmp_path / "runs").iterdir()
+    assert steps_saved(run) == [2]
+    assert {path.name for path in (run / "latest").iterdir()} == {
+        "config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"}
+    header, steps = metrics(run)
+    assert header["options"]["rank"] == 256 and header["options"]["model"] == "small"
+    assert header["version"].startswith("train_gpt2") and header["device"]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert set(steps[0]) == METRIC_KEYS and set(steps[1]) == METRIC_KEYS | {"val_loss"}
+    assert 4 < steps[0]["loss"] < 7
+
+
+def test_metrics_say_what_happened(train):
+    run = train("a", "--eval-every", 5, "--eval-batches", 3, "--warmup-steps", 4, "--lr", 1e-3, "--final-lr", 0.5,
+                "--tokens-per-step", 128)
+    header, steps = metrics(run)
+    assert None not in header["options"].values() and header["options"]["tokens_per_step"] == 128
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert [line["tokens"] for line in steps] == [128 * t for t in range(1, 13)]
+    assert [line["step"] for line in steps if "val_loss" in line] == [5, 10, 12]
+    rates = [line["lr"] for line in steps]
+    assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3], rel=1e-5) and rates[-1] == pytest.approx(5e-4)
+    for line in steps:
+        assert line["grad_norm"] > 0 and line["step_ms"] > 0 and line["device_bytes"] == steps[0]["device_bytes"]
+        assert line["tokens_per_second"] == pytest.approx(128 / line["step_ms"] * 1e3)
+        flops = 6 * header["parameters"] + 6 * 2 * 128 * 32  # per token: 6 N + 6 L C T
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 0.2e12)
+
+
+@pytest.mark.parametrize("optimizer", ["flora", "adamw", "adafactor", "sgd"])
+def test_every_optimizer_learns(train, optimizer):
+    rank = ["--rank", 16] if optimizer == "flora" else []
+    values = losses(train(optimizer, "--optimizer", optimizer, *rank, steps=150))
+    assert values[1] == pytest.approx(5.6, abs=0.6)  # log(257), untrained
+    last = sum(values[t] for t in range(141, 151)) / 10
+    assert last < values[1] - 1, last
+
+
+def test_the_seed_decides_and_nothing_else(train):
+    a, b, c = train("a", "--rank", 16), train("b", "--rank", 16), train("c", "--rank", 16, "--seed", 2)
+    assert same_state(a, b) and losses(a) == losses(b)
+    assert tensors(a / "latest") != tensors(c / "latest")
+
+
+def test_evaluation_samples_and_logging_change_nothing(train):
+    a = train("a", "--rank", 16)
+    b = train("b", "--rank", 16, "--eval-every", 2, "--sample-every", 3, "--sample-tokens", 5, "--log-every", 7,
+              "--checkpoint-every", 1)
+    assert same_state(a, b) and losses(a) == losses(b)
+
+
+def test_checkpoints_are_kept_as_asked(train):
+    assert steps_saved(train("a", "--checkpoint-every", 3, "--keep-checkpoints", 2)) == [9, 12]
+    assert steps_saved(train("b", "--checkpoint-every", 5, "--keep-checkpoints", 0)) == [5, 10, 12]
+    assert steps_saved(train("c", "--checkpoint-every", 0)) == [12]
+
+
+def test_help_shows_every_flag_with_its_group_and_unit(data):
+    text = succeed("--help")
+    source = (ROOT / "train" / "options.h").read_text()
+    flags = re.findall(r'\bv\(o\.\w+, "([\w-]+)", "([^"]*)"', source)
+    groups = re.findall(r'v\.group\("(\w+)"\)', source)
+    assert len(flags) > 60 and len(groups) == 7
+    for flag, unit in flags:
+        assert re.search(rf"--{flag}\b.*{re.escape(unit)}", text), f"--{flag} {unit}"
+    for group in groups:
+        assert f"{group}:" in text, group
+    for word in ("plan", "generate", "eval", "--config", "--version"):
+        assert word in text
+    assert "\x1b" not in text and max(map(len, text.splitlines())) < 200
+    assert succeed("--version").startswith("train_gpt2 ")
+
+
+def test_a_configuration_file_sets_flags(data, tmp_path):
+    (tmp_path / "run.toml").write_text(
+        f'data = "{data}/text_train_*.bin"\nmodel = "tiny"\nseq-len = 32\nmicro-batch = 2\nlr = 3e-3\n'
+        'optimizer = "adamw"\nsteps = 9\npeak-tflops = 0.2\nskip-nonfinite = true\n')
+    succeed("--config", tmp_path / "run.toml", "--steps", 2, "--out", tmp_path / "run")
+    options = metrics(tmp_path / "run")[0]["options"]
+    assert options["lr"] == 3e-3 and options["optimizer"] == "adamw" and options["skip_nonfinite"] is True
+    assert options["steps"] == 2  # the command line goes first
+    assert options["seq_len"] == 32 and options["micro_batch"] == 2
+
+
+def test_generate_continues_a_prompt(train):
+    checkpoint = train("a", "--rank", 16, steps=30) / "latest"
+    call = ["generate", "--model", checkpoint, "--prompt", "abc", "--threads", 1]
+    text = succeed(*call, "--sample-tokens", 40)
+    assert text.startswith("abc") and 4 < len(text) <= 3 + 4 * 40 + 1
+    assert succeed(*call, "--sample-tokens", 40) == text
+    assert succeed(*call, "--sample-tokens", 40, "--seed", 5) != text
+    greedy = [succeed(*call, "--sample-tokens", 10, *flags) for flags in (["--temperature", 0], ["--top-k", 1])]
+    assert greedy[0] == greedy[1]
+
+
+def test_samples_are_printed_while_training(data, tmp_path):
+    text = succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 4, "--sample-every", 2, "--sample-tokens", 8,
+                   "--prompt", "hello", "--out", tmp_path / "run")
+    assert text.count("---- sample at step") == 2 and text.count("\nhello") == 2
+
+
+def test_a_profile_names_the_operations(data, tmp_path):
+    text = succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 2, "--profile", "--out", tmp_path / "run")
+    for operation in ("matmul", "attention_backward", "layernorm_backward"):
+        assert operation in text
+
+
+def test_make_has_nothing_to_do_after_make(data):
+    result = subprocess.run(["make", "-q", "train_gpt2"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if result.returncode == 1:
+        pytest.skip("the sources have changed since ./train_gpt2 was built")
+    assert result.returncode == 0, result.stderr
