@@ -72,6 +72,7 @@ int train(Options options) {
   if (!options.resume.empty()) {
     checkpoint = find_checkpoint(options.resume);
     restore_options(options, read_checkpoint(checkpoint).options);
+    if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
     if (!options.was_given("out")) options.out = std::filesystem::path(checkpoint).parent_path();
   } else {
     if (options.out.empty()) options.out = new_run_directory();
@@ -84,7 +85,7 @@ int train(Options options) {
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   resolve_data(options);
-  const RunSetup setup = resolve(options, backend->name(), data_vocabulary(options), true);
+  const RunSetup setup = resolve(options, backend->name(), data_vocabulary(options), true, checkpoint);
   Trainer trainer(setup, *backend, checkpoint);
   print_banner(setup, *backend, why, trainer);
   trainer.run();
@@ -95,7 +96,9 @@ int plan(Options options) {
   check_options(options);
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
-  const RunSetup setup = resolve(options, backend->name(), options.data.empty() ? 0 : data_vocabulary(options), true);
+  // Without data: bytes for the default run, whose data is made of bytes, GPT-2's vocabulary for a model that is named.
+  const int64_t vocabulary = !options.data.empty() ? data_vocabulary(options) : options.model.empty() ? 257 : 0;
+  const RunSetup setup = resolve(options, backend->name(), vocabulary, true);
   const MemoryPlan plan = Engine(setup.engine, *backend).plan();
   std::fputs((options.json ? plan_json(plan) : plan_table(plan)).c_str(), stdout);
   return 0;

@@ -38,6 +38,7 @@ def language(count, seed):
 def call(*arguments, cwd=None, timeout=60, **options):
     """Runs the program to its end."""
     return subprocess.run([str(PROGRAM), *map(str, arguments)], cwd=cwd or ROOT, capture_output=True, text=True,
+                          errors="replace",  # a sample may be any bytes
                           timeout=timeout, stdin=subprocess.DEVNULL, **options)
 
 

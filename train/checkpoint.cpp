@@ -150,6 +150,8 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
     throw;
   }
   std::vector<fs::path> checkpoints = finished_checkpoints(run);
+  // After going back to an older checkpoint, those of later steps are not newer than this one.
+  std::erase_if(checkpoints, [&](const fs::path& path) { return path.filename() > name; });
   for (size_t i = 0; keep > 0 && i + static_cast<size_t>(keep) < checkpoints.size(); ++i) {
     remove_checkpoint(checkpoints[i]);
   }

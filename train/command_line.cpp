@@ -3,18 +3,35 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <sstream>
 #include <type_traits>
 
 #include "train/version.h"
 
 namespace {
 
-std::string shown(const std::string& value) { return value.empty() ? "" : value; }
+std::string shown(const std::string& value) { return value; }
 std::string shown(int64_t value) { return value == -1 ? "" : std::to_string(value); }
 std::string shown(double value) {
   char text[32];
   snprintf(text, sizeof text, "%g", value);
   return value == -1 ? "" : text;
+}
+
+constexpr size_t kNameColumn = 44, kTextColumn = 72;  // of --help
+
+// CLI11 indents the lines of a description but does not break them.
+std::string wrapped(const std::string& text) {
+  std::string out;
+  size_t line = 0;
+  std::istringstream words(text);
+  for (std::string word; words >> word; line += word.size() + 1) {
+    const bool full = line + word.size() > kTextColumn;
+    if (!out.empty()) out += full ? '\n' : ' ';
+    if (full) line = 0;
+    out += word;
+  }
+  return out;
 }
 
 struct ToCommandLine {
@@ -28,17 +45,17 @@ struct ToCommandLine {
     const std::string name = std::string("--") + flag;
     CLI::Option* option;
     if constexpr (std::is_same_v<T, bool>) {
-      option = app.add_flag(name, field, std::string(help) + " [off]");
+      option = app.add_flag(name, field, wrapped(std::string(help) + " [off]"));
     } else {
       std::string text = help;
       const bool chosen_later = text.find("default:") != std::string::npos;
       const std::string value = shown(field);
       if (!chosen_later && !value.empty()) text += " [" + value + "]";
-      option = app.add_option(name, field, text);
+      option = app.add_option(name, field, wrapped(text));
       std::string type = unit;
       if (!choices.empty()) {
         type = CLI::detail::join(choices, "|");
-        option->check(CLI::IsMember(choices));
+        option->check(CLI::IsMember(choices).description(""));
       } else if (type.empty()) {
         type = std::is_same_v<T, int64_t> ? "INT" : "NUMBER";
       }
@@ -56,8 +73,9 @@ Command parse_command_line(int argc, char** argv, Options& options) {
       "and recomputed activations. Without arguments it trains a small model on text found on this machine."};
   app.name("train_gpt2");
   app.option_defaults()->always_capture_default(false);
-  app.get_formatter()->column_width(44);
+  app.get_formatter()->column_width(kNameColumn);
   app.set_config("--config", "", "read flags from a TOML file: one 'name = value' per line")->type_name("FILE");
+  app.allow_config_extras(CLI::config_extras_mode::error);
   app.set_version_flag("--version", kVersion);
   CLI::App* plan = app.add_subcommand("plan", "print the memory plan (no device needed)");
   CLI::App* generate = app.add_subcommand("generate", "continue --prompt with the --model given");

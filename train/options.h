@@ -85,7 +85,7 @@ void describe(Options& o, Visitor& v) {
   const OnResume fixed = OnResume::kFixed, free = OnResume::kMayChange;
   const S float_dtypes = {"bf16", "fp32"};
   v.group("data");
-  v(o.data, "data", "GLOB[,GLOB]", "training shards; default: text found on this machine, as bytes", S{}, fixed);
+  v(o.data, "data", "GLOB[,GLOB]", "training shards; default: text found on this machine, as bytes", S{}, free);
   v(o.val_data, "val-data", "GLOB[,GLOB]", "validation shards; default: the 'val' ones beside the training shards", S{},
     free);
   v(o.data_format, "data-format", "", "shard format: llm.c's (told by their magic) or headerless uint16",

@@ -8,6 +8,7 @@
 
 #include "data/system_text.h"
 #include "data/token_loader.h"
+#include "kernels/cpu/machine.h"
 
 namespace fs = std::filesystem;
 
@@ -34,7 +35,7 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
   }
   if (o.seq_len == 0) o.seq_len = cpu ? std::min<int64_t>(256, config.positions) : config.positions;
   if (o.seq_len > config.positions) {
-    if (!from_scratch || o.model.find('/') != std::string::npos) {
+    if (!from_scratch) {
       throw UsageError("--seq-len " + std::to_string(o.seq_len) + " is longer than the model's " +
                        std::to_string(config.positions) + " positions");
     }
@@ -148,19 +149,21 @@ std::string validation_pattern(const std::string& patterns) {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_backend(const Options& options, std::string& why) {
+std::unique_ptr<Backend> make_backend(Options& options, std::string& why) {
   if (options.device == "cuda") {
     throw UsageError("--device cuda: this program was built without the CUDA backend; use --device cpu");
   }
   why = options.device == "auto" ? "auto: this program was built without the CUDA backend" : "as asked for";
+  if (options.threads == 0) options.threads = usable_cores();
   return make_cpu_backend({.threads = static_cast<int>(options.threads)});
 }
 
-RunSetup resolve(Options options, const std::string& device, int64_t vocabulary, bool training) {
+RunSetup resolve(Options options, const std::string& device, int64_t vocabulary, bool training,
+                 const std::string& checkpoint) {
   RunSetup setup;
   const bool cpu = device == "cpu";
   if (options.model.empty()) options.model = cpu ? "small" : "d12";
-  setup.source = find_model(options.model);
+  setup.source = find_model(checkpoint.empty() ? options.model : checkpoint);
   Gpt2Config config = setup.source.config;
   const bool preset_model = setup.source.kind == ModelSource::Kind::kPreset;
   if (preset_model && vocabulary > 0) config.vocabulary = vocabulary;

@@ -12,8 +12,9 @@
 #include "train/options.h"
 #include "train/weights_io.h"
 
-// The device the options ask for. Throws UsageError when it cannot be had; `why` says in words what "auto" chose.
-std::unique_ptr<Backend> make_backend(const Options& options, std::string& why);
+// The device the options ask for; chooses options.threads. Throws UsageError when it cannot be had; `why` says in words
+// what "auto" chose.
+std::unique_ptr<Backend> make_backend(Options& options, std::string& why);
 
 struct RunSetup {
   Options options;     // resolved: nothing is left to be chosen
@@ -23,8 +24,10 @@ struct RunSetup {
 };
 
 // Fills in defaults for the device and the model and checks that it all fits together. `vocabulary` is the data's, or 0
-// where there is no data to ask (then GPT-2's). Throws UsageError.
-RunSetup resolve(Options options, const std::string& device, int64_t vocabulary, bool training);
+// where there is no data to ask (then GPT-2's). A `checkpoint` to resume from says itself what the model is: --model
+// may be gone by then. Throws UsageError.
+RunSetup resolve(Options options, const std::string& device, int64_t vocabulary, bool training,
+                 const std::string& checkpoint = "");
 
 // Makes the default training data (text found on this machine) where no --data is given, and finds validation shards
 // beside the training shards. Changes options.data and options.val_data.

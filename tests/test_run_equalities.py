@@ -1,0 +1,81 @@
+"""test_run_equalities.py: settings that must not change the numbers do not change a bit of the final weights."""
+import pytest
+from program import losses, same_state, tensors
+
+OPTIMIZERS = {
+    "flora": ["--optimizer", "flora", "--rank", 16],
+    "adamw": ["--optimizer", "adamw"],
+    "adafactor": ["--optimizer", "adafactor"],
+    "sgd": ["--optimizer", "sgd", "--beta1", 0.9],
+}
+DTYPES = {
+    "fp32": [],
+    "bf16": ["--dtype", "bf16"],
+    "int8": ["--state-dtype", "int8"],
+    "master": ["--dtype", "bf16", "--master-weights", "fp32"],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_fused_is_dense(train, optimizer, dtype):
+    flags = [*OPTIMIZERS[optimizer], *DTYPES[dtype], "--clip-norm", 0]
+    dense = train("dense", *flags, "--gradients", "dense")
+    fused = train("fused", *flags, "--gradients", "fused")
+    assert same_state(dense, fused) and losses(dense) == losses(fused)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_recompute_levels_agree(train, optimizer, dtype):
+    flags = [*OPTIMIZERS[optimizer], *DTYPES[dtype], "--gradients", "fused", "--tokens-per-step", 128]
+    reference = train("none", *flags, steps=6)
+    for level in ("gelu", "norms+gelu", "attention", "block"):
+        assert same_state(reference, train(level, *flags, "--recompute", level, steps=6)), level
+
+
+@pytest.mark.parametrize("optimizer", ["flora", "adamw"])
+def test_several_micro_batches_fused_is_dense(train, optimizer):
+    flags = [*OPTIMIZERS[optimizer], "--tokens-per-step", 192, "--clip-norm", 0]
+    dense = train("dense", *flags, "--gradients", "dense")
+    assert same_state(dense, train("fused", *flags, "--gradients", "fused"))
+
+
+def close(run_a, run_b, tolerance):
+    a, b = losses(run_a), losses(run_b)
+    return all(abs(a[t] - b[t]) <= tolerance * a[t] for t in a)
+
+
+def test_clipping_by_a_second_pass_is_that_of_kept_gradients(train):
+    """Both clip by the exact global norm, summed in another order."""
+    flags = ["--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 0.5, "--tokens-per-step", 128]
+    dense = train("dense", *flags, "--gradients", "dense")
+    fused = train("fused", *flags, "--gradients", "fused")
+    assert close(dense, fused, 1e-4)
+    assert not close(dense, train("unclipped", *flags[:4], "--clip-norm", 0, *flags[6:], "--gradients", "dense"), 1e-4)
+
+
+def test_micro_batches_are_only_a_matter_of_rounding(train):
+    flags = ["--optimizer", "adamw", "--tokens-per-step", 256]
+    small, large = train("small", *flags), train("large", *flags, "--micro-batch", 8)
+    assert close(small, large, 1e-4) and tensors(small / "latest") != tensors(large / "latest")
+
+
+def test_chunks_of_the_head_are_only_a_matter_of_rounding(train):
+    assert close(train("whole", "--rank", 16), train("parts", "--rank", 16, "--head-chunk", 7), 1e-4)
+
+
+def test_accumulation_at_full_rank_of_an_orthonormal_projection_loses_little(train):
+    """rank close to the width: what the projection drops is a small part of the gradient."""
+    flags = ["--optimizer", "flora", "--rank", 16, "--tokens-per-step", 128]
+    plain = train("plain", *flags, steps=30)
+    projected = train("projected", *flags, "--gradients", "compressed", "--accumulation-rank", 120, "--projection",
+                      "orthonormal", steps=30)
+    assert losses(projected)[30] == pytest.approx(losses(plain)[30], rel=0.1)
+
+
+def test_bf16_learns_like_fp32(train):
+    flags = ["--rank", 16]
+    single, half = train("single", *flags, steps=100), train("half", *flags, "--dtype", "bf16", steps=100)
+    assert losses(half)[100] == pytest.approx(losses(single)[100], rel=0.1)
+    assert len(tensors(half / "latest")) < 0.6 * len(tensors(single / "latest"))

@@ -1,0 +1,72 @@
+"""test_run_nonfinite.py: a loss that is not finite stops a run, or is skipped where that was asked for."""
+import shutil
+
+import numpy as np
+import pytest
+from program import TINY, call, fail, metrics, steps_saved, succeed, tensors
+
+safetensors = pytest.importorskip("safetensors.numpy")
+
+
+@pytest.fixture
+def poisoned(train, tmp_path):
+    """A model directory with one weight that is not finite, by which of its numbers it is."""
+    first = train("first", "--rank", 16, steps=2) / "latest"
+
+    def poison(value):
+        folder = tmp_path / f"model_{value}"
+        shutil.copytree(first, folder)
+        weights = safetensors.load_file(folder / "model.safetensors")
+        weights["transformer.h.1.mlp.c_fc.bias"][3] = value
+        safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return poison
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("flags", [["--rank", 16], ["--optimizer", "adamw"]])
+def test_the_run_stops_and_says_where(data, tmp_path, poisoned, value, flags):
+    line = fail("--data", data / "text_train_*.bin", *TINY[2:], "--model", poisoned(value), "--steps", 5, *flags,
+                "--out", tmp_path / "run", code=1)
+    assert "step 1:" in line and "not finite" in line and "none yet" in line
+    assert steps_saved(tmp_path / "run") == []
+
+
+def test_the_last_good_checkpoint_is_named(train, data, tmp_path):
+    """A learning rate beyond reason: the first steps are finite, then the weights overflow."""
+    flags = ["--optimizer", "sgd", "--lr", 1e30, "--warmup-steps", 8, "--clip-norm", 0, "--checkpoint-every", 1]
+    line = fail("--data", data / "text_train_*.bin", *TINY, "--steps", 40, *flags, "--out", tmp_path / "run", code=1)
+    saved = steps_saved(tmp_path / "run")
+    assert saved and f"step_{saved[-1]:08}" in line and f"step {saved[-1] + 1}:" in line
+    for step in saved:  # what was saved is finite
+        weights = safetensors.load_file(tmp_path / f"run/step_{step:08}/model.safetensors")
+        assert all(np.isfinite(tensor).all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("flags", [["--rank", 16], ["--optimizer", "adamw"], ["--optimizer", "sgd", "--beta1", 0.9],
+                                   ["--rank", 16, "--gradients", "compressed", "--tokens-per-step", 128]])
+def test_skipping_leaves_weights_and_state_alone(data, tmp_path, poisoned, flags):
+    model = poisoned(np.nan)
+    text = succeed("--data", data / "text_train_*.bin", *TINY[2:], "--model", model, "--steps", 4, *flags,
+                   "--skip-nonfinite", "--out", tmp_path / "run")
+    assert "skipped" in text.splitlines()[-1] + text.splitlines()[-2] and "4 updates" in text
+    _, steps = metrics(tmp_path / "run")
+    assert [line["skipped"] for line in steps] == [1, 2, 3, 4]
+    assert all(line["loss"] is None for line in steps)
+    assert tensors(tmp_path / "run/latest") == tensors(model), "the weights changed"
+    state = safetensors.load_file(tmp_path / "run/latest/optimizer.safetensors")
+    assert all(not tensor.any() for tensor in state.values()), "the optimizer's state changed"
+
+
+def test_finite_runs_do_not_notice(train):
+    a, b = train("a", "--rank", 16), train("b", "--rank", 16, "--skip-nonfinite")
+    assert tensors(a / "latest") == tensors(b / "latest")
+    assert not any("skipped" in line for line in metrics(b)[1])
+
+
+def test_the_count_survives_a_resume(data, tmp_path, poisoned):
+    succeed("--data", data / "text_train_*.bin", *TINY[2:], "--model", poisoned(np.nan), "--steps", 2, "--rank", 16,
+            "--skip-nonfinite", "--out", tmp_path / "run")
+    result = call("--resume", tmp_path / "run", "--steps", 3)
+    assert result.returncode == 0 and metrics(tmp_path / "run")[1][-1]["skipped"] == 3

@@ -1,0 +1,183 @@
+"""test_run_resume.py: a run that is interrupted and goes on ends with the bits of one that was not.
+
+A resumed run is always given the --steps of the whole, because the learning rate's schedule depends on them; so the
+interruptions here are signals, which come when the run is some way along.
+"""
+import json
+import shutil
+import signal
+import subprocess
+
+import pytest
+from program import PROGRAM, TINY, call, fail, losses, metrics, same_state, steps_saved, succeed
+
+STEPS = 150
+
+RUNS = {
+    "flora": ["--rank", 16],
+    "flora-int8": ["--rank", 16, "--state-dtype", "int8"],
+    "flora-bf16": ["--rank", 16, "--dtype", "bf16", "--recompute", "block"],
+    "flora-kappa": ["--rank", 16, "--kappa", 7, "--projection", "orthonormal", "--transfer", "rescale"],
+    "flora-compressed": ["--rank", 16, "--gradients", "compressed", "--tokens-per-step", 128],
+    "adamw": ["--optimizer", "adamw"],
+    "adamw-int8": ["--optimizer", "adamw", "--state-dtype", "int8"],
+    "adamw-master": ["--optimizer", "adamw", "--dtype", "bf16", "--master-weights", "fp32"],
+    "adafactor": ["--optimizer", "adafactor", "--no-factored"],
+    "sgd": ["--optimizer", "sgd", "--beta1", 0.9, "--gradients", "fused", "--clip-norm", 1],
+}
+
+
+def start(data, out, *flags, steps=STEPS):
+    """A run in the background, some steps along."""
+    command = [PROGRAM, "--data", data / "text_train_*.bin", *TINY, "--steps", steps, "--eval-every", 0, "--out", out,
+               *flags]
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+def stop(process, sent):
+    process.send_signal(sent)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_interrupted_run_goes_on_exactly(train, data, tmp_path, name):
+    whole = train("whole", *RUNS[name], steps=STEPS)
+    process = start(data, tmp_path / "parts", *RUNS[name])
+    code, output, _ = stop(process, signal.SIGINT)
+    assert code == 0
+    (step,) = steps_saved(tmp_path / "parts")
+    assert 10 <= step < STEPS, "the signal came too late to test anything"
+    text = succeed("--resume", tmp_path / "parts")
+    assert f"step {step + 1}/{STEPS}" in text and f"step {step}/" not in text
+    assert same_state(whole, tmp_path / "parts")
+    assert losses(whole) == losses(tmp_path / "parts")
+    _, lines = metrics(tmp_path / "parts")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(data, tmp_path, sent):
+    code, output, errors = stop(start(data, tmp_path / "run", "--rank", 16), sent)
+    assert code == 0 and errors == ""
+    last = output.splitlines()[-1]
+    (step,) = steps_saved(tmp_path / "run")
+    assert "interrupted" in last and f"--resume {tmp_path / 'run'}" in last and str(step) in last
+    assert metrics(tmp_path / "run")[1][-1]["step"] == step
+    state = json.loads((tmp_path / "run/latest/trainer_state.json").read_text())
+    assert state["step"] == step
+
+
+def test_resume_takes_the_run_or_one_of_its_checkpoints(train, tmp_path):
+    whole = train("whole", "--rank", 16, "--checkpoint-every", 3, "--keep-checkpoints", 0)
+    assert steps_saved(whole) == [3, 6, 9, 12]
+    # What a kill between the checkpoint of step 6 and that of step 9 leaves.
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    shutil.copytree(whole / "step_00000006", killed / "step_00000006")
+    (killed / "latest").symlink_to("step_00000006")
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (killed / "metrics.jsonl").write_text("".join(lines[:9]) + lines[9][:20])
+    shutil.copytree(killed, tmp_path / "other", symlinks=True)
+    for run, argument in ((killed, killed), (tmp_path / "other", tmp_path / "other/step_00000006")):
+        text = succeed("--resume", argument)
+        assert "step 7/12" in text and "step 6/12" not in text
+        assert same_state(whole, run) and losses(whole) == losses(run)
+        assert [line["step"] for line in metrics(run)[1]] == list(range(1, 13))
+        assert (run / "latest").resolve().name == "step_00000012"
+
+
+def test_resume_into_another_directory_leaves_the_first_alone(train, tmp_path):
+    whole = train("whole", "--rank", 16, "--checkpoint-every", 6)
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    succeed("--resume", whole / "step_00000006", "--out", tmp_path / "branch")
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    assert same_state(whole, tmp_path / "branch")
+
+
+def test_going_back_to_an_older_checkpoint_keeps_the_new_ones(train):
+    run = train("run", "--rank", 16, "--checkpoint-every", 4, "--keep-checkpoints", 0)
+    whole = run.rename(run.with_name("whole"))
+    shutil.copytree(whole, run, symlinks=True)
+    succeed("--resume", run / "step_00000004", "--checkpoint-every", 1, "--keep-checkpoints", 2, "--steps", 6,
+            "--log-every", 1)
+    assert (run / "latest").resolve() == (run / "step_00000006").resolve() and (run / "latest").exists()
+    assert {5, 6} <= set(steps_saved(run))
+    assert [line["step"] for line in metrics(run)[1]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_can_be_moved(train, tmp_path):
+    whole = train("whole", "--rank", 16, "--checkpoint-every", 6)
+    shutil.copytree(whole, tmp_path / "kept", symlinks=True)
+    moved = whole.rename(tmp_path / "moved")
+    shutil.rmtree(moved / "step_00000012")
+    (moved / "latest").unlink()
+    (moved / "latest").symlink_to("step_00000006")
+    succeed("--resume", moved)
+    assert same_state(moved, tmp_path / "kept")
+
+
+def test_the_data_can_be_moved(train, data, tmp_path):
+    run = train("run", "--rank", 16, "--checkpoint-every", 6)
+    shutil.copytree(data, tmp_path / "elsewhere")
+    succeed("--resume", run / "step_00000006", "--data", tmp_path / "elsewhere/text_train_*.bin", "--out",
+            tmp_path / "b")
+    assert same_state(run, tmp_path / "b")
+
+
+def test_a_run_that_started_from_a_model_goes_on_without_it(train, tmp_path):
+    first = train("first", "--rank", 16)
+    model = tmp_path / "model"
+    shutil.copytree(first / "latest", model)
+    run = train("run", "--rank", 16, "--model", model, "--checkpoint-every", 6)
+    shutil.rmtree(model)
+    succeed("--resume", run / "step_00000006", "--out", tmp_path / "b")
+    assert same_state(run, tmp_path / "b")
+
+
+def test_more_steps_can_be_asked_for(train):
+    run = train("run", "--rank", 16, "--schedule", "constant", steps=6)
+    whole = train("whole", "--rank", 16, "--schedule", "constant", "--warmup-steps", 1, steps=12)
+    succeed("--resume", run, "--steps", 12)
+    assert same_state(run, whole)
+
+
+def test_what_may_change_changes_nothing(train, tmp_path):
+    run = train("run", "--rank", 16, "--checkpoint-every", 6)
+    flags = ["--recompute", "block", "--log-every", 3, "--checkpoint-every", 2, "--eval-every", 4, "--device", "cpu"]
+    succeed("--resume", run / "step_00000006", "--out", tmp_path / "b", *flags)
+    assert same_state(run, tmp_path / "b")
+    options = json.loads((tmp_path / "b/latest/trainer_state.json").read_text())["options"]
+    assert options["recompute"] == "block" and options["log_every"] == 3
+
+
+def test_a_finished_run_has_nothing_to_do(train):
+    run = train("run", "--rank", 16)
+    assert "nothing to do" in fail("--resume", run, code=2)
+
+
+def test_a_second_run_into_the_same_directory_is_refused(train, data):
+    run = train("run", "--rank", 16)
+    before = same_state(run, run), (run / "metrics.jsonl").read_text()
+    line = fail("--data", data / "text_train_*.bin", *TINY, "--steps", 2, "--out", run, code=2)
+    assert "--resume" in line
+    assert (same_state(run, run), (run / "metrics.jsonl").read_text()) == before
+
+
+def test_a_broken_pipe_does_not_cost_the_run(data, tmp_path):
+    """./train_gpt2 | head: the reader goes away; whatever happens, a checkpoint that was there can be resumed."""
+    process = start(data, tmp_path / "run", "--rank", 16, "--checkpoint-every", 5)
+    process.stdout.close()
+    process.wait(timeout=60)
+    process.stderr.close()
+    if steps_saved_if_any(tmp_path / "run")[-1] < STEPS:
+        assert call("--resume", tmp_path / "run").returncode == 0
+
+
+def steps_saved_if_any(run):
+    return sorted(int(path.name.removeprefix("step_")) for path in run.glob("step_*"))
