@@ -176,7 +176,8 @@ class Backend {
   // be followed by orthonormalize_rows(); numbers of (key, *index), element k*d + j.
   virtual void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) = 0;
   // Makes the rows of p [r, d] orthonormal, r <= d: p <- L^-1 p with p p^T = L L^T (Cholesky; Gram matrix and factor in
-  // fp64 above r > 0.8 d). scratch: r*r doubles. A non-positive pivot sets scalars->gate = 0.
+  // fp64 above r > 0.8 d). scratch: r*r doubles. Dependent rows (a pivot that is zero but for rounding) set
+  // scalars->gate = 0.
   virtual void orthonormalize_rows(Tensor p, void* scratch, StepScalars* scalars) = 0;
 
   // Factored second moment of grad [n, m]: row_state[i] <- beta2 row_state[i] + (1-beta2) mean_j(g^2 + eps1), col_state

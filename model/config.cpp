@@ -87,24 +87,31 @@ Gpt2Config read_config(const std::string& path) {
     }
     return json[key].get<int64_t>();
   };
+  const auto optional = [&](const char* key, const auto& otherwise) {
+    try {
+      return json.value(key, otherwise);
+    } catch (const nlohmann::json::exception&) {
+      throw std::runtime_error(path + ": " + key + " cannot be " + json[key].dump());
+    }
+  };
   Gpt2Config config;
   config.vocabulary = integer("vocab_size");
   config.positions = json.contains("n_positions") ? integer("n_positions") : integer("n_ctx");
   config.layers = integer("n_layer");
   config.heads = integer("n_head");
   config.channels = integer("n_embd");
-  config.tied_head = json.value("tie_word_embeddings", true);
+  config.tied_head = optional("tie_word_embeddings", true);
   if (json.contains("model_type") && json["model_type"] != "gpt2") {
     throw std::runtime_error(path + ": model_type is " + json["model_type"].dump() + ", this program trains gpt2");
   }
   if (json.contains("n_inner") && !json["n_inner"].is_null() && json["n_inner"] != 4 * config.channels) {
     throw std::runtime_error(path + ": n_inner must be null or 4 * n_embd");
   }
-  const std::string activation = json.value("activation_function", "gelu_new");
+  const auto activation = optional("activation_function", std::string("gelu_new"));
   if (activation != "gelu_new" && activation != "gelu_pytorch_tanh" && activation != "gelu_fast") {
     throw std::runtime_error(path + ": activation_function '" + activation + "' is not supported (gelu_new is)");
   }
-  if (json.value("layer_norm_epsilon", 1e-5) != 1e-5) {
+  if (optional("layer_norm_epsilon", 1e-5) != 1e-5) {
     throw std::runtime_error(path + ": layer_norm_epsilon must be 1e-5");
   }
   try {

@@ -65,13 +65,16 @@ def test_chunks_of_the_head_are_only_a_matter_of_rounding(train):
     assert close(train("whole", "--rank", 16), train("parts", "--rank", 16, "--head-chunk", 7), 1e-4)
 
 
-def test_accumulation_at_full_rank_of_an_orthonormal_projection_loses_little(train):
-    """rank close to the width: what the projection drops is a small part of the gradient."""
-    flags = ["--optimizer", "flora", "--rank", 16, "--tokens-per-step", 128]
-    plain = train("plain", *flags, steps=30)
-    projected = train("projected", *flags, "--gradients", "compressed", "--accumulation-rank", 120, "--projection",
-                      "orthonormal", steps=30)
-    assert losses(projected)[30] == pytest.approx(losses(plain)[30], rel=0.1)
+@pytest.mark.parametrize("optimizer", ["flora", "adafactor"])
+def test_accumulation_at_nearly_full_rank_loses_little(train, optimizer):
+    """An orthonormal projection to 120 of 128 dimensions drops a small part of the gradient, at random."""
+    flags = [*OPTIMIZERS[optimizer], "--tokens-per-step", 128]
+    exact = ["--projection", "orthonormal"] if optimizer == "flora" else []
+    plain = losses(train("plain", *flags, *exact, "--gradients", "fused", steps=30))
+    nearly, half = (losses(train(rank, *flags, "--projection", "orthonormal", "--gradients", "compressed",
+                                 "--accumulation-rank", rank, steps=30)) for rank in ("120", "40"))
+    assert nearly[30] == pytest.approx(plain[30], rel=0.04)
+    assert half[30] > nearly[30] + 0.05
 
 
 def test_bf16_learns_like_fp32(train):

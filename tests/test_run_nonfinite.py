@@ -54,7 +54,9 @@ def test_skipping_leaves_weights_and_state_alone(data, tmp_path, poisoned, flags
     _, steps = metrics(tmp_path / "run")
     assert [line["skipped"] for line in steps] == [1, 2, 3, 4]
     assert all(line["loss"] is None for line in steps)
-    assert tensors(tmp_path / "run/latest") == tensors(model), "the weights changed"
+    before, after = (safetensors.load_file(folder / "model.safetensors") for folder in (model, tmp_path / "run/latest"))
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name].tobytes() != after[name].tobytes()] == []
     state = safetensors.load_file(tmp_path / "run/latest/optimizer.safetensors")
     assert all(not tensor.any() for tensor in state.values()), "the optimizer's state changed"
 

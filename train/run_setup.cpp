@@ -172,6 +172,7 @@ RunSetup resolve(Options options, const std::string& device, int64_t vocabulary,
                      std::to_string(config.vocabulary) + "): " + options.model);
   }
   choose_defaults(options, cpu, config, preset_model);
+  check_options(options);  // what was chosen may contradict what was given
   setup.engine = engine_config(options, config, training);
   setup.schedule = schedule_config(options);
   setup.options = options;

@@ -1,5 +1,5 @@
 // orthonormalize.cpp: makes the rows of a projection orthonormal, P <- L^-1 P with P P^T = L L^T. Compute-bound:
-// 2 r^2 d operations for the Gram matrix (both halves, by the ordinary matmul), r^3 / 3 for the factor, r^2 d for the
+// r^2 d operations for the lower half of the Gram matrix, r^3 / 3 for the factor, r^2 d for the
 // triangular solve.
 //
 // A Gaussian P has a well-conditioned Gram matrix unless r comes close to d: at r = 0.8 d its condition number is about
@@ -12,6 +12,7 @@
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/parallel.h"
 
 namespace {
@@ -33,9 +34,17 @@ void gram_matrix(int threads, double* gram, const T* p, int64_t r, int64_t d) {
   });
 }
 
-// Cholesky factor of the leading n x n block of a, in place in the lower triangle. False for a pivot that is not
-// positive.
-bool factor_block(double* a, int64_t stride, int64_t n) {
+// Lower triangle of p p^T in fp32, block row by block row, so that the number of threads does not matter.
+void gram_matrix_fp32(int threads, float* gram, const float* p, int64_t r, int64_t d) {
+  parallel_blocks(threads, r, kFactorBlock, [&](int64_t begin, int64_t end) {
+    gemm({.m = end - begin, .n = end, .k = d, .transpose_b = true}, 1.0f, p + begin * d, d, p, d, 0.0f,
+         gram + begin * r, r);
+  });
+}
+
+// Cholesky factor of the leading n x n block of a, in place in the lower triangle. False for a pivot that is not above
+// `smallest`.
+bool factor_block(double* a, int64_t stride, int64_t n, double smallest) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t k = 0; k <= i; ++k) {
       double sum = a[i * stride + k];
@@ -43,7 +52,7 @@ bool factor_block(double* a, int64_t stride, int64_t n) {
       if (k < i) {
         a[i * stride + k] = sum / a[k * stride + k];
       } else {
-        if (!(sum > 0)) return false;
+        if (!(sum > smallest)) return false;
         a[i * stride + i] = std::sqrt(sum);
       }
     }
@@ -53,12 +62,14 @@ bool factor_block(double* a, int64_t stride, int64_t n) {
 
 // The same for an r x r matrix, block column by block column: factor the diagonal block, solve the rows below it,
 // subtract their product from what remains.
-bool cholesky(double* a, int64_t r) {
+// A pivot below `precision` times the first one is rounding noise: the rows depend on each other.
+bool cholesky(double* a, int64_t r, double precision) {
   const int stride = static_cast<int>(r);
+  const double smallest = precision * a[0];
   for (int64_t k = 0; k < r; k += kFactorBlock) {
     const int64_t n = std::min(kFactorBlock, r - k), below = r - k - n;
     double* diagonal = a + k * r + k;
-    if (!factor_block(diagonal, r, n)) return false;
+    if (!factor_block(diagonal, r, n, smallest)) return false;
     if (below == 0) break;
     double* under = diagonal + n * r;
     cblas_dtrsm(CblasRowMajor, CblasRight, CblasLower, CblasTrans, CblasNonUnit, static_cast<int>(below),
@@ -109,16 +120,17 @@ void CpuBackend::orthonormalize_rows(Tensor p, void* scratch, StepScalars* scala
   const int64_t r = p.rows(), d = p.cols();
   require(p.rank == 2 && p.contiguous() && r <= d, "orthonormalize_rows: a contiguous matrix with rows <= columns");
   const bool fp64 = r * 10 > d * 8;
-  if (!fp64) matmul(Tensor::of(scratch, DType::kF32, {r, r}), p, p, {.transpose_b = true});
-  const Profiler::Scope scope(profiler, "orthonormalize_rows", 1.0 * r * r * d + 1.0 * r * r * r / 3,
+  if (!fp64 && p.dtype != DType::kF32) matmul(Tensor::of(scratch, DType::kF32, {r, r}), p, p, {.transpose_b = true});
+  const Profiler::Scope scope(profiler, "orthonormalize_rows", 2.0 * r * r * d + 1.0 * r * r * r / 3,
                               2.0 * static_cast<double>(p.bytes()));
   double* const factor = static_cast<double*>(scratch);
   if (fp64) {
     dispatch(p.dtype, [&]<typename T>() { gram_matrix(threads_, factor, p.as<T>(), r, d); });
   } else {
+    if (p.dtype == DType::kF32) gram_matrix_fp32(threads_, static_cast<float*>(scratch), p.as<float>(), r, d);
     widen_in_place(scratch, r * r);
   }
-  if (!cholesky(factor, r)) {
+  if (!cholesky(factor, r, fp64 ? 1e-13 : 1e-6)) {
     scalars->gate = 0;
     return;
   }

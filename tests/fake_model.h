@@ -1,0 +1,257 @@
+// fake_model.h: a model without arithmetic for tests of optimizers and sinks: parameters shaped like GPT-2's, random
+// gradients, and a step that hands them to a sink in the order of the real backward pass. Memory comes from an arena
+// that is poisoned with NaN, so that anything used before it is written shows up.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "flora/optimizer.h"
+#include "flora/sinks.h"
+#include "kernels/backend.h"
+#include "kernels/memory_plan.h"
+
+class FakeStore final : public ParameterStore {
+ public:
+  FakeStore(std::vector<Parameter> parameters, DType dtype, bool masters)
+      : parameters_(std::move(parameters)), dtype_(dtype), masters_(masters), held_(16, 0) {}
+
+  void declare(MemoryPlan& plan) const {
+    for (const Parameter& p : parameters_) {
+      plan.add_tensor(p.name, Category::kWeights, dtype_, p.padded_elements());
+      if (masters_) plan.add_tensor(p.name + ".master", Category::kWeights, DType::kF32, p.elements());
+    }
+  }
+
+  void bind(Arena& arena, Backend& backend, uint64_t seed) {
+    for (const Parameter& p : parameters_) {
+      weights_.push_back(arena.tensor(p.name, dtype_, {p.padded_elements()}).data);
+      backend.fill_normal(view(p, weights_.back(), dtype_), 0, 0.02f, {.seed = seed, .tensor = p.hash()});
+      if (!masters_) continue;
+      master_copies_.push_back(arena.tensor(p.name + ".master", DType::kF32, {p.elements()}).data);
+      backend.convert(view(p, master_copies_.back(), DType::kF32), view(p, weights_.back(), dtype_));
+    }
+  }
+
+  const std::vector<Parameter>& parameters() const override { return parameters_; }
+  void acquire(int layer) override { ++held_.at(static_cast<size_t>(layer + 1)); }
+  void release(int layer, bool changed) override {
+    EXPECT_GT(held_.at(static_cast<size_t>(layer + 1))--, 0);
+    changed_ += changed;
+  }
+  Tensor weight(const Parameter& p) override {
+    EXPECT_GT(held_.at(static_cast<size_t>(p.layer + 1)), 0) << p.name << " is used without acquire()";
+    return view(p, weights_.at(static_cast<size_t>(p.index)), dtype_);
+  }
+  Tensor padded_weight(const Parameter& p) override { return weight(p); }
+  Tensor master(const Parameter& p) override {
+    return masters_ ? view(p, master_copies_.at(static_cast<size_t>(p.index)), DType::kF32) : Tensor{};
+  }
+  int changed() const { return changed_; }
+
+ private:
+  static Tensor view(const Parameter& p, void* data, DType dtype) {
+    return p.matrix ? Tensor::of(data, dtype, {p.rows, p.cols}) : Tensor::of(data, dtype, {p.cols});
+  }
+
+  std::vector<Parameter> parameters_;
+  DType dtype_;
+  bool masters_;
+  std::vector<int> held_;
+  int changed_ = 0;
+  std::vector<void*> weights_, master_copies_;
+};
+
+struct FakeOptions {
+  OptimizerConfig optimizer;
+  SinkConfig sink;
+  DType weight_dtype = DType::kF32;
+  bool masters = false;
+  int threads = 2;
+  uint32_t poisoned_step = 0;  // in this step one gradient holds an infinity
+};
+
+class FakeModel {
+ public:
+  explicit FakeModel(const FakeOptions& options)
+      : options_(options),
+        backend_(make_cpu_backend({.threads = options.threads})),
+        store_(make_parameters(), options.weight_dtype, options.masters),
+        optimizer_(make_optimizer(options.optimizer, store_.parameters(), options.sink.gradient_dtype, *backend_)),
+        sink_(make_sink(options.sink, *optimizer_, store_, *backend_)) {
+    MemoryPlan plan;
+    const size_t workspace = backend_->workspace_bytes(
+        {.batch = 1, .sequence = 16, .channels = 24, .heads = 2, .vocabulary = 150, .any_bf16 = true});
+    plan.add("scalars", Category::kWorkspace, sizeof(StepScalars));
+    plan.add("workspace", Category::kWorkspace, workspace);
+    store_.declare(plan);
+    optimizer_->declare(plan);
+    sink_->declare(plan);
+    arena_ = std::make_unique<Arena>(*backend_, std::move(plan));
+    scalars_ = static_cast<StepScalars*>(arena_->bytes("scalars", sizeof(StepScalars)));
+    char* const base = reinterpret_cast<char*>(scalars_) - arena_->plan().find("scalars")->offset;
+    backend_->fill(base, 0xff, arena_->plan().device_bytes());
+    backend_->set_workspace(arena_->bytes("workspace", workspace), workspace);
+    store_.bind(*arena_, *backend_, 4);
+    optimizer_->bind(*arena_);
+    sink_->bind(*arena_);
+  }
+
+  void step(uint32_t t, float lr = 0.01f) {
+    const int count = options_.sink.micro_batches;
+    if (sink_->needs_norm_pass()) {
+      sink_->set_norm_pass(true);
+      pass(t, lr, count);
+      sink_->set_norm_pass(false);
+    }
+    pass(t, lr, count);
+    backend_->synchronize();
+  }
+
+  // All weights (masters where there are any) and all states, bit by bit.
+  std::vector<uint8_t> weight_bits() {
+    std::vector<uint8_t> bits;
+    for (const Parameter& p : store_.parameters()) append(bits, weight(p));
+    return bits;
+  }
+  std::vector<uint8_t> state_bits() {
+    std::vector<uint8_t> bits;
+    for (const StateTensor& s : optimizer_->state()) append(bits, s.tensor);
+    return bits;
+  }
+
+  // Weights as float64, one after another.
+  std::vector<double> weights() {
+    std::vector<double> values;
+    for (const Parameter& p : store_.parameters()) {
+      const Tensor w = weight(p);
+      for (int64_t i = 0; i < w.elements(); ++i)
+        values.push_back(w.dtype == DType::kF32 ? w.as<float>()[i] : to_float(w.as<bf16>()[i]));
+    }
+    return values;
+  }
+
+  Arena& arena() { return *arena_; }
+  Backend& backend() { return *backend_; }
+  Optimizer& optimizer() { return *optimizer_; }
+  UpdatingSink& sink() { return *sink_; }
+  FakeStore& store() { return store_; }
+  const StepScalars& scalars() const { return *scalars_; }
+
+  // The gradient of one micro-batch; the tied embedding's comes in two parts.
+  static std::vector<float> gradient(const Parameter& p, uint32_t t, int micro_batch, int part) {
+    std::mt19937 generator(p.hash() + 977 * t + 31 * static_cast<uint32_t>(micro_batch) + static_cast<uint32_t>(part));
+    std::normal_distribution<float> normal(0.0f, 0.01f);
+    std::vector<float> values(static_cast<size_t>(p.elements()));
+    for (float& value : values) value = normal(generator);
+    return values;
+  }
+
+  static std::vector<Parameter> make_parameters() {
+    constexpr int64_t kChannels = 24, kVocabulary = 150;
+    std::vector<Parameter> parameters;
+    const auto add = [&](const std::string& name, int layer, int64_t rows, int64_t cols) {
+      Parameter p;
+      p.index = static_cast<int>(parameters.size());
+      p.name = name;
+      p.layer = layer;
+      p.matrix = p.decay = rows > 1;
+      p.rows = p.padded_rows = rows;
+      p.cols = cols;
+      parameters.push_back(p);
+    };
+    add("wte.weight", -1, kVocabulary, kChannels);
+    parameters.back().padded_rows = 256;
+    parameters.back().embedding = parameters.back().long_lived = true;
+    add("wpe.weight", -1, 20, kChannels);
+    parameters.back().embedding = true;
+    for (int layer = 0; layer < 2; ++layer) {
+      const std::string h = "h." + std::to_string(layer) + ".";
+      add(h + "ln_1.weight", layer, 1, kChannels);
+      add(h + "ln_1.bias", layer, 1, kChannels);
+      add(h + "attn.c_attn.weight", layer, kChannels, 3 * kChannels);
+      add(h + "attn.c_attn.bias", layer, 1, 3 * kChannels);
+      add(h + "attn.c_proj.weight", layer, kChannels, kChannels);
+      add(h + "attn.c_proj.bias", layer, 1, kChannels);
+      add(h + "mlp.c_fc.weight", layer, kChannels, 4 * kChannels);
+      add(h + "mlp.c_proj.weight", layer, 4 * kChannels, kChannels);
+    }
+    add("ln_f.weight", -1, 1, kChannels);
+    add("ln_f.bias", -1, 1, kChannels);
+    return parameters;
+  }
+
+ private:
+  void pass(uint32_t t, float lr, int count) {
+    sink_->begin_step({.step = t, .lr = lr, .micro_batches = count, .scalars = scalars_});
+    for (int i = 0; i < count; ++i) {
+      sink_->begin_micro_batch(i, i + 1 == count);
+      backward(t, i);
+    }
+    sink_->end_step();
+  }
+
+  // Head, final LayerNorm, blocks from the last to the first, lookup.
+  void backward(uint32_t t, int micro_batch) {
+    const std::vector<Parameter>& all = store_.parameters();
+    write(all[0], t, micro_batch, 0);
+    hand_over(t, micro_batch, {all[all.size() - 2], all[all.size() - 1]});
+    for (int layer = 1; layer >= 0; --layer) {
+      const Parameter* block = &all[2 + 8 * static_cast<size_t>(layer)];
+      store_.acquire(layer);
+      for (int matrix : {7, 6, 4, 5, 2, 3}) hand_over(t, micro_batch, {block[matrix]});
+      hand_over(t, micro_batch, {block[0], block[1]});
+      store_.release(layer, true);
+    }
+    write(all[0], t, micro_batch, 1);
+    write(all[1], t, micro_batch, 0);
+    sink_->ready(all[0]);
+    sink_->ready(all[1]);
+  }
+
+  void hand_over(uint32_t t, int micro_batch, const std::vector<Parameter>& parameters) {
+    for (const Parameter& p : parameters) write(p, t, micro_batch, 0);
+    for (const Parameter& p : parameters) sink_->ready(p);
+  }
+
+  void write(const Parameter& p, uint32_t t, int micro_batch, int part) {
+    const GradientSink::Target target = sink_->target(p);
+    std::vector<float> values = gradient(p, t, micro_batch, part);
+    if (t == options_.poisoned_step && p.name == "h.0.mlp.c_fc.weight") values[5] = INFINITY;
+    ASSERT_EQ(target.tensor.elements(), p.elements());
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (target.tensor.dtype == DType::kF32) {
+        float& out = target.tensor.as<float>()[i];
+        out = target.accumulate ? out + values[i] : values[i];
+      } else {
+        bf16& out = target.tensor.as<bf16>()[i];
+        out = from_float<bf16>(target.accumulate ? to_float(out) + values[i] : values[i]);
+      }
+    }
+  }
+
+  Tensor weight(const Parameter& p) {
+    store_.acquire(p.layer);
+    const Tensor w = options_.masters ? store_.master(p) : store_.weight(p);
+    store_.release(p.layer, false);
+    return w;
+  }
+
+  static void append(std::vector<uint8_t>& bits, const Tensor& t) {
+    bits.insert(bits.end(), t.as<uint8_t>(), t.as<uint8_t>() + t.bytes());
+    const uint8_t* scales = reinterpret_cast<const uint8_t*>(t.scales);
+    if (scales) bits.insert(bits.end(), scales, scales + quant_blocks(t.elements()) * 4);
+  }
+
+  FakeOptions options_;
+  std::unique_ptr<Backend> backend_;
+  FakeStore store_;
+  std::unique_ptr<Optimizer> optimizer_;
+  std::unique_ptr<UpdatingSink> sink_;
+  std::unique_ptr<Arena> arena_;
+  StepScalars* scalars_ = nullptr;
+};

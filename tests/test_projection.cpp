@@ -1,0 +1,208 @@
+// test_projection.cpp: random projections: their entries, orthonormal rows, and what they do to a gradient on average.
+#include "flora/projection.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "flora/optimizer.h"
+#include "tests/backends.h"
+
+namespace {
+
+constexpr RandomKey kKey{.seed = 21, .purpose = RandomPurpose::kProjection, .tensor = 77};
+
+// [rows_a, cols_a] times [cols_a, cols_b] in float64; `transpose` for b given as [cols_b, cols_a].
+Values product(const Values& a, const Values& b, size_t rows, size_t inner, size_t cols, bool transpose) {
+  Values out(rows * cols, 0);
+  for (size_t i = 0; i < rows; ++i)
+    for (size_t j = 0; j < cols; ++j)
+      for (size_t k = 0; k < inner; ++k)
+        out[i * cols + j] += a[i * inner + k] * b[transpose ? j * inner + k : k * cols + j];
+  return out;
+}
+
+Values identity(size_t n) {
+  Values out(n * n, 0);
+  for (size_t i = 0; i < n; ++i) out[i * n + i] = 1;
+  return out;
+}
+
+Parameter matrix(int64_t rows, int64_t cols) {
+  Parameter p;
+  p.name = "w";
+  p.rows = p.padded_rows = rows;
+  p.cols = cols;
+  p.matrix = true;
+  return p;
+}
+
+class Projection : public OperationTest {};
+INSTANTIATE_OPERATION_TESTS(Projection);
+
+TEST_P(Projection, GaussianEntriesAreTheSpecifiedNumbers) {
+  TestDevice device(backend());
+  const uint32_t index = 6;
+  for (auto [r, d] : {std::pair<int64_t, int64_t>{1, 1}, {4, 13}, {33, 101}, {64, 768}}) {
+    const Tensor p = device.poisoned(dtype(), {r, d});
+    device->generate_projection(p, ProjectionKind::kGaussian, kKey, &index);
+    Values expected;
+    for (int64_t i = 0; i < r * d; ++i) {
+      const PhiloxWords words = philox_block(kKey, index, static_cast<uint64_t>(i / 4));
+      float pair[2];
+      normal_pair(words.w[i % 4 / 2 * 2], words.w[i % 4 / 2 * 2 + 1], pair[0], pair[1]);
+      expected.push_back(pair[i % 2] / std::sqrt(static_cast<double>(r)));
+    }
+    EXPECT_LE(relative_error(device.read(p), expected), dtype() == DType::kF32 ? 1e-6 : 3e-3);
+  }
+}
+
+TEST_P(Projection, SignsAreTheSpecifiedBits) {
+  TestDevice device(backend());
+  const uint32_t index = 2;
+  for (auto [r, d] : {std::pair<int64_t, int64_t>{1, 1}, {3, 129}, {16, 1000}}) {
+    const Tensor p = device.poisoned(dtype(), {r, d});
+    device->generate_projection(p, ProjectionKind::kRademacher, kKey, &index);
+    Values expected;
+    for (uint64_t i = 0; i < static_cast<uint64_t>(r * d); ++i) {
+      const PhiloxWords words = philox_block(kKey, index, i / 128);
+      const bool plus = (words.w[i % 128 / 32] >> (i % 32)) & 1;
+      expected.push_back((plus ? 1 : -1) / std::sqrt(static_cast<double>(r)));
+    }
+    EXPECT_LE(relative_error(device.read(p), expected), dtype() == DType::kF32 ? 1e-7 : 4e-3);
+  }
+}
+
+TEST_P(Projection, IsIndependentOfThreads) {
+  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal}) {
+    // The Gram matrix of bf16 rows is an ordinary matmul, whose last bits may depend on the number of threads.
+    if (kind == ProjectionKind::kOrthonormal && dtype() == DType::kBF16) continue;
+    expect_independent_of_threads(backend(), [&](TestDevice& device) {
+      const uint32_t index = 2;
+      StepScalars scalars;
+      const Tensor p = device.poisoned(dtype(), {70, 301}), scratch = device.poisoned(DType::kF32, {2 * 70 * 70});
+      make_projection(device.backend(), p, {kind, kKey, &index}, scratch.data, &scalars);
+      return device.bits(p);
+    });
+  }
+}
+
+// ---- orthonormal rows
+
+TEST_P(Projection, OrthonormalRowsAreOrthonormalAndSpanTheSame) {
+  const bool fp32 = dtype() == DType::kF32;
+  for (auto [r, d] :
+       {std::pair<int64_t, int64_t>{1, 1}, {1, 9}, {8, 100}, {80, 100}, {99, 100}, {130, 170}, {64, 65}}) {
+    TestDevice device(backend());
+    const size_t rows = static_cast<size_t>(r), cols = static_cast<size_t>(d);
+    const uint32_t index = 1;
+    StepScalars scalars;
+    const Tensor p = device.poisoned(dtype(), {r, d}), scratch = device.poisoned(DType::kF32, {2 * r * r});
+    device->generate_projection(p, ProjectionKind::kOrthonormal, kKey, &index);
+    const Values raw = device.read(p);
+    device->orthonormalize_rows(p, scratch.data, &scalars);
+    EXPECT_EQ(scalars.gate, 1u);
+    const Values q = device.read(p);
+    EXPECT_LE(relative_error(product(q, q, rows, cols, rows, true), identity(rows)), fp32 ? 2e-5 : 1e-2)
+        << r << "x" << d;
+    // The projector q^T q leaves the raw rows where they are.
+    const Values coordinates = product(raw, q, rows, cols, rows, true);
+    EXPECT_LE(relative_error(product(coordinates, q, rows, rows, cols, false), raw), fp32 ? 2e-5 : 2e-2);
+
+    device->orthonormalize_rows(p, scratch.data, &scalars);  // twice changes nothing
+    EXPECT_LE(relative_error(device.read(p), q), fp32 ? 3e-5 : 1e-2);
+  }
+}
+
+TEST_P(Projection, DependentRowsCloseTheGate) {
+  TestDevice device(backend());
+  StepScalars scalars;
+  const Tensor p = device.upload(Values(3 * 10, 1.0), dtype(), {3, 10}), scratch = device.poisoned(DType::kF32, {18});
+  device->orthonormalize_rows(p, scratch.data, &scalars);
+  EXPECT_EQ(scalars.gate, 0u);
+}
+
+// ---- compression
+
+TEST_P(Projection, DownUpAndTransferAreTheirFormulas) {
+  for (auto [n, m] : {std::pair<int64_t, int64_t>{20, 33}, {33, 20}, {17, 17}}) {
+    TestDevice device(backend());
+    const int64_t r = 5;
+    const Compression shape(matrix(n, m), r);
+    const size_t rows = static_cast<size_t>(n), cols = static_cast<size_t>(m), rank = 5;
+    const size_t dimension = static_cast<size_t>(shape.dimension());
+    const Tensor g = device.random(1, dtype(), {n, m});
+    const Tensor p = device.random(2, dtype(), {r, shape.dimension()}),
+                 next = device.random(3, dtype(), {r, shape.dimension()});
+    const Tensor down = device.poisoned(DType::kF32, {shape.compressed_rows(), shape.compressed_cols()});
+    project_down(device.backend(), down, g, p, shape, false);
+    const Values G = device.read(g), P = device.read(p), N = device.read(next);
+    const auto down_of = [&](const Values& x, const Values& by) {
+      return shape.wide() ? product(by, x, rank, rows, cols, false) : product(x, by, rows, cols, rank, true);
+    };
+    const auto up_of = [&](const Values& x, const Values& by) {
+      Values transposed(by.size());
+      for (size_t i = 0; i < rank; ++i)
+        for (size_t j = 0; j < dimension; ++j) transposed[j * rank + i] = by[i * dimension + j];
+      return shape.wide() ? product(transposed, x, rows, rank, cols, false) : product(x, by, rows, rank, cols, false);
+    };
+    const Values M = down_of(G, P);
+    EXPECT_LE(relative_error(device.read(down), M), 1e-5);
+
+    const Tensor up = device.upload(Values(rows * cols, 2.0), dtype(), {n, m});
+    project_up(device.backend(), up, down, p, shape, 0.5f, true);
+    Values expected = up_of(M, P);
+    for (double& x : expected) x = 2 + 0.5 * x;
+    EXPECT_LE(relative_error(device.read(up), expected), tolerance(dtype()));
+
+    const Tensor moved = device.poisoned(DType::kF32, {shape.compressed_rows(), shape.compressed_cols()});
+    transfer(device.backend(), moved, down, p, next, device.poisoned(DType::kF32, {r, r}), shape);
+    EXPECT_LE(relative_error(device.read(moved), down_of(up_of(M, P), N)), 1e-5);
+  }
+}
+
+// E[up(down(G))] = G for Gaussian and Rademacher projections; the error of the mean of k projections falls as
+// sqrt(d / (r k)). For orthonormal rows the mean is (r / d) G.
+TEST(Compression, IsUnbiased) {
+  TestDevice device("cpu");
+  const int64_t n = 24, m = 40, r = 8;
+  const Compression shape(matrix(n, m), r);
+  const Tensor g = device.random(1, DType::kF32, {n, m});
+  const Tensor p = device.poisoned(DType::kF32, {r, n}), down = device.poisoned(DType::kF32, {r, m});
+  const Tensor scratch = device.poisoned(DType::kF32, {2 * r * r});
+  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal}) {
+    const int count = 2000;
+    StepScalars scalars;
+    const Tensor sum = device.upload(Values(n * m, 0.0), DType::kF32, {n, m});
+    for (uint32_t index = 0; index < count; ++index) {
+      make_projection(device.backend(), p, {kind, kKey, &index}, scratch.data, &scalars);
+      project_down(device.backend(), down, g, p, shape, false);
+      project_up(device.backend(), sum, down, p, shape, 1.0f / count, true);
+    }
+    Values expected = device.read(g);
+    const double shrink = kind == ProjectionKind::kOrthonormal ? static_cast<double>(r) / n : 1.0;
+    for (double& x : expected) x *= shrink;
+    const double sampling_error = std::sqrt(static_cast<double>(n) / (r * count));
+    EXPECT_LE(relative_error(device.read(sum), expected), 1.5 * sampling_error);
+    if (kind != ProjectionKind::kOrthonormal) {
+      EXPECT_GE(relative_error(device.read(sum), expected), 0.5 * sampling_error);
+    }
+  }
+}
+
+TEST(IsCompressed, FollowsRankRatioAndKind) {
+  const auto gaussian = ProjectionKind::kGaussian, orthonormal = ProjectionKind::kOrthonormal;
+  EXPECT_TRUE(is_compressed(matrix(64, 256), 64, false, gaussian));
+  EXPECT_TRUE(is_compressed(matrix(256, 64), 64, false, gaussian));
+  EXPECT_FALSE(is_compressed(matrix(64, 257), 64, false, gaussian));  // ratio above 4
+  EXPECT_TRUE(is_compressed(matrix(64, 257), 64, true, gaussian));
+  EXPECT_FALSE(is_compressed(matrix(63, 64), 64, false, gaussian));  // rank above the smaller dimension
+  EXPECT_FALSE(is_compressed(matrix(64, 64), 0, false, gaussian));
+  EXPECT_FALSE(is_compressed(matrix(64, 64), 64, false, orthonormal));
+  EXPECT_TRUE(is_compressed(matrix(65, 65), 64, false, orthonormal));
+  Parameter vector;
+  vector.cols = 100;
+  EXPECT_FALSE(is_compressed(vector, 1, true, gaussian));
+}
+
+}  // namespace
