@@ -61,8 +61,10 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
   }
   std::printf("output      %s\n", o.out.c_str());
   if (trainer.compresses_nothing()) {
-    std::fprintf(stderr, "train_gpt2: warning: rank %lld is above every matrix of this model: nothing is compressed\n",
-                 static_cast<long long>(o.rank));
+    const std::string why_not = o.no_factored
+                                    ? "--no-factored keeps the momentum in full"
+                                    : "rank " + std::to_string(o.rank) + " is above every matrix of this model";
+    std::fprintf(stderr, "train_gpt2: warning: nothing is compressed: %s\n", why_not.c_str());
   }
   std::fflush(stdout);
 }

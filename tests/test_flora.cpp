@@ -217,7 +217,7 @@ TEST_P(MomentumSurvival, AChangeOfProjection) {
 // With a gradient of zero the momentum only decays, so what a transfer does to its norm shows: a Gaussian one inflates
 // it by sqrt(1 + d/r), every time; orthonormal rows keep sqrt(r/d); a restart leaves nothing.
 TEST(Transfer, ChangesTheNormAsTheorySays) {
-  const int64_t rows = 64, cols = 200, rank = 16;
+  const int64_t rows = 192, cols = 200, rank = 48;
   const double gaussian = std::sqrt(1 + 4.0), orthonormal = std::sqrt(1 / 4.0);
   struct Case {
     ProjectionKind projection;

@@ -56,6 +56,8 @@ USAGE = [
     (["--master-weights", "fp32"], ["--master-weights", "fp32 weights"]),
     (["--tokens-per-step", 100], ["--tokens-per-step 100", "64"]),
     (["--device", "cuda"], ["--device cuda"]),
+    (["--steps", 10**30], ["--steps"]),
+    (["--micro-batch", 10**9, "--seq-len", 200], ["--micro-batch", "--seq-len"]),
 ]
 
 
@@ -68,6 +70,10 @@ def test_wrong_flags(refused, flags, words):
 def test_an_empty_flag_is_not_a_crash(refused):
     refused("--steps", "", code=2)
     refused("--optimizer", "", code=2)
+
+
+def test_more_memory_than_there_is(refused):
+    assert "bytes" in refused("--micro-batch", 10**7, code=1)
 
 
 def test_a_rank_above_every_matrix_is_a_warning(data, tmp_path):

@@ -49,7 +49,8 @@ def test_metrics_say_what_happened(train):
 @pytest.mark.parametrize("optimizer", ["flora", "adamw", "adafactor", "sgd"])
 def test_every_optimizer_learns(train, optimizer):
     rank = ["--rank", 16] if optimizer == "flora" else []
-    values = losses(train(optimizer, "--optimizer", optimizer, *rank, steps=150))
+    rate = 0.1 if optimizer == "sgd" else 2e-3
+    values = losses(train(optimizer, "--optimizer", optimizer, *rank, "--lr", rate, steps=150))
     assert values[1] == pytest.approx(5.6, abs=0.6)  # log(257), untrained
     last = sum(values[t] for t in range(141, 151)) / 10
     assert last < values[1] - 1, last

@@ -68,7 +68,7 @@ def test_chunks_of_the_head_are_only_a_matter_of_rounding(train):
 @pytest.mark.parametrize("optimizer", ["flora", "adafactor"])
 def test_accumulation_at_nearly_full_rank_loses_little(train, optimizer):
     """An orthonormal projection to 120 of 128 dimensions drops a small part of the gradient, at random."""
-    flags = [*OPTIMIZERS[optimizer], "--tokens-per-step", 128]
+    flags = [*OPTIMIZERS[optimizer], "--tokens-per-step", 128, "--lr", 2e-3]
     exact = ["--projection", "orthonormal"] if optimizer == "flora" else []
     plain = losses(train("plain", *flags, *exact, "--gradients", "fused", steps=30))
     nearly, half = (losses(train(rank, *flags, "--projection", "orthonormal", "--gradients", "compressed",
@@ -78,7 +78,7 @@ def test_accumulation_at_nearly_full_rank_loses_little(train, optimizer):
 
 
 def test_bf16_learns_like_fp32(train):
-    flags = ["--rank", 16]
+    flags = ["--rank", 16, "--lr", 2e-3]
     single, half = train("single", *flags, steps=100), train("half", *flags, "--dtype", "bf16", steps=100)
     assert losses(half)[100] == pytest.approx(losses(single)[100], rel=0.1)
     assert len(tensors(half / "latest")) < 0.6 * len(tensors(single / "latest"))

@@ -59,9 +59,12 @@ void Engine::allocate() {
 StepResult Engine::result() {
   StepResult result;
   float squares = 0;
+  StepScalars scalars;
+  backend_.copy(&scalars, scalars_, sizeof scalars);
   backend_.copy(&result.loss, loss_.data, sizeof(float));
   if (sink_) backend_.copy(&squares, sink_->gradient_squares(), sizeof(float));
   backend_.synchronize();
   result.grad_norm = std::sqrt(squares);
+  result.lr = scalars.lr;
   return result;
 }

@@ -24,6 +24,7 @@ struct EngineConfig {
 struct StepResult {
   float loss = 0;       // mean over the tokens of the step
   float grad_norm = 0;  // global, before clipping
+  float lr = 0;         // as the optimizer used it
 };
 
 class Engine {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <type_traits>
 
 namespace {
 
@@ -45,6 +46,19 @@ struct FromJson {
   }
 };
 
+// Sizes and counts are multiplied with each other, and positions on the device are 32 bits wide.
+struct RefuseHugeNumbers {
+  void group(const char*) {}
+  template <typename T>
+  void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>&, OnResume) {
+    if constexpr (std::is_same_v<T, int64_t>) {
+      if (field > INT32_MAX && std::string(flag) != "seed") {
+        throw UsageError(std::string("--") + flag + " must be at most " + std::to_string(INT32_MAX));
+      }
+    }
+  }
+};
+
 void at_least(double value, double least, const char* flag) {
   if (!(value >= least)) {
     std::string bound = std::to_string(static_cast<int64_t>(least));
@@ -81,6 +95,9 @@ void restore_options(Options& options, const nlohmann::json& saved) {
 }
 
 void check_options(const Options& o) {
+  Options copy = o;
+  RefuseHugeNumbers bounds;
+  describe(copy, bounds);
   at_least(static_cast<double>(o.seq_len), o.was_given("seq-len") ? 1 : 0, "seq-len");
   at_least(static_cast<double>(o.micro_batch), o.was_given("micro-batch") ? 1 : 0, "micro-batch");
   at_least(static_cast<double>(o.tokens_per_step), o.was_given("tokens-per-step") ? 1 : 0, "tokens-per-step");

@@ -116,7 +116,7 @@ void describe(Options& o, Visitor& v) {
   v(o.optimizer, "optimizer", "", "update rule", S{"flora", "adamw", "adafactor", "sgd"}, fixed);
   v(o.rank, "rank", "", "Flora: rank of the compressed momentum", S{}, fixed);
   v(o.kappa, "kappa", "steps", "Flora: steps between two projections", S{}, fixed);
-  v(o.lr, "lr", "", "peak learning rate; default: 2e-3 for flora and adafactor, 1e-3 for adamw, 0.1 for sgd", S{},
+  v(o.lr, "lr", "", "peak learning rate; default: 5e-4 for flora and adafactor, 6e-4 for adamw, 0.1 for sgd", S{},
     fixed);
   v(o.schedule, "schedule", "", "of the learning rate after the warmup (wsd: constant, then 1-sqrt cooldown)",
     S{"cosine", "linear", "constant", "wsd"}, fixed);

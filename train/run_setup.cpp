@@ -43,6 +43,9 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
   }
   if (o.micro_batch == 0) o.micro_batch = cpu ? 4 : 16;
   const int64_t micro_tokens = o.micro_batch * o.seq_len;
+  if (micro_tokens > INT32_MAX) {
+    throw UsageError("--micro-batch x --seq-len is " + std::to_string(micro_tokens) + " tokens, more than fit a pass");
+  }
   if (o.tokens_per_step == 0) o.tokens_per_step = micro_tokens;
   if (o.tokens_per_step % micro_tokens != 0) {
     throw UsageError("--tokens-per-step " + std::to_string(o.tokens_per_step) +
@@ -50,7 +53,7 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
   }
   if (o.head_chunk == 0) o.head_chunk = std::min<int64_t>(micro_tokens, 512);
   o.head_chunk = std::min(o.head_chunk, micro_tokens);
-  if (o.lr == 0) o.lr = adaptive ? 2e-3 : o.optimizer == "adamw" ? 1e-3 : 0.1;
+  if (o.lr == 0) o.lr = adaptive ? 5e-4 : o.optimizer == "adamw" ? 6e-4 : 0.1;
   if (o.weight_decay < 0) o.weight_decay = o.optimizer == "sgd" ? 0.0 : 0.1;
   if (o.beta1 < 0) o.beta1 = o.optimizer == "sgd" ? 0.0 : 0.9;
   if (o.warmup_steps < 0) o.warmup_steps = percent(o.steps, 5);

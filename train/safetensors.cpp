@@ -57,10 +57,17 @@ SafetensorsReader::SafetensorsReader(const std::string& path) : path_(path) {
     nlohmann::json header;
     try {
       header = nlohmann::json::parse(bytes + 8, bytes + 8 + header_bytes);
+      if (!header.is_object()) throw damaged("the header is no JSON object");
       const size_t data_bytes = mapped_bytes_ - 8 - header_bytes;
       for (const auto& [name, value] : header.items()) {
         if (name == "__metadata__") continue;
         TensorEntry entry{name, value.at("dtype"), value.at("shape").get<std::vector<int64_t>>(), nullptr};
+        if (element_size(entry.dtype) == 0) throw damaged("tensor '" + name + "' has the unknown type " + entry.dtype);
+        int64_t room = int64_t{1} << 60;  // what is left of the largest number of elements
+        for (const int64_t extent : entry.shape) {
+          if (extent < 0 || extent > room) throw damaged("tensor '" + name + "' has an impossible shape");
+          if (extent > 0) room /= extent;
+        }
         const uint64_t begin = value.at("data_offsets").at(0), end = value.at("data_offsets").at(1);
         if (begin > end || end > data_bytes) throw damaged("tensor '" + name + "' ends beyond the file: truncated");
         if (end - begin != entry.bytes()) throw damaged("tensor '" + name + "' has a size that does not fit its shape");

@@ -152,7 +152,7 @@ StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double second
   m.tokens = static_cast<int64_t>(t) * o.tokens_per_step;
   m.loss = result.loss;
   m.grad_norm = result.grad_norm;
-  m.lr = learning_rate(setup_.schedule, t, static_cast<uint32_t>(o.steps));
+  m.lr = result.lr;
   m.step_ms = 1e3 * seconds;
   m.tokens_per_second = static_cast<double>(o.tokens_per_step) / seconds;
   m.mfu = m.tokens_per_second * setup_.engine.model.flops_per_token(o.seq_len) / peak_flops_;

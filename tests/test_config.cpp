@@ -1,0 +1,135 @@
+// test_config.cpp: presets have the sizes their names promise, a config.json survives a round trip, and what is not a
+// GPT-2 as this program computes it is refused by name.
+#include "model/config.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "tests/temporary_directory.h"
+
+namespace {
+
+#define EXPECT_HAS(message, part) EXPECT_NE((message).find(part), std::string::npos) << (message)
+
+TEST(Config, PresetsHaveThePublishedNumbersOfParameters) {
+  // Hugging Face's gpt2, gpt2-medium, gpt2-large and gpt2-xl.
+  EXPECT_EQ(preset("d12").parameter_count(), 124439808);
+  EXPECT_EQ(preset("d24").parameter_count(), 354823168);
+  EXPECT_EQ(preset("d36").parameter_count(), 774030080);
+  EXPECT_EQ(preset("d48").parameter_count(), 1557611200);
+  EXPECT_EQ(preset("gpt2:d48").parameter_count(), preset("d48").parameter_count());
+  EXPECT_NEAR(static_cast<double>(preset("gpt3:c12288").parameter_count()), 174.6e9, 0.1e9);
+  EXPECT_NEAR(static_cast<double>(preset("gpt3:c4096").parameter_count()), 6.66e9, 0.01e9);
+}
+
+TEST(Config, EveryPresetIsAModel) {
+  const std::string message = message_of([] { preset("nonsense"); });
+  EXPECT_HAS(message, "nonsense");
+  int count = 0;
+  for (const char* name :
+       {"tiny",       "mini",       "small",      "d6",         "d12",        "d24",        "d36",
+        "d48",        "d60",        "d72",        "d84",        "gpt3:c384",  "gpt3:c768",  "gpt3:c1024",
+        "gpt3:c1536", "gpt3:c2048", "gpt3:c2560", "gpt3:c4096", "gpt3:c5120", "gpt3:c12288"}) {
+    ASSERT_TRUE(is_preset(name)) << name;
+    EXPECT_NO_THROW(validate(preset(name))) << name;
+    EXPECT_HAS(message, name);
+    ++count;
+  }
+  EXPECT_EQ(count, 20);
+  for (const char* name : {"", "d", "d13", "D12", "gpt2:", "gpt3:c5140"}) EXPECT_FALSE(is_preset(name)) << name;
+}
+
+TEST(Config, ParametersAreThoseOfHuggingFaceInTheirOrder) {
+  Gpt2Config config;
+  config.vocabulary = 300, config.positions = 40, config.layers = 2, config.heads = 3, config.channels = 48;
+  const std::vector<Parameter> tied = gpt2_parameters(config);
+  ASSERT_EQ(tied.size(), 2u + 2 * 12 + 2);
+  EXPECT_EQ(tied.front().name, "wte.weight");
+  EXPECT_EQ(tied.back().name, "ln_f.bias");
+  std::set<std::string> names;
+  int64_t elements = 0;
+  for (size_t i = 0; i < tied.size(); ++i) {
+    const Parameter& p = tied[i];
+    EXPECT_EQ(p.index, static_cast<int>(i));
+    EXPECT_TRUE(names.insert(p.name).second) << p.name;
+    EXPECT_EQ(p.matrix, p.rows > 1) << p.name;
+    EXPECT_EQ(p.decay, p.matrix) << p.name;
+    EXPECT_EQ(p.padded_rows, p.name == "wte.weight" ? 384 : p.rows) << p.name;
+    EXPECT_EQ(p.layer, p.name.starts_with("h.") ? p.name[2] - '0' : -1) << p.name;
+    elements += p.elements();
+  }
+  EXPECT_EQ(elements, config.parameter_count());
+  config.tied_head = false;
+  const std::vector<Parameter> untied = gpt2_parameters(config);
+  ASSERT_EQ(untied.size(), tied.size() + 1);
+  EXPECT_EQ(untied.back().name, "lm_head.weight");
+  EXPECT_TRUE(untied.back().long_lived);
+  EXPECT_EQ(config.parameter_count(), elements + 300 * 48);
+}
+
+TEST(Config, FlopsPerToken) {
+  // 6 N + 6 L C T: the second term is causal attention's.
+  EXPECT_DOUBLE_EQ(preset("d12").flops_per_token(1024), 6.0 * 124439808 + 6.0 * 12 * 768 * 1024);
+}
+
+TEST(Config, JsonRoundTrip) {
+  TemporaryDirectory directory;
+  for (const bool tied : {true, false}) {
+    Gpt2Config config = preset("gpt3:c2560");
+    config.vocabulary = 257;
+    config.tied_head = tied;
+    const Gpt2Config read = read_config(directory.write("config.json", config_json(config)));
+    EXPECT_EQ(read.vocabulary, 257);
+    EXPECT_EQ(read.positions, 2048);
+    EXPECT_EQ(read.layers, 32);
+    EXPECT_EQ(read.heads, 32);
+    EXPECT_EQ(read.channels, 2560);
+    EXPECT_EQ(read.tied_head, tied);
+  }
+}
+
+TEST(Config, ReadsWhatHuggingFaceLeavesOut) {
+  TemporaryDirectory directory;
+  const char* oldest = R"({"vocab_size": 50257, "n_ctx": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12})";
+  const Gpt2Config config = read_config(directory.write("config.json", oldest));
+  EXPECT_EQ(config.positions, 1024);
+  EXPECT_TRUE(config.tied_head);
+  EXPECT_EQ(config.parameter_count(), 124439808);
+}
+
+TEST(Config, RefusesWhatItCannotCompute) {
+  TemporaryDirectory directory;
+  const auto error_with = [&](const std::string& key, const nlohmann::json& value) {
+    nlohmann::json json = nlohmann::json::parse(config_json(preset("tiny")));
+    json[key] = value;
+    const std::string path = directory.write("config.json", json.dump());
+    const std::string message = message_of([&] { read_config(path); });
+    EXPECT_NE(message, "") << key << " " << value << " was accepted";
+    EXPECT_EQ(message.rfind(path + ": ", 0), 0u) << message;
+    EXPECT_HAS(message, key);
+    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+    return message;
+  };
+  EXPECT_HAS(error_with("n_head", 3), "128");
+  for (const char* key : {"n_head", "n_layer", "n_embd", "n_positions", "vocab_size"}) {
+    error_with(key, 0);
+    error_with(key, -4);
+    error_with(key, "12");
+    error_with(key, 1.5);
+    error_with(key, nullptr);
+  }
+  error_with("model_type", "llama");
+  error_with("n_inner", 100);
+  error_with("activation_function", "relu");
+  error_with("activation_function", nullptr);
+  error_with("layer_norm_epsilon", 1e-6);
+  error_with("layer_norm_epsilon", "1e-5");
+  error_with("tie_word_embeddings", "true");
+  EXPECT_HAS(message_of([&] { read_config(directory / "absent.json"); }), "absent.json");
+  EXPECT_HAS(message_of([&] { read_config(directory.write("bad.json", "{")); }), "bad.json");
+  EXPECT_HAS(message_of([&] { read_config(directory.write("list.json", "[1]")); }), "list.json");
+}
+
+}  // namespace

@@ -1,0 +1,141 @@
+// test_plan.cpp: the memory plan is the truth. For every optimizer x sink x recompute level x dtypes an engine takes
+// from the device exactly the bytes that were planned, uses every declared name, and asks for nothing more while it
+// trains.
+#include <gtest/gtest.h>
+
+#include "tests/gpt2_bench.h"
+#include "train/engine.h"
+
+namespace {
+
+Gpt2Config odd_config() {
+  Gpt2Config config;
+  config.vocabulary = 131, config.positions = 24, config.layers = 2, config.heads = 3, config.channels = 36;
+  return config;
+}
+
+EngineConfig base_config() {
+  EngineConfig config;
+  config.model = odd_config();
+  config.shapes = {.batch = 2, .sequence = 11, .head_chunk = 8};
+  config.optimizer.rank = 8;
+  config.optimizer.kappa = 2;
+  return config;
+}
+
+// Plans, allocates and trains two steps.
+void expect_planned(const EngineConfig& config, const std::string& what) {
+  const auto backend = make_cpu_backend({.threads = 1});
+  {
+    Engine engine(config, *backend);
+    const MemoryPlan plan = engine.plan();
+    EXPECT_EQ(backend->allocated_bytes(), 0u) << what << ": planning took memory";
+    size_t charged = 0;
+    for (const size_t bytes : plan.bytes_by_category()) charged += bytes;
+    EXPECT_EQ(charged, plan.device_bytes()) << what;
+
+    engine.allocate();
+    EXPECT_EQ(backend->allocated_bytes(), plan.device_bytes()) << what;
+    EXPECT_EQ(engine.arena().plan().device_bytes(), plan.device_bytes()) << what;
+    for (const std::string& name : engine.arena().unbound()) ADD_FAILURE() << what << ": nobody uses " << name;
+
+    engine.model().initialize(1);
+    const BenchBatch batch = BenchBatch::random(2, 11, config.model.vocabulary, 3);
+    for (uint32_t t = 1; t <= 2 && config.shapes.training; ++t) {
+      const StepResult result = engine.step(t, 1e-3f, [&](int) { return batch.host(); });
+      EXPECT_TRUE(std::isfinite(result.loss) && result.loss > 3) << what << ": loss " << result.loss;
+      EXPECT_TRUE(std::isfinite(result.grad_norm) && result.grad_norm > 0) << what;
+    }
+    EXPECT_GT(engine.evaluate(1, [&](int64_t) { return batch.host(); }), 3.0f) << what;
+    EXPECT_EQ(backend->allocated_bytes(), plan.device_bytes()) << what << ": training took more memory";
+  }
+  EXPECT_EQ(backend->allocated_bytes(), 0u) << what << ": memory was not given back";
+}
+
+class Plan : public ::testing::TestWithParam<std::tuple<OptimizerKind, SinkKind>> {};
+
+TEST_P(Plan, IsWhatIsAllocated) {
+  const auto [optimizer, sink] = GetParam();
+  const DType f32 = DType::kF32, b16 = DType::kBF16;
+  struct Types {
+    DType weight, activation, gradient, state;
+    bool master;
+  };
+  for (const Recompute recompute :
+       {Recompute::kNone, Recompute::kGelu, Recompute::kNormsGelu, Recompute::kAttention, Recompute::kBlock}) {
+    for (const Types types :
+         {Types{f32, f32, f32, f32, false}, Types{b16, b16, b16, b16, false}, Types{b16, b16, b16, DType::kI8, false},
+          Types{b16, b16, f32, f32, true}, Types{f32, b16, f32, DType::kI8, false}}) {
+      for (const int micro_batches : {1, 3}) {
+        EngineConfig config = base_config();
+        config.shapes.recompute = recompute;
+        config.shapes.dtype = types.activation;
+        config.weight_dtype = types.weight;
+        config.master_weights = types.master;
+        config.optimizer.kind = optimizer;
+        config.optimizer.state_dtype = types.state;
+        config.optimizer.rank = optimizer == OptimizerKind::kFlora ? 8 : 0;
+        config.sink.kind = sink;
+        config.sink.micro_batches = micro_batches;
+        config.sink.gradient_dtype = types.gradient;
+        config.sink.accumulation_dtype = types.weight;
+        config.sink.accumulation_rank = sink == SinkKind::kCompressed ? 5 : 0;
+        expect_planned(config, "recompute " + std::to_string(static_cast<int>(recompute)) + ", weights " +
+                                   dtype_name(types.weight) + ", gradients " + dtype_name(types.gradient) +
+                                   ", states " + dtype_name(types.state) + (types.master ? ", master" : "") + ", " +
+                                   std::to_string(micro_batches) + " micro-batches");
+      }
+    }
+  }
+}
+
+std::string case_name(const ::testing::TestParamInfo<Plan::ParamType>& info) {
+  const char* optimizers[] = {"flora", "adamw", "adafactor", "sgd"};
+  const char* sinks[] = {"dense", "fused", "compressed"};
+  return std::string(optimizers[static_cast<int>(std::get<0>(info.param))]) + "_" +
+         sinks[static_cast<int>(std::get<1>(info.param))];
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Plan,
+                         ::testing::Combine(::testing::Values(OptimizerKind::kFlora, OptimizerKind::kAdamW,
+                                                              OptimizerKind::kAdafactor, OptimizerKind::kSgd),
+                                            ::testing::Values(SinkKind::kDense, SinkKind::kFused,
+                                                              SinkKind::kCompressed)),
+                         case_name);
+
+TEST(PlanVariants, AreWhatIsAllocated) {
+  const auto with = [](const char* what, const auto& change) {
+    EngineConfig config = base_config();
+    change(config);
+    expect_planned(config, what);
+  };
+  with("forward only", [](EngineConfig& c) { c.shapes.training = false; });
+  with("untied head", [](EngineConfig& c) { c.model.tied_head = false; });
+  with("no momentum", [](EngineConfig& c) { c.optimizer.beta1 = 0; });
+  with("sgd with momentum", [](EngineConfig& c) { c.optimizer.kind = OptimizerKind::kSgd, c.optimizer.beta1 = 0.9f; });
+  with("unfactored", [](EngineConfig& c) { c.optimizer.factored = false; });
+  with("embeddings compressed", [](EngineConfig& c) { c.optimizer.compress_embeddings = true; });
+  with("embeddings' sums compressed", [](EngineConfig& c) {
+    c.sink.kind = SinkKind::kCompressed, c.sink.accumulation_rank = 4, c.sink.compress_embeddings = true;
+    c.sink.micro_batches = 2;
+  });
+  with("rank above every matrix", [](EngineConfig& c) { c.optimizer.rank = 1000; });
+  for (const TransferKind transfer : {TransferKind::kReencode, TransferKind::kRestart, TransferKind::kRescale}) {
+    for (const auto projection :
+         {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal}) {
+      with("transfer", [&](EngineConfig& c) {
+        c.optimizer.transfer = transfer, c.optimizer.projection = projection, c.sink.projection = projection;
+      });
+    }
+  }
+  for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
+    with("clipped", [&](EngineConfig& c) {
+      c.sink.kind = sink, c.sink.clip_norm = 1, c.sink.micro_batches = 2;
+      c.sink.accumulation_rank = sink == SinkKind::kCompressed ? 4 : 0;
+    });
+  }
+  with("fused with projected sums",
+       [](EngineConfig& c) { c.sink.kind = SinkKind::kFused, c.sink.accumulation_rank = 4, c.sink.micro_batches = 2; });
+}
+
+}  // namespace
