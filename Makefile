@@ -61,17 +61,22 @@ $(BUILD)/.packages:
 	@scripts/setup.sh --check build
 	@mkdir -p $(@D) && touch $@
 
+# The two commands of the README use all cores unless -j says otherwise.
+PARALLEL = $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(shell nproc))
+
 demo:
 	scripts/setup.sh demo
-	+$(MAKE) train_gpt2
+	+$(MAKE) $(PARALLEL) train_gpt2
 	PYTHON=$(PYTHON) scripts/demo.sh
 
 test:
 	scripts/setup.sh test
-	+$(MAKE) train_gpt2 tests
+	+$(MAKE) $(PARALLEL) train_gpt2 tests
 	$(PYTHON) tests/run.py
 
-bench: train_gpt2 $(BUILD)/bench/operations
+bench:
+	scripts/setup.sh --check bench
+	+$(MAKE) $(PARALLEL) train_gpt2 $(BUILD)/bench/operations
 	$(BUILD)/bench/operations
 	python3 scripts/bench_steps.py --python $(PYTHON)
 

@@ -60,25 +60,27 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
                 i + 1 < kCategoryCount ? "," : "\n");
   }
   std::printf("output      %s\n", o.out.c_str());
-  if (trainer.compresses_nothing()) {
-    const std::string why_not = o.no_factored
-                                    ? "--no-factored keeps the momentum in full"
-                                    : "rank " + std::to_string(o.rank) + " is above every matrix of this model";
-    std::fprintf(stderr, "train_gpt2: warning: nothing is compressed: %s\n", why_not.c_str());
-  }
+  const std::string warning = trainer.compression_warning();
+  if (!warning.empty()) std::fprintf(stderr, "train_gpt2: warning: %s\n", warning.c_str());
   std::fflush(stdout);
 }
 
 int train(Options options) {
   std::string checkpoint;
+  TrainerState state;
   if (!options.resume.empty()) {
     checkpoint = find_checkpoint(options.resume);
-    restore_options(options, read_checkpoint(checkpoint).options);
+    state = read_checkpoint(checkpoint);
+    restore_options(options, state.options);
     if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
     if (!options.was_given("out")) options.out = std::filesystem::path(checkpoint).parent_path();
+    if (newest_step(options.out) > state.step) {
+      throw UsageError(options.out + " holds checkpoints after step " + std::to_string(state.step) +
+                       "; to go on from " + checkpoint + " name another --out");
+    }
   } else {
     if (options.out.empty()) options.out = new_run_directory();
-    if (holds_checkpoints(options.out)) {
+    if (newest_step(options.out) > 0) {
       throw UsageError(options.out + " holds a run already: go on with --resume " + options.out +
                        ", or name another --out");
     }
@@ -88,7 +90,7 @@ int train(Options options) {
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   resolve_data(options);
   const RunSetup setup = resolve(options, backend->name(), data_vocabulary(options), true, checkpoint);
-  Trainer trainer(setup, *backend, checkpoint);
+  Trainer trainer(setup, *backend, checkpoint, state);
   print_banner(setup, *backend, why, trainer);
   trainer.run();
   return 0;
@@ -124,7 +126,8 @@ int generate(Options options) {
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   RunSetup setup;
   const std::unique_ptr<Engine> engine = open_model(options, *backend, setup, 0);
-  const std::unique_ptr<Tokenizer> tokenizer = find_tokenizer(options, setup.engine.model.vocabulary, tokenizer_path);
+  const std::unique_ptr<Tokenizer> tokenizer =
+      find_tokenizer(options, setup.engine.model.vocabulary, "", tokenizer_path);
   if (!tokenizer && !options.prompt.empty()) {
     throw UsageError("--prompt needs a tokenizer: --tokenizer FILE (tokenizer.bin, made by data/prepare.py)");
   }

@@ -18,7 +18,6 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
              Backend& backend)
     : config_(config),
       backend_(backend),
-      scratch_phases_(update_phases(parameters)),
       row_scale_("flora.row_scale", DType::kF32),
       col_scale_("flora.col_scale", DType::kF32),
       projection_("flora.projection", gradient_dtype),
@@ -81,7 +80,7 @@ void Flora::declare(MemoryPlan& plan) const {
   }
   for (const Scratch* scratch : {&row_scale_, &col_scale_, &projection_, &projection2_, &compressed_,
                                  &decoded_momentum_, &moved_, &square_, &factor_})
-    scratch->declare(plan, scratch_phases_);
+    scratch->declare(plan, kUpdatePhases);
   plan.add_tensor("flora.squares", Category::kWorkspace, DType::kF32, kSquares);
 }
 

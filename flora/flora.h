@@ -49,7 +49,6 @@ class Flora final : public Optimizer {
   Backend& backend_;
   std::vector<Slot> slots_;  // by Parameter::index
   bool transfer_due_ = false;
-  uint32_t scratch_phases_;
 
   // Shared by all parameters; sized for the largest.
   Scratch row_scale_, col_scale_;     // fp32

@@ -32,13 +32,6 @@ uint32_t gradient_phases(const Parameter& parameter) {
   return kPhaseHead | kPhaseBackward;
 }
 
-uint32_t update_phases(const std::vector<Parameter>& parameters) {
-  uint32_t phases = kPhaseBackward | kPhaseUpdate;
-  for (const Parameter& parameter : parameters)
-    if (parameter.matrix && !parameter.long_lived) phases |= gradient_phases(parameter);
-  return phases;
-}
-
 void require_indexed(const std::vector<Parameter>& parameters) {
   for (size_t i = 0; i < parameters.size(); ++i)
     if (parameters[i].index != static_cast<int>(i))

@@ -29,9 +29,9 @@ RandomKey rounding_key(uint64_t seed, const Parameter& parameter);
 // from the head on, but for an embedding that has no part in the head.
 uint32_t gradient_phases(const Parameter& parameter);
 
-// Phases in which parameters may be updated, so in which scratch of an update is alive: a matrix of the head may be
-// updated before the backward pass.
-uint32_t update_phases(const std::vector<Parameter>& parameters);
+// Phases in which parameters are updated, so in which scratch of an update is alive. Never while the head runs: the
+// gate has to see the loss first.
+inline constexpr uint32_t kUpdatePhases = kPhaseBackward | kPhaseUpdate;
 
 // Throws std::logic_error unless every parameter stands at its own index.
 void require_indexed(const std::vector<Parameter>& parameters);

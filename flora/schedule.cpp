@@ -14,9 +14,7 @@ double progress(double step, double begin, double end) {
 
 // First step at the peak's end: the cooldown never reaches into the warmup.
 double cooldown_begin(const ScheduleConfig& config, double total) {
-  const double length = config.cooldown_steps > 0 ? config.cooldown_steps
-                                                  : std::round(static_cast<double>(config.cooldown_fraction) * total);
-  return std::max<double>(config.warmup_steps, total - length);
+  return std::max<double>(config.warmup_steps, total - config.cooldown_steps);
 }
 
 }  // namespace

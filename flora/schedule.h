@@ -13,11 +13,10 @@ enum class ScheduleKind : uint8_t {
 
 struct ScheduleConfig {
   ScheduleKind kind = ScheduleKind::kCosine;
-  float peak = 1e-3f;              // learning rate after the warmup
-  uint32_t warmup_steps = 0;       // linear: step t of them has peak * t / warmup_steps
-  float final_fraction = 0.1f;     // of the peak, reached in the last step (not by kConstant)
-  float cooldown_fraction = 0.2f;  // kWsd: share of all steps that the cooldown takes
-  uint32_t cooldown_steps = 0;     // kWsd: its length in steps; takes precedence when it is not 0
+  float peak = 1e-3f;           // learning rate after the warmup
+  uint32_t warmup_steps = 0;    // linear: step t of them has peak * t / warmup_steps
+  float final_fraction = 0.1f;  // of the peak, reached in the last step (not by kConstant)
+  uint32_t cooldown_steps = 0;  // kWsd: length of the cooldown in steps
 };
 
 // The learning rate of step t = 1 .. total. With x in [0, 1] the progress from the end of the warmup to step `total`

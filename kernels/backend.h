@@ -79,7 +79,7 @@ class Backend {
   virtual ~Backend() = default;
 
   // ---- the device
-  // ----------------------------------------------------------------------------------------------------
+
   virtual std::string name() const = 0;         // "cpu" or "cuda"
   virtual std::string description() const = 0;  // for the banner: model of the device, threads, BLAS
   virtual size_t memory_available() const = 0;  // bytes the device could still give
@@ -109,7 +109,7 @@ class Backend {
   Profiler* profiler = nullptr;  // when set, every operation is timed (the device is synchronized around it)
 
   // ---- elementwise and reductions
-  // ------------------------------------------------------------------------------------
+
   virtual void convert(Tensor out, Tensor in) = 0;       // out = in, between fp32 and bf16; views may be strided
   virtual void add(Tensor out, Tensor a, Tensor b) = 0;  // out = a + b; out may be a or b
   // accumulator += in. With a bf16 accumulator the sum is rounded stochastically with the numbers of (key, counter).
@@ -129,7 +129,8 @@ class Backend {
   virtual void fill_constant(Tensor x, float value) = 0;
 
   // ---- the model
-  // ----------------------------------------------------------------------------------------------------- out[b,t,:] =
+
+  // out[b,t,:] =
   // wte[tokens[b,t],:] + wpe[t,:].   out [B,T,C], tokens [B,T] int32, wte [>=V,C], wpe [>=T,C]
   virtual void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) = 0;
   // dwte[id,:] (+)= sum of dout over the positions of id; dwpe[t,:] (+)= sum over b of dout[b,t,:]. Without
@@ -169,7 +170,8 @@ class Backend {
                           bool write_gradient) = 0;
 
   // ---- optimizers
-  // ---------------------------------------------------------------------------------------------------- Everything
+
+  // Everything
   // below that changes weights or state does nothing when scalars->gate is 0. Formulas: docs/design.md.
 
   // projection [r, d] (fp32 or bf16): Gaussian N(0,1)/sqrt(r), Rademacher +-1/sqrt(r), or (orthonormal) plain N(0,1) to

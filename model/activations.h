@@ -1,11 +1,13 @@
 // activations.h: the buffers of a forward and backward pass, and which of them each recompute level keeps per layer.
 //
-//   level        kept for every layer (in units of B*T*C elements)                            recomputed in the
-//   backward pass none         x 1, ln1 1, qkv 3, att 1, x2 1, ln2 1, fch 4, gelu 4                 = 16     - gelu
-//   without gelu                                                         = 12     GELU norms+gelu   without ln1, ln2 =
-//   10     both LayerNorms, too attention    without att                                                          =  9
-//   attention's output, too block        x only                                                               =  1 the
-//   whole block but its last matmul
+// clang-format off
+//   level       kept for every layer, in units of B*T*C elements                 recomputed in the backward pass
+//   none        x 1, ln1 1, qkv 3, att 1, x2 1, ln2 1, fch 4, gelu 4     = 16    nothing
+//   gelu        all but gelu                                             = 12    GELU
+//   norms+gelu  all but gelu, ln1, ln2                                   = 10    both LayerNorms, too
+//   attention   all but gelu, ln1, ln2, att                              =  9    attention's output, too
+//   block       x                                                        =  1    the whole block but its last matmul
+// clang-format on
 //
 // What is not kept exists once and is shared by all layers.
 #pragma once

@@ -114,6 +114,9 @@ Gpt2Config read_config(const std::string& path) {
   if (optional("layer_norm_epsilon", 1e-5) != 1e-5) {
     throw std::runtime_error(path + ": layer_norm_epsilon must be 1e-5");
   }
+  if (!json.value("scale_attn_weights", true) || json.value("scale_attn_by_inverse_layer_idx", false)) {
+    throw std::runtime_error(path + ": scale_attn_weights must be true and scale_attn_by_inverse_layer_idx false");
+  }
   try {
     validate(config);
   } catch (const std::invalid_argument& error) {

@@ -168,7 +168,6 @@ void Gpt2::head(GradientSink* sink, float gradient_scale) {
     d_logits.shape[1] = V;
     backend_.matmul(target.tensor, d_logits, in, {.transpose_a = true, .accumulate = target.accumulate});
   }
-  if (sink && !config_.tied_head) sink->ready(head);
   store_.release(-1, false);
 }
 

@@ -68,6 +68,8 @@ void Gpt2::backward_block(int64_t index, GradientSink& sink) {
 
 void Gpt2::backward(GradientSink& sink) {
   store_.acquire(-1);
+  // An untied head has had all its gradient; only now has the gate seen the loss.
+  if (!config_.tied_head) sink.ready(parameter("lm_head.weight"));
   backend_.fill(activations_.d_residual.data, 0, activations_.d_residual.bytes());
   norm_backward(sink, parameter("ln_f.weight"), parameter("ln_f.bias"), activations_.branch,
                 activations_.residual(config_.layers), activations_.final_mean, activations_.final_rstd);

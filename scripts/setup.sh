@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# setup.sh [--check] [build|demo|test|format]: installs what the project needs and this machine lacks, and nothing else.
+# setup.sh [--check] [build|demo|test|bench|format]: installs what the project needs and this machine lacks, and nothing else.
 # With --check it installs nothing: it names what is missing and the command that installs it, and exits 1.
 #
 #   build   compiler and libraries of ./train_gpt2
 #   demo    build, and the virtual environment .venv with the packages of requirements-demo.txt
-#   test    demo, GoogleTest, Google Benchmark, PyTorch (where the distribution has it), requirements-test.txt
+#   test    demo, GoogleTest, PyTorch (where the distribution has it), requirements-test.txt
+#   bench   build, and Google Benchmark
 #   format  clang-format
 #
 # For Debian 12 and Ubuntu 22.04 or 24.04. Elsewhere it checks, and names what is missing. What a thing is good for is
@@ -30,9 +31,9 @@ fail() {
 }
 
 case $target in
-  build | demo | test | format) ;;
+  build | demo | test | bench | format) ;;
   *)
-    echo "usage: scripts/setup.sh [build|demo|test|format]" >&2
+    echo "usage: scripts/setup.sh [build|demo|test|bench|format]" >&2
     exit 2
     ;;
 esac
@@ -82,6 +83,8 @@ find_missing() {
   fi
   if [ "$target" = test ]; then
     need libgtest-dev gtest/gtest.h gtest
+  fi
+  if [ "$target" = bench ]; then
     need libbenchmark-dev benchmark/benchmark.h benchmark
   fi
   if [ "$target" = demo ] || [ "$target" = test ]; then

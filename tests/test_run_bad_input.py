@@ -1,5 +1,5 @@
-"""test_run_bad_input.py: every mistake in flags, data or models ends in one line that says what is wrong, with exit code
-2 (usage) or 1 (at run time), and writes nothing."""
+"""test_run_bad_input.py: every mistake in flags, data or models ends in one line that says what is wrong, with exit
+code 2 (usage) or 1 (at run time), and writes nothing."""
 import json
 import subprocess
 

@@ -1,4 +1,4 @@
-"""test_run_basics.py: the first things a user does: the default command, --help, a configuration file, seeds, samples."""
+"""test_run_basics.py: what a user does first: the default command, --help, a configuration file, seeds, samples."""
 import re
 import subprocess
 

@@ -8,7 +8,7 @@ import pytest
 from program import PROGRAM, TINY, metrics, same_state, succeed, with_defaults
 
 KILLS = 20
-STEPS = 400
+STEPS = 250
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ namespace {
 
 #define EXPECT_HAS(message, part) EXPECT_NE((message).find(part), std::string::npos) << (message)
 
-std::string file_of(const std::string& header, const std::string& data, int64_t header_bytes = -1) {
-  const uint64_t length = header_bytes < 0 ? header.size() : static_cast<uint64_t>(header_bytes);
+std::string file_of(const std::string& header, const std::string& data, uint64_t declared = 0) {
+  const uint64_t length = declared == 0 ? header.size() : declared;
   std::string bytes(8, '\0');
   std::memcpy(bytes.data(), &length, 8);
   return bytes + header + data;
@@ -80,8 +80,8 @@ TEST(Safetensors, RefusesDamagedFiles) {
     error_of(good.substr(0, size));
   }
   EXPECT_HAS(error_of(good.substr(0, good.size() - 1)), "truncated");
-  error_of(file_of(good_header, "12345678", int64_t{1} << 62));
-  error_of(file_of(good_header, "12345678", -2));
+  error_of(file_of(good_header, "12345678", uint64_t{1} << 62));
+  error_of(file_of(good_header, "12345678", ~uint64_t{0} - 1));
   error_of(file_of("[]", ""));
   error_of(file_of("7", ""));
   error_of(file_of("{\"a\": ", "12345678"));

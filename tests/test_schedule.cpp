@@ -13,6 +13,7 @@ ScheduleConfig config(ScheduleKind kind) {
   c.peak = 2.0f;
   c.warmup_steps = 10;
   c.final_fraction = 0.1f;
+  c.cooldown_steps = 22;
   return c;
 }
 
@@ -38,7 +39,7 @@ TEST(Schedule, HasTheFormulasInTheMiddle) {
 
 TEST(Schedule, WsdHoldsThePeakAndCoolsDown) {
   ScheduleConfig c = config(ScheduleKind::kWsd);
-  c.cooldown_fraction = 0.4f;
+  c.cooldown_steps = 40;
   EXPECT_FLOAT_EQ(learning_rate(c, 11, 100), 2.0f);
   EXPECT_FLOAT_EQ(learning_rate(c, 60, 100), 2.0f);
   EXPECT_FLOAT_EQ(learning_rate(c, 70, 100), 2 * (1 - 0.9f * 0.5f));  // a quarter of the way: sqrt is one half

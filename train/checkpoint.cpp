@@ -2,6 +2,7 @@
 #include "train/checkpoint.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <vector>
 
@@ -160,11 +161,9 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
 
 std::string find_checkpoint(const std::string& path) {
   if (fs::exists(path + "/" + kStateFile)) return fs::canonical(path);
-  if (fs::exists(path + "/latest/" + kStateFile)) return fs::canonical(path + "/latest");
-  // A kill between the renaming and the moving of `latest` leaves the first checkpoint without a link.
   const std::vector<fs::path> checkpoints = finished_checkpoints(path);
   if (!checkpoints.empty()) return fs::canonical(checkpoints.back());
-  throw std::runtime_error(path + ": holds no checkpoint (no " + kStateFile + ", no latest/" + kStateFile + ")");
+  throw std::runtime_error(path + ": holds no checkpoint (neither " + kStateFile + " nor step_*/" + kStateFile + ")");
 }
 
 TrainerState read_checkpoint(const std::string& checkpoint) {
@@ -208,7 +207,12 @@ void load_checkpoint(const std::string& checkpoint, Engine& engine) {
   load_optimizer(checkpoint + "/" + kOptimizerFile, engine);  // after the weights: master copies are exact here
 }
 
-bool holds_checkpoints(const std::string& run) { return !finished_checkpoints(run).empty(); }
+uint32_t newest_step(const std::string& run) {
+  const std::vector<fs::path> checkpoints = finished_checkpoints(run);
+  if (checkpoints.empty()) return 0;
+  const std::string name = checkpoints.back().filename();
+  return static_cast<uint32_t>(std::strtoul(name.c_str() + sizeof kStepPrefix - 1, nullptr, 10));
+}
 
 void clean_run(const std::string& run) {
   std::vector<fs::path> leftovers;

@@ -26,7 +26,8 @@ struct TrainerState {
 std::string save_checkpoint(const std::string& run, const TrainerState& state, Engine& engine,
                             const std::string& tokenizer_path, int64_t keep);
 
-// The checkpoint that a --resume argument means: the directory itself, or its `latest`. Throws std::runtime_error.
+// The checkpoint that a --resume argument means: the directory itself, or the newest finished one of a run (`latest`,
+// or the one after it when a kill came between renaming it and moving the link). Throws std::runtime_error.
 std::string find_checkpoint(const std::string& path);
 
 // Reads trainer_state.json and checks size and checksum of every file it lists. Throws std::runtime_error naming the
@@ -37,6 +38,8 @@ TrainerState read_checkpoint(const std::string& checkpoint);
 // missing.
 void load_checkpoint(const std::string& checkpoint, Engine& engine);
 
-// True when the directory holds a finished checkpoint. Leftovers of an interrupted save are removed by clean_run().
-bool holds_checkpoints(const std::string& run);
+// The step of the newest finished checkpoint of a run, 0 when there is none.
+uint32_t newest_step(const std::string& run);
+
+// Removes what an interrupted save left behind.
 void clean_run(const std::string& run);

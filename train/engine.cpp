@@ -66,5 +66,6 @@ StepResult Engine::result() {
   backend_.synchronize();
   result.grad_norm = std::sqrt(squares);
   result.lr = scalars.lr;
+  result.applied = scalars.gate != 0;
   return result;
 }

@@ -25,6 +25,7 @@ struct StepResult {
   float loss = 0;       // mean over the tokens of the step
   float grad_norm = 0;  // global, before clipping
   float lr = 0;         // as the optimizer used it
+  bool applied = true;  // false: the gate was closed, weights and state are as before
 };
 
 class Engine {

@@ -93,7 +93,8 @@ void sync_directory(const std::string& path) {
 }
 
 void replace_symlink(const std::string& link, const std::string& target) {
-  const std::string temporary = link + ".tmp";
+  const std::filesystem::path path(link);
+  const std::string temporary = path.parent_path() / (".tmp-" + path.filename().string());
   std::error_code ignored;
   std::filesystem::remove(temporary, ignored);
   if (symlink(target.c_str(), temporary.c_str()) != 0) fail(temporary, "cannot be created");

@@ -39,8 +39,9 @@ MetricsFile::MetricsFile(const std::string& run, const nlohmann::ordered_json& h
     : path_(run + "/metrics.jsonl"), file_(nullptr, std::fclose) {
   const bool append = resumed_step && std::filesystem::exists(path_);
   if (append) {
-    write_file(path_ + ".tmp", lines_until(path_, *resumed_step));
-    std::filesystem::rename(path_ + ".tmp", path_);
+    const std::string temporary = run + "/.tmp-metrics.jsonl";  // what clean_run() removes
+    write_file(temporary, lines_until(path_, *resumed_step));
+    std::filesystem::rename(temporary, path_);
   }
   file_.reset(std::fopen(path_.c_str(), append ? "a" : "w"));
   if (!file_) throw std::runtime_error(path_ + ": cannot be written: " + std::strerror(errno));

@@ -2,6 +2,7 @@
 #include "train/options.h"
 
 #include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 #include <type_traits>
 
@@ -55,6 +56,9 @@ struct RefuseHugeNumbers {
       if (field > INT32_MAX && std::string(flag) != "seed") {
         throw UsageError(std::string("--") + flag + " must be at most " + std::to_string(INT32_MAX));
       }
+    }
+    if constexpr (std::is_same_v<T, double>) {
+      if (!std::isfinite(field)) throw UsageError(std::string("--") + flag + " must be a finite number");
     }
   }
 };
@@ -120,6 +124,9 @@ void check_options(const Options& o) {
   at_least(o.final_lr, 0, "final-lr");
   at_least(o.update_clip, 0, "update-clip");
   at_least(o.peak_tflops, 0, "peak-tflops");
+  at_least(o.eps, 0, "eps");
+  at_least(o.eps1, 0, "eps1");
+  at_least(o.eps2, 0, "eps2");
   if (o.was_given("lr") && !(o.lr > 0)) throw UsageError("--lr must be above 0");
   if (o.was_given("warmup-steps")) at_least(static_cast<double>(o.warmup_steps), 0, "warmup-steps");
   if (o.was_given("cooldown-steps")) at_least(static_cast<double>(o.cooldown_steps), 0, "cooldown-steps");

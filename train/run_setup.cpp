@@ -27,13 +27,13 @@ T choice(const std::map<std::string, T>& names, const std::string& name) {
 
 int64_t percent(int64_t steps, int64_t share) { return std::max<int64_t>(1, steps * share / 100); }
 
-void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch) {
+void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch, bool training) {
   const bool adaptive = o.optimizer == "flora" || o.optimizer == "adafactor";
   if (o.dtype.empty()) o.dtype = cpu ? "fp32" : "bf16";
   for (std::string* dtype : {&o.weight_dtype, &o.activation_dtype, &o.gradient_dtype, &o.state_dtype}) {
     if (dtype->empty()) *dtype = o.dtype;
   }
-  if (o.seq_len == 0) o.seq_len = cpu ? std::min<int64_t>(256, config.positions) : config.positions;
+  if (o.seq_len == 0) o.seq_len = cpu && training ? std::min<int64_t>(256, config.positions) : config.positions;
   if (o.seq_len > config.positions) {
     if (!from_scratch) {
       throw UsageError("--seq-len " + std::to_string(o.seq_len) + " is longer than the model's " +
@@ -174,7 +174,7 @@ RunSetup resolve(Options options, const std::string& device, int64_t vocabulary,
     throw UsageError("the data's vocabulary (" + std::to_string(vocabulary) + " tokens) is larger than the model's (" +
                      std::to_string(config.vocabulary) + "): " + options.model);
   }
-  choose_defaults(options, cpu, config, preset_model);
+  choose_defaults(options, cpu, config, preset_model, training);
   check_options(options);  // what was chosen may contradict what was given
   setup.engine = engine_config(options, config, training);
   setup.schedule = schedule_config(options);
@@ -199,9 +199,15 @@ void resolve_data(Options& options) {
   }
 }
 
-std::unique_ptr<Tokenizer> find_tokenizer(const Options& options, int64_t vocabulary, std::string& path) {
+std::unique_ptr<Tokenizer> find_tokenizer(const Options& options, int64_t vocabulary, const std::string& checkpoint,
+                                          std::string& path) {
   path.clear();
-  if (!options.tokenizer.empty()) {
+  // A resumed run has its tokenizer in its checkpoint; the file it came from may be gone.
+  const std::string kept = checkpoint + "/tokenizer.bin";
+  const bool resumed = !checkpoint.empty() && !options.was_given("tokenizer") && fs::exists(kept);
+  if (resumed) {
+    path = kept;
+  } else if (!options.tokenizer.empty()) {
     path = options.tokenizer;
   } else if (vocabulary == 257) {
     return std::make_unique<Tokenizer>(Tokenizer::bytes());
@@ -212,5 +218,10 @@ std::unique_ptr<Tokenizer> find_tokenizer(const Options& options, int64_t vocabu
     }
     if (path.empty()) return nullptr;
   }
-  return std::make_unique<Tokenizer>(Tokenizer::from_file(path));
+  auto tokenizer = std::make_unique<Tokenizer>(Tokenizer::from_file(path));
+  if (tokenizer->vocabulary() > vocabulary) {
+    throw UsageError(path + ": has " + std::to_string(tokenizer->vocabulary()) + " tokens, the model only " +
+                     std::to_string(vocabulary));
+  }
+  return tokenizer;
 }

@@ -35,4 +35,6 @@ void resolve_data(Options& options);
 
 // The tokenizer of a vocabulary: bytes for 257, else --tokenizer, or tokenizer.bin beside the shards or in the model's
 // directory; `path` becomes its file, if any. Null when there is none.
-std::unique_ptr<Tokenizer> find_tokenizer(const Options& options, int64_t vocabulary, std::string& path);
+// A resumed run prefers the copy in its `checkpoint`. Throws UsageError for one with more tokens than the model has.
+std::unique_ptr<Tokenizer> find_tokenizer(const Options& options, int64_t vocabulary, const std::string& checkpoint,
+                                          std::string& path);

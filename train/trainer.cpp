@@ -1,6 +1,7 @@
 // trainer.cpp: see trainer.h.
 #include "train/trainer.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
@@ -68,7 +69,7 @@ float validation_loss(Engine& engine, TokenLoader& loader, int64_t batches, int6
                          [&](int64_t) { return host_batch(loader.next(), shapes.batch, shapes.sequence, false); });
 }
 
-Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint)
+Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint, const TrainerState& state)
     : setup_(setup),
       backend_(backend),
       engine_(setup.engine, backend),
@@ -78,19 +79,17 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
   if (!o.val_data.empty() && o.eval_every > 0) {
     validation_ = std::make_unique<TokenLoader>(loader_options(o, o.val_data, setup.engine.model.vocabulary, false));
   }
-  tokenizer_ = find_tokenizer(o, setup.engine.model.vocabulary, tokenizer_path_);
+  tokenizer_ = find_tokenizer(o, setup.engine.model.vocabulary, checkpoint, tokenizer_path_);
   peak_flops_ = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : backend.measure_peak_flops();
   engine_.allocate();
   std::optional<uint32_t> resumed;
   if (!checkpoint.empty()) {
-    const TrainerState state = read_checkpoint(checkpoint);
     load_checkpoint(checkpoint, engine_);
     loader_.seek(state.position);
     first_step_ = state.step + 1;
     skipped_ = state.skipped;
     resumed = state.step;
     last_checkpoint_ = checkpoint;
-    checkpointed_step_ = state.step;
     if (first_step_ > o.steps) {
       throw UsageError("nothing to do: " + checkpoint + " is at step " + std::to_string(state.step) + " of " +
                        std::to_string(o.steps) + "; --steps N with a larger N goes on");
@@ -113,8 +112,25 @@ nlohmann::ordered_json Trainer::metrics_header() const {
           {"peak_flops", peak_flops_}};
 }
 
-bool Trainer::compresses_nothing() const {
-  return setup_.engine.optimizer.rank > 0 && engine_.optimizer().compressed_parameters().empty();
+std::string Trainer::compression_warning() const {
+  const Options& o = setup_.options;
+  const EngineConfig& engine = setup_.engine;
+  const auto above = [](int64_t rank) {
+    return "nothing is compressed: rank " + std::to_string(rank) + " is above every matrix of this model";
+  };
+  if (engine.optimizer.rank > 0 && engine_.optimizer().compressed_parameters().empty()) {
+    if (o.no_factored) return "nothing is compressed: --no-factored keeps the momentum in full";
+    return o.beta1 > 0 ? above(o.rank) : "nothing is compressed: with --beta1 0 there is no momentum";
+  }
+  const SinkConfig& sink = engine.sink;
+  if (sink.accumulation_rank > 0) {
+    const std::vector<Parameter> parameters = gpt2_parameters(engine.model);
+    const bool any = std::any_of(parameters.begin(), parameters.end(), [&](const Parameter& parameter) {
+      return is_compressed(parameter, sink.accumulation_rank, sink.compress_embeddings, sink.projection);
+    });
+    if (!any) return above(sink.accumulation_rank);
+  }
+  return "";
 }
 
 StepResult Trainer::train_step(uint32_t t) {
@@ -130,10 +146,12 @@ StepResult Trainer::train_step(uint32_t t) {
 
 bool Trainer::finite_or_skipped(uint32_t t, const StepResult& result) {
   const bool finite_loss = std::isfinite(result.loss);
-  if (finite_loss && std::isfinite(result.grad_norm)) return true;
-  const std::string what = finite_loss ? "gradient norm" : "loss";
+  const bool finite_norm = std::isfinite(result.grad_norm);
+  if (finite_loss && finite_norm && result.applied) return true;
+  const std::string what = !finite_loss ? "loss" : !finite_norm ? "gradient norm" : "factor of a projection";
   // Under the fused sink weights were already updated when a gradient turned out not to be finite.
-  const bool undone = !finite_loss || setup_.options.gradients != "fused" || engine_.sink().needs_norm_pass();
+  const bool undone =
+      !finite_loss || (!finite_norm && (setup_.options.gradients != "fused" || engine_.sink().needs_norm_pass()));
   if (setup_.options.skip_nonfinite && undone) {
     ++skipped_;
     progress_.message("step " + std::to_string(t) + ": the " + what + " is not finite, update skipped (" +
@@ -184,7 +202,6 @@ void Trainer::checkpoint(uint32_t t) {
   const Options& o = setup_.options;
   const TrainerState state{t, skipped_, loader_.position(), options_to_json(o)};
   last_checkpoint_ = save_checkpoint(o.out, state, engine_, tokenizer_path_, o.keep_checkpoints);
-  checkpointed_step_ = t;
 }
 
 void Trainer::run() {
@@ -194,6 +211,7 @@ void Trainer::run() {
   const auto run_start = std::chrono::steady_clock::now();
   if (o.profile) backend_.profiler = &profiler_;
   double step_seconds = 0;
+  uint32_t done = steps;
   const auto due = [](uint32_t t, int64_t every) { return every > 0 && t % static_cast<uint32_t>(every) == 0; };
   for (uint32_t t = first_step_; t <= steps; ++t) {
     const auto start = std::chrono::steady_clock::now();
@@ -211,16 +229,17 @@ void Trainer::run() {
     if (due(t, o.checkpoint_every) || last || stop) checkpoint(t);
     if (stop && !last) {
       progress_.message("interrupted after step " + std::to_string(t) + "; go on with: ./train_gpt2 --resume " + o.out);
-      return;
+      done = t;
+      break;
     }
     if (o.profile) backend_.profiler = &profiler_;
   }
   backend_.profiler = nullptr;
   progress_.finish();
   if (o.profile) std::fputs(profile_table(profiler_, step_seconds).c_str(), stdout);
-  const int64_t done = steps - first_step_ + 1;
-  std::string summary = "trained " + std::to_string(done) + " steps in " + format_duration(seconds_since(run_start)) +
-                        "; peak memory " + format_bytes(backend_.allocated_bytes()) + " on the device (planned), " +
+  std::string summary = "trained " + std::to_string(done - first_step_ + 1) + " steps in " +
+                        format_duration(seconds_since(run_start)) + "; peak memory " +
+                        format_bytes(backend_.allocated_bytes()) + " on the device (planned), " +
                         format_bytes(peak_resident_bytes()) + " resident";
   if (skipped_ > 0) summary += "; " + std::to_string(skipped_) + " updates skipped";
   progress_.message(summary);

@@ -14,16 +14,16 @@
 class Trainer {
  public:
   // Opens the data, allocates the engine, and brings in the weights: fresh, from --model, or from `checkpoint` when
-  // that is not empty. Throws std::runtime_error or UsageError.
-  Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint);
+  // that is not empty, whose `state` was read from it. Throws std::runtime_error or UsageError.
+  Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint, const TrainerState& state);
 
   // Trains to the last step, or to an interrupt, which leaves a checkpoint and says how to resume. Throws
   // std::runtime_error naming step and last checkpoint when a loss or gradient is not finite.
   void run();
 
   const Engine& engine() const { return engine_; }
-  // True when the optimizer was asked to compress and no matrix is large enough for it.
-  bool compresses_nothing() const;
+  // One line when compression was asked for and nothing is compressed, else empty.
+  std::string compression_warning() const;
 
  private:
   StepResult train_step(uint32_t t);
@@ -49,7 +49,6 @@ class Trainer {
   int64_t skipped_ = 0;
   double mean_step_seconds_ = 0;  // smoothed, for the ETA
   std::string last_checkpoint_;
-  uint32_t checkpointed_step_ = 0;
 };
 
 HostBatch host_batch(const MicroBatch& batch, int64_t sequences, int64_t length, bool training);

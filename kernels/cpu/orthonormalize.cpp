@@ -1,6 +1,5 @@
 // orthonormalize.cpp: makes the rows of a projection orthonormal, P <- L^-1 P with P P^T = L L^T. Compute-bound:
-// r^2 d operations for the lower half of the Gram matrix, r^3 / 3 for the factor, r^2 d for the
-// triangular solve.
+// r^2 d operations for the lower half of the Gram matrix, r^3 / 3 for the factor, r^2 d for the triangular solve.
 //
 // A Gaussian P has a well-conditioned Gram matrix unless r comes close to d: at r = 0.8 d its condition number is about
 // 300 and fp32 is enough. Above that everything happens in fp64.
