@@ -8,6 +8,7 @@
 #include <string>
 
 #include "data/token_loader.h"
+#include "kernels/cpu/thread_waiting.h"
 #include "train/checkpoint.h"
 #include "train/command_line.h"
 #include "train/plan_report.h"
@@ -156,6 +157,7 @@ int eval(Options options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  spin_briefly(argv);
   try {
     Options options;
     switch (parse_command_line(argc, argv, options)) {
