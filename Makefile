@@ -7,13 +7,16 @@
 # make clean
 #
 # Variables: CXX, BLAS (name of a CBLAS library), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...),
-# PYTHON (of tests and plots).
+# PYTHON (of tests and plots), V=1. Objects do not depend on the
+# flags: give another BUILD with another SANITIZE or CXX.
 
 CXX      ?= g++
 CPU_ARCH ?= native
 BLAS     ?= openblas
 PYTHON   ?= .venv/bin/python
 BUILD    ?= build
+# make V=1 shows the commands.
+Q        := $(if $(V),,@)
 SANITIZE ?=
 
 # -Wno-restrict: GCC 12 warns about its own std::string (GCC bug 105651).
@@ -37,22 +40,27 @@ $(BUILD)/train/%.o $(BUILD)/train_gpt2.o $(BUILD)/tests/%.o: OPTIMIZE := -O1
 all: train_gpt2
 
 train_gpt2: $(BUILD)/train_gpt2.o $(LIB)
-	$(CXX) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	@echo "  LINK  $@"
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
 $(LIB): $(LIB_OBJECTS)
 	@rm -f $@
-	ar rcs $@ $^
+	@echo "  AR    $@"
+	$(Q)ar rcs $@ $^
 
 $(BUILD)/train_gpt2.o: train_gpt2.cu | $(BUILD)/.packages
 	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -x c++ -o $@ $<
+	@echo "  CXX   $<"
+	$(Q)$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -x c++ -o $@ $<
 
 $(BUILD)/%.o: %.cpp | $(BUILD)/.packages
 	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -o $@ $<
+	@echo "  CXX   $<"
+	$(Q)$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -o $@ $<
 
 $(BUILD)/tests/%: $(BUILD)/tests/%.o $(LIB)
-	$(CXX) $(LDFLAGS) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
+	@echo "  LINK  $@"
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
 
 tests: $(TESTS)
 
@@ -81,7 +89,8 @@ bench:
 	python3 scripts/bench_steps.py --python $(PYTHON)
 
 $(BUILD)/bench/%: $(BUILD)/bench/%.o $(LIB)
-	$(CXX) $(LDFLAGS) -o $@ $^ -lbenchmark $(LDLIBS)
+	@echo "  LINK  $@"
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -lbenchmark $(LDLIBS)
 
 # Compiles what nvcc will compile when there is a CUDA backend: main() and the headers that kernels share with the CPU.
 NVCC ?= nvcc

@@ -96,7 +96,7 @@ class _ZstdStream(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise DataError(f"{path}: reading .zst needs the package zstandard: pip install zstandard") from None
+            raise DataError(f"{path}: reading .zst needs the package zstandard: .venv/bin/pip install zstandard") from None
         self._library, self._path, self._raw = zstandard, path, raw
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._compressed, self._plain, self._inside_frame = b"", b"", False
@@ -174,7 +174,7 @@ def _parquet_documents(path, text_field, advance):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path}: reading Parquet needs the package pyarrow: pip install pyarrow") from None
+        raise DataError(f"{path}: reading Parquet needs the package pyarrow: .venv/bin/pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             schema = table.schema_arrow

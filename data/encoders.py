@@ -54,7 +54,7 @@ class Gpt2Encoder:
         try:
             import tiktoken
         except ImportError:
-            raise DataError("GPT-2's tokenizer needs the package tiktoken: pip install tiktoken") from None
+            raise DataError("GPT-2's tokenizer needs the package tiktoken: .venv/bin/pip install tiktoken") from None
         if vocab_dir is not None:
             self._encoding = tiktoken.Encoding(
                 "gpt2",

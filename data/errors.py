@@ -8,7 +8,7 @@ import os
 import sys
 
 if importlib.util.find_spec("numpy") is None:
-    sys.exit(f"{os.path.basename(sys.argv[0])}: the package numpy is needed: pip install numpy")
+    sys.exit(f"{os.path.basename(sys.argv[0])}: the package numpy is needed: .venv/bin/pip install numpy")
 
 
 class DataError(Exception):

@@ -35,9 +35,10 @@ std::string guess_kind(int32_t magic, const unsigned char* bytes, size_t size) {
   size_t printable = 0;
   const size_t looked_at = size < 256 ? size : 256;
   for (size_t i = 0; i < looked_at; ++i) printable += (bytes[i] >= 32 && bytes[i] < 127) || bytes[i] == '\n';
-  if (printable == looked_at) return "is it plain text? tokenize it first: python data/prepare.py FILE --out DIR";
+  if (printable == looked_at)
+    return "is it plain text? tokenize it first: .venv/bin/python data/prepare.py FILE --out DIR";
   if (size % 2 == 0) return "is it nanoGPT's headerless format? pass --data-format nanogpt";
-  return "make shards with: python data/prepare.py FILE --out DIR";
+  return "make shards with: .venv/bin/python data/prepare.py FILE --out DIR";
 }
 
 }  // namespace

@@ -207,7 +207,7 @@ SystemTextPaths make_system_text(const std::string& directory, const SystemTextO
       if (places.find(source.roots) == std::string::npos) places += (places.empty() ? "" : ", ") + source.roots;
     throw std::runtime_error("found only " + std::to_string(bytes) + " bytes of text on this machine (" +
                              std::to_string(options.min_bytes) + " needed; looked in " + places +
-                             "); make shards with 'python data/prepare.py FILE --out DIR' and pass "
+                             "); make shards with '.venv/bin/python data/prepare.py FILE --out DIR' and pass "
                              "--data 'DIR/*_train_*.bin'");
   }
 

@@ -157,6 +157,22 @@ void Tokenizer::encode_word(std::vector<int32_t>& out, std::string_view word) co
   }
 }
 
+std::string printable(std::string_view text) {
+  std::string out;
+  for (size_t i = 0; i < text.size();) {
+    const CodePoint point = decode_utf8(text, i);
+    const bool control =
+        (point.code < 0x20 && point.code != '\n' && point.code != '\t') || (point.code >= 0x7f && point.code < 0xa0);
+    if (control || point.code == kInvalidCode) {
+      out += "\xef\xbf\xbd";
+    } else {
+      out += text.substr(i, point.bytes);
+    }
+    i += point.bytes;
+  }
+  return out;
+}
+
 std::vector<std::string_view> split_words(std::string_view text) {
   auto class_at = [&](size_t position) { return character_class(decode_utf8(text, position).code); };
   // End of the run of characters of one class that begins at `position`.

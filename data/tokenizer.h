@@ -48,6 +48,10 @@ class Tokenizer {
   int32_t end_of_text_;
 };
 
+// The text as a terminal can show it: control characters other than newline and tab, and bytes that are not UTF-8 (the
+// half of a character, a byte model's noise), become U+FFFD.
+std::string printable(std::string_view text);
+
 // GPT-2's pre-tokenization (Radford et al., 2019): the consecutive matches of
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 std::vector<std::string_view> split_words(std::string_view text);

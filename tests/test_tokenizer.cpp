@@ -117,6 +117,14 @@ TEST(SplitWords, FollowsGpt2sPattern) {
   EXPECT_EQ(words("a\xFF\xC3z"), (Words{"a", "\xFF\xC3", "z"}));
 }
 
+TEST(Printable, ReplacesWhatATerminalCannotShow) {
+  EXPECT_EQ(printable("a\tb\nc"), "a\tb\nc");
+  EXPECT_EQ(printable("h\xc3\xa9"), "h\xc3\xa9");
+  EXPECT_EQ(printable("\x1b[2J"), "\xef\xbf\xbd[2J");
+  EXPECT_EQ(printable("\xc3x\xff"), "\xef\xbf\xbdx\xef\xbf\xbd");
+  EXPECT_EQ(printable("\xc2\x9b"), "\xef\xbf\xbd");  // a one-byte escape of 8-bit terminals
+}
+
 TEST(DecodeUtf8, AcceptsOnlyShortestForms) {
   EXPECT_EQ(decode_utf8("\xF0\x9F\x99\x82", 0).code, char32_t{0x1F642});
   EXPECT_EQ(decode_utf8("\xF0\x9F\x99\x82", 0).bytes, 4u);

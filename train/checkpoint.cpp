@@ -110,7 +110,7 @@ void remove_checkpoint(const fs::path& path) {
 }  // namespace
 
 std::string save_checkpoint(const std::string& run, const TrainerState& state, Engine& engine,
-                            const std::string& tokenizer_path, int64_t keep) {
+                            const std::string& tokenizer, int64_t keep) {
   char name[32];
   snprintf(name, sizeof name, "%s%08u", kStepPrefix, state.step);
   const std::string final_path = run + "/" + name;
@@ -121,9 +121,7 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
     std::map<std::string, FileSummary> files = save_weights(temporary, engine.store(), engine.backend());
     files["config.json"] = write_file(temporary + "/config.json", config_json(engine.config().model));
     files[kOptimizerFile] = save_optimizer(temporary + "/" + kOptimizerFile, engine);
-    if (!tokenizer_path.empty()) {
-      files["tokenizer.bin"] = write_file(temporary + "/tokenizer.bin", read_file(tokenizer_path));
-    }
+    if (!tokenizer.empty()) files["tokenizer.bin"] = write_file(temporary + "/tokenizer.bin", tokenizer);
     nlohmann::ordered_json json = {{"format", kFormatVersion},
                                    {"version", kVersion},
                                    {"step", state.step},
@@ -150,9 +148,7 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
     fs::remove_all(temporary, ignored);  // a full disk gets its room back
     throw;
   }
-  std::vector<fs::path> checkpoints = finished_checkpoints(run);
-  // After going back to an older checkpoint, those of later steps are not newer than this one.
-  std::erase_if(checkpoints, [&](const fs::path& path) { return path.filename() > name; });
+  const std::vector<fs::path> checkpoints = finished_checkpoints(run);
   for (size_t i = 0; keep > 0 && i + static_cast<size_t>(keep) < checkpoints.size(); ++i) {
     remove_checkpoint(checkpoints[i]);
   }

@@ -61,7 +61,7 @@ struct ToCommandLine {
       }
       option->type_name(type);
     }
-    option->group(current_group);
+    option->group(current_group)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   }
 };
 

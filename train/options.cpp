@@ -27,7 +27,7 @@ struct FromJson {
   const Options& options;
   void group(const char*) {}
   template <typename T>
-  void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>&,
+  void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>& choices,
                   OnResume on_resume) {
     const std::string key = underscored(flag);
     if (!saved.contains(key)) return;
@@ -36,6 +36,11 @@ struct FromJson {
       value = saved[key].get<T>();
     } catch (const nlohmann::json::exception&) {
       throw std::runtime_error("the checkpoint's option '" + key + "' has the wrong type; the file is damaged");
+    }
+    if constexpr (std::is_same_v<T, std::string>) {
+      if (!value.empty() && !choices.empty() && std::find(choices.begin(), choices.end(), value) == choices.end()) {
+        throw std::runtime_error("the checkpoint's option '" + key + "' is '" + value + "'; the file is damaged");
+      }
     }
     if (!options.was_given(flag)) {
       field = value;

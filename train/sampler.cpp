@@ -71,5 +71,5 @@ std::string sample_text(Engine& engine, const Tokenizer* tokenizer, const std::s
   sample(engine, tokens, end_of_text, options, [&](int32_t id) {
     text += tokenizer ? tokenizer->decode({&id, 1}) : " " + std::to_string(id);
   });
-  return text;
+  return printable(text);
 }

@@ -22,6 +22,6 @@ struct SamplingOptions {
 void sample(Engine& engine, std::vector<int32_t> prompt, int32_t end_of_text, const SamplingOptions& options,
             const std::function<void(int32_t)>& emit);
 
-// The prompt and its continuation as text. Without a tokenizer the ids themselves, separated by spaces.
+// The prompt and its continuation as printable() text. Without a tokenizer the ids themselves, separated by spaces.
 std::string sample_text(Engine& engine, const Tokenizer* tokenizer, const std::string& prompt,
                         const SamplingOptions& options);

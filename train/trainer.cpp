@@ -8,6 +8,7 @@
 #include <fstream>
 #include <stdexcept>
 
+#include "train/file_io.h"
 #include "train/interrupt.h"
 #include "train/sampler.h"
 #include "train/version.h"
@@ -79,7 +80,9 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
   if (!o.val_data.empty() && o.eval_every > 0) {
     validation_ = std::make_unique<TokenLoader>(loader_options(o, o.val_data, setup.engine.model.vocabulary, false));
   }
-  tokenizer_ = find_tokenizer(o, setup.engine.model.vocabulary, checkpoint, tokenizer_path_);
+  std::string tokenizer_path;
+  tokenizer_ = find_tokenizer(o, setup.engine.model.vocabulary, checkpoint, tokenizer_path);
+  if (!tokenizer_path.empty()) tokenizer_file_ = read_file(tokenizer_path);
   peak_flops_ = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : backend.measure_peak_flops();
   engine_.allocate();
   std::optional<uint32_t> resumed;
@@ -201,7 +204,7 @@ void Trainer::print_sample(uint32_t t) {
 void Trainer::checkpoint(uint32_t t) {
   const Options& o = setup_.options;
   const TrainerState state{t, skipped_, loader_.position(), options_to_json(o)};
-  last_checkpoint_ = save_checkpoint(o.out, state, engine_, tokenizer_path_, o.keep_checkpoints);
+  last_checkpoint_ = save_checkpoint(o.out, state, engine_, tokenizer_file_, o.keep_checkpoints);
 }
 
 void Trainer::run() {
@@ -227,8 +230,7 @@ void Trainer::run() {
     metrics_->write(metrics);
     if (due(t, o.sample_every)) print_sample(t);
     if (due(t, o.checkpoint_every) || last || stop) checkpoint(t);
-    if (stop && !last) {
-      progress_.message("interrupted after step " + std::to_string(t) + "; go on with: ./train_gpt2 --resume " + o.out);
+    if (stop) {
       done = t;
       break;
     }
@@ -244,4 +246,8 @@ void Trainer::run() {
   if (skipped_ > 0) summary += "; " + std::to_string(skipped_) + " updates skipped";
   progress_.message(summary);
   progress_.message("checkpoint: " + last_checkpoint_);
+  if (done < steps) {
+    progress_.message("interrupted after step " + std::to_string(done) + "; go on with: ./train_gpt2 --resume " +
+                      o.out);
+  }
 }

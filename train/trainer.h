@@ -40,7 +40,7 @@ class Trainer {
   TokenLoader loader_;
   std::unique_ptr<TokenLoader> validation_;
   std::unique_ptr<Tokenizer> tokenizer_;
-  std::string tokenizer_path_;
+  std::string tokenizer_file_;  // contents of tokenizer.bin; its file may be gone before the run ends
   Profiler profiler_;
   Progress progress_;
   std::unique_ptr<MetricsFile> metrics_;
