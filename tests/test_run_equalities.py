@@ -1,4 +1,6 @@
 """test_run_equalities.py: settings that must not change the numbers do not change a bit of the final weights."""
+import json
+
 import pytest
 from program import losses, same_state, tensors
 
@@ -82,3 +84,17 @@ def test_bf16_learns_like_fp32(train):
     single, half = train("single", *flags, steps=100), train("half", *flags, "--dtype", "bf16", steps=100)
     assert losses(half)[100] == pytest.approx(losses(single)[100], rel=0.1)
     assert len(tensors(half / "latest")) < 0.6 * len(tensors(single / "latest"))
+
+
+@pytest.mark.parametrize("shape", [(128, 1, 2, 5000), (64, 2, 4, 257), (128, 1, 2, 40000)])
+@pytest.mark.parametrize("optimizer", ["flora", "adamw"])
+def test_an_untied_head_fused_is_dense(train, tmp_path, optimizer, shape):
+    """The head's own weight is updated while most activations are alive; the losses show whether memory is shared."""
+    channels, layers, heads, vocabulary = shape
+    config = tmp_path / "untied.json"
+    config.write_text(json.dumps({"vocab_size": vocabulary, "n_positions": 64, "n_embd": channels, "n_layer": layers,
+                                  "n_head": heads, "tie_word_embeddings": False}))
+    flags = [*OPTIMIZERS[optimizer], "--model", config, "--clip-norm", 0]
+    dense = train("dense", *flags, "--gradients", "dense", steps=3)
+    fused = train("fused", *flags, "--gradients", "fused", steps=3)
+    assert same_state(dense, fused) and losses(dense) == losses(fused)

@@ -1,4 +1,5 @@
 """test_run_nonfinite.py: a loss that is not finite stops a run, or is skipped where that was asked for."""
+import json
 import shutil
 
 import numpy as np
@@ -72,3 +73,18 @@ def test_the_count_survives_a_resume(data, tmp_path, poisoned):
             "--skip-nonfinite", "--out", tmp_path / "run")
     result = call("--resume", tmp_path / "run", "--steps", 3)
     assert result.returncode == 0 and metrics(tmp_path / "run")[1][-1]["skipped"] == 3
+
+
+def test_an_untied_head_waits_for_the_loss(train, data, tmp_path):
+    """Its gradient is complete before the loss is known; under the fused sink it must not be updated before."""
+    config = tmp_path / "untied.json"
+    config.write_text(json.dumps({"vocab_size": 257, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 2,
+                                  "tie_word_embeddings": False}))
+    model = train("first", "--rank", 16, "--model", config, steps=2) / "latest"
+    weights = safetensors.load_file(model / "model.safetensors")
+    weights["transformer.wpe.weight"][0, 0] = np.nan
+    safetensors.save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    succeed("--data", data / "text_train_*.bin", *TINY[2:], "--model", model, "--steps", 2, "--rank", 16,
+            "--gradients", "fused", "--skip-nonfinite", "--out", tmp_path / "run")
+    after = safetensors.load_file(tmp_path / "run/latest/model.safetensors")
+    assert [name for name in weights if weights[name].tobytes() != after[name].tobytes()] == []
