@@ -42,7 +42,8 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
               o.model.c_str(), static_cast<long long>(model.layers), static_cast<long long>(model.channels),
               static_cast<long long>(model.heads), static_cast<long long>(model.vocabulary),
               static_cast<double>(model.parameter_count()) / 1e6, setup.source.has_weights ? "loaded" : "initialized");
-  std::printf("data        %s; validation %s\n", o.data.c_str(), o.val_data.empty() ? "none" : o.val_data.c_str());
+  std::printf("data        %s: %s; validation %s\n", o.data.c_str(), trainer.data_summary().c_str(),
+              o.val_data.empty() ? "none" : o.val_data.c_str());
   std::printf("step        %lld tokens: %d micro-batches of %lld x %lld\n", static_cast<long long>(o.tokens_per_step),
               setup.engine.sink.micro_batches, static_cast<long long>(o.micro_batch),
               static_cast<long long>(o.seq_len));

@@ -11,7 +11,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 rm -rf "$run"
 say "./train_gpt2 --optimizer flora --rank 256 --gradients fused (Ctrl-C ends it early and keeps a checkpoint)"
-./train_gpt2 --optimizer flora --rank 256 --gradients fused --model "${MODEL:-small}" --steps "${STEPS:-300}" \
+./train_gpt2 --optimizer flora --rank 256 --gradients fused --model "${MODEL:-small}" --steps "${STEPS:-400}" \
   --eval-every 100 --checkpoint-every 100 --out "$run"
 
 say "the loss as a picture: $run/loss.png"

@@ -115,6 +115,17 @@ nlohmann::ordered_json Trainer::metrics_header() const {
           {"peak_flops", peak_flops_}};
 }
 
+std::string Trainer::data_summary() const {
+  const Options& o = setup_.options;
+  const double read =
+      static_cast<double>(o.steps * o.tokens_per_step) / static_cast<double>(loader_.tokens_per_epoch());
+  char text[128];
+  snprintf(text, sizeof text, "%lld shard%s, %.1fM tokens, %.2f epochs by step %lld",
+           static_cast<long long>(loader_.shards()), loader_.shards() == 1 ? "" : "s",
+           static_cast<double>(loader_.tokens()) / 1e6, read, static_cast<long long>(o.steps));
+  return text;
+}
+
 std::string Trainer::compression_warning() const {
   const Options& o = setup_.options;
   const EngineConfig& engine = setup_.engine;

@@ -22,6 +22,8 @@ class Trainer {
   void run();
 
   const Engine& engine() const { return engine_; }
+  // Shards, tokens, and how often this run reads them, for the banner.
+  std::string data_summary() const;
   // One line when compression was asked for and nothing is compressed, else empty.
   std::string compression_warning() const;
 
