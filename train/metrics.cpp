@@ -1,6 +1,7 @@
 // metrics.cpp: see metrics.h.
 #include "train/metrics.h"
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -18,6 +19,12 @@ namespace {
 nlohmann::ordered_json number(double value) {
   if (std::isfinite(value)) return value;
   return nullptr;
+}
+
+// Columns of the terminal, or a number that cuts nothing.
+size_t terminal_columns() {
+  winsize size{};
+  return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1 ? size.ws_col : 1000;
 }
 
 // The lines of an interrupted run that a resumed one keeps: whole lines up to the step of the checkpoint.
@@ -73,11 +80,17 @@ Progress::Progress(int64_t total_steps) : total_steps_(total_steps), terminal_(i
 
 void Progress::step(const StepMetrics& m, double seconds_left) {
   char line[256];
+  // What a narrow terminal cuts off comes last.
   snprintf(line, sizeof line,
-           "step %u/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %.0f tokens/s | MFU %.1f%% | ETA %s",
-           m.step, static_cast<long long>(total_steps_), m.loss, m.lr, m.grad_norm, m.step_ms, m.tokens_per_second,
-           100 * m.mfu, format_duration(seconds_left).c_str());
-  std::printf(terminal_ ? "\r\033[K%s" : "%s\n", line);
+           "step %u/%lld | loss %.4f | ETA %s | %.0f tokens/s | %.0f ms | MFU %.1f%% | lr %.2e | grad norm %.3f",
+           m.step, static_cast<long long>(total_steps_), m.loss, format_duration(seconds_left).c_str(),
+           m.tokens_per_second, m.step_ms, 100 * m.mfu, m.lr, m.grad_norm);
+  if (terminal_) {
+    // A line that wraps could not be rewritten in place.
+    std::printf("\r\033[K%s", std::string(line).substr(0, terminal_columns() - 1).c_str());
+  } else {
+    std::puts(line);
+  }
   std::fflush(stdout);
   open_line_ = terminal_;
 }
