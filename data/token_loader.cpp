@@ -306,6 +306,3 @@ int64_t TokenLoader::tokens() const { return reader_->tokens(); }
 int64_t TokenLoader::sequences_per_epoch() const { return reader_->sequences(); }
 int64_t TokenLoader::tokens_per_epoch() const { return reader_->sequences() * options_.sequence_length; }
 int64_t TokenLoader::vocabulary() const { return reader_->shards().front().vocabulary(); }
-double TokenLoader::epochs() const {
-  return static_cast<double>(sequence_) / static_cast<double>(reader_->sequences());
-}

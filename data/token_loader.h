@@ -68,7 +68,6 @@ class TokenLoader {
   int64_t sequences_per_epoch() const;  // windows in all shards
   int64_t tokens_per_epoch() const;     // sequences_per_epoch() * T; the rest of each shard is left out
   int64_t vocabulary() const;           // declared by the shards
-  double epochs() const;                // consumed so far: position().sequence / sequences_per_epoch()
 
  private:
   class Reader;

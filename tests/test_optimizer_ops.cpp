@@ -123,6 +123,7 @@ TEST_P(OptimizerOps, FactoredSecondMoment) {
       EXPECT_EQ(device.bits(row_state), before);
       s.gate = 1;
       device->factored_second_moment(row_state, col_state, row_scale, col_scale, g, eps1, &s);
+      // fp32 sums in an order that depends on how the compiler vectorises; a build that does not needs more than 1e-6.
       EXPECT_LE(relative_error(device.read(row_state), row), 5e-6);
       EXPECT_LE(relative_error(device.read(col_state), col), 5e-6);
       for (double& x : row) x = 1 / std::sqrt(x / mean);
