@@ -1,10 +1,14 @@
 # make                  builds ./train_gpt2
 # make demo             installs what is missing, builds, trains a small GPT-2 with Flora on text found here, samples from it
 # make test             installs what is missing, builds, runs every test, ends with "N passed, N failed"
+# make test-cuda-on-cpu the CUDA backend's part of it: its kernels and its host code, run on this CPU
+# make test-gpu         the same tests on the GPU of this machine; SANITIZE=1: under compute-sanitizer
 # make bench            speed of a training step and of each operation, as ratios of what this machine can do
 # make format           clang-format over all sources;  make lint checks it
-# make cuda-check      compiles main() and the shared headers with nvcc
 # make clean
+#
+# Where nvcc is, ./train_gpt2 holds the CUDA backend, too, for CUDA_ARCHS: "80 86 89 90a 100 120", by default what the GPU
+# here is, without a GPU 80 (which newer ones run, compiled anew at the first start). CUDA=0 leaves it out.
 #
 # Variables: CXX, BLAS (name of a CBLAS library), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...),
 # PYTHON (of tests and plots), V=1. Objects do not depend on the
@@ -29,8 +33,38 @@ ifneq ($(SANITIZE),)
   LDFLAGS  += -fsanitize=$(SANITIZE)
 endif
 
+# ---- CUDA
+
+CUDA_HOME    ?= $(firstword $(wildcard /usr/local/cuda /opt/cuda) /usr/local/cuda)
+NVCC         ?= $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc))
+CUDA         ?= $(if $(NVCC),1,0)
+ifeq ($(CUDA),1)
+  # The toolkit that this nvcc belongs to.
+  CUDA_ROOT  := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+  GPU_ARCH   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
+  # Hopper's own instructions need the target sm_90a.
+  CUDA_ARCHS ?= $(if $(GPU_ARCH),$(GPU_ARCH:90=90a),80)
+  # Machine code for each, and for the last one that newer GPUs can take, PTX.
+  PORTABLE   := $(lastword $(filter-out %a,$(CUDA_ARCHS)))
+  GENCODE    := $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) \
+                $(if $(PORTABLE),-gencode=arch=compute_$(PORTABLE),code=compute_$(PORTABLE))
+  # -fmad=false: see -ffp-contract above. 1675: pragmas of GCC in the headers that are shared with the CPU.
+  NVCCFLAGS  := -std=c++20 -O3 -fmad=false -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-restrict,-Werror \
+                -diag-suppress 1675 -Werror all-warnings -lineinfo -I. $(GENCODE)
+  CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
+  LDLIBS     += -L$(CUDA_ROOT)/lib64 -lcudart_static -ldl -lrt
+else
+  CUDA_SOURCES :=
+endif
+CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=$(BUILD)/%.o)
+
+# ---- sources
+
 LIB_SOURCES  := $(wildcard kernels/*.cpp kernels/cpu/*.cpp flora/*.cpp model/*.cpp train/*.cpp data/*.cpp)
-LIB_OBJECTS  := $(LIB_SOURCES:%.cpp=$(BUILD)/%.o)
+ifeq ($(CUDA),1)
+  LIB_SOURCES := $(filter-out kernels/without_cuda.cpp,$(LIB_SOURCES))
+endif
+LIB_OBJECTS  := $(LIB_SOURCES:%.cpp=$(BUILD)/%.o) $(CUDA_OBJECTS)
 TEST_SOURCES := $(wildcard tests/test_*.cpp)
 TESTS        := $(TEST_SOURCES:tests/%.cpp=$(BUILD)/tests/%)
 LIB          := $(BUILD)/libtrain_gpt2.a
@@ -58,11 +92,79 @@ $(BUILD)/%.o: %.cpp | $(BUILD)/.packages
 	@echo "  CXX   $<"
 	$(Q)$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -o $@ $<
 
-$(BUILD)/tests/%: $(BUILD)/tests/%.o $(LIB)
+# The objects are made anew when the architectures change.
+$(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu $(BUILD)/.cuda-archs | $(BUILD)/.packages
+	@mkdir -p $(@D)
+	@echo "  NVCC  $<"
+	$(Q)scripts/nvcc.sh $@ $(NVCC) $(NVCCFLAGS) -MMD -MP -c $<
+
+$(BUILD)/.cuda-archs: always
+	@mkdir -p $(@D)
+	@[ "$$(cat $@ 2>/dev/null)" = "$(CUDA_ARCHS)" ] || echo "$(CUDA_ARCHS)" >$@
+
+$(TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(LIB)
 	@echo "  LINK  $@"
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
 
+# ---- the CUDA backend on the CPU: the same sources, compiled by g++ against the shim of tests/cuda_on_cpu/
+
+SHIM_KERNELS := $(filter-out kernels/cuda/cublaslt_library.cu,$(wildcard kernels/cuda/*.cu))
+SHIM_SOURCES := $(filter-out tests/cuda_on_cpu/test_%,$(wildcard tests/cuda_on_cpu/*.cpp))
+SHIM_OBJECTS := $(SHIM_KERNELS:%.cu=%.o) $(SHIM_SOURCES:%.cpp=%.o)
+SHIM         := $(BUILD)/cuda_on_cpu
+SANITIZED    := $(BUILD)/cuda_on_cpu_sanitized
+# Tests of operations and of the shim itself run under the sanitizers, those of whole models without.
+OPERATION_TESTS := attention classifier elementwise embedding layernorm matmul optimizer_ops quantize philox projection
+MODEL_TESTS     := flora flora_reference adamw sinks gpt2 gpt2_reference training
+SHIM_OWN_TESTS  := $(patsubst tests/cuda_on_cpu/test_%.cpp,%,$(wildcard tests/cuda_on_cpu/test_*.cpp))
+MODEL_BINARIES  := $(MODEL_TESTS:%=$(SHIM)/tests/test_%)
+OWN_BINARIES    := $(SHIM_OWN_TESTS:%=$(SHIM)/tests/test_%)
+SANITIZED_BINARIES := $(OPERATION_TESTS:%=$(SANITIZED)/tests/test_%)
+SHIM_FLAGS      := $(filter-out -O3 -I.,$(CXXFLAGS)) -Wno-unknown-pragmas -Itests/cuda_on_cpu/include -I.
+SHIM_LDLIBS     := -lboost_context -lgtest -lgtest_main $(LDLIBS)
+
+$(SANITIZED)/%.o: SHIM_FLAGS += -O1 -fsanitize=address,undefined -fno-omit-frame-pointer
+$(SHIM)/%.o: SHIM_FLAGS += -O2
+
+$(SHIM)/%.o: %.cu | $(BUILD)/.packages
+	@mkdir -p $(@D)
+	@echo "  CXX   $< (shim)"
+	$(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -x c++ -o $@ $<
+
+$(SHIM)/%.o: %.cpp | $(BUILD)/.packages
+	@mkdir -p $(@D)
+	@echo "  CXX   $< (shim)"
+	$(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -o $@ $<
+
+$(SANITIZED)/%.o: %.cu | $(BUILD)/.packages
+	@mkdir -p $(@D)
+	@echo "  CXX   $< (shim, sanitizers)"
+	$(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -x c++ -o $@ $<
+
+$(SANITIZED)/%.o: %.cpp | $(BUILD)/.packages
+	@mkdir -p $(@D)
+	@echo "  CXX   $< (shim, sanitizers)"
+	$(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -o $@ $<
+
+# The shim's own tests are compiled against it, all others see nothing but a Backend.
+$(OWN_BINARIES): $(SHIM)/tests/%: $(SHIM)/tests/cuda_on_cpu/%.o
+$(MODEL_BINARIES): $(SHIM)/tests/%: $(BUILD)/tests/%.o
+$(OWN_BINARIES) $(MODEL_BINARIES): $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB)
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(SHIM_LDLIBS)
+
+$(SANITIZED_BINARIES): $(SANITIZED)/tests/%: $(BUILD)/tests/%.o $(SHIM_OBJECTS:%=$(SANITIZED)/%) $(LIB)
+	@mkdir -p $(@D)
+	@echo "  LINK  $@"
+	$(Q)$(CXX) $(LDFLAGS) -fsanitize=address,undefined -o $@ $^ $(SHIM_LDLIBS)
+
+$(SHIM)/train_gpt2: $(BUILD)/train_gpt2.o $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB)
+	@echo "  LINK  $@"
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(SHIM_LDLIBS)
+
 tests: $(TESTS)
+shim-tests: $(MODEL_BINARIES) $(OWN_BINARIES) $(SANITIZED_BINARIES) $(SHIM)/train_gpt2
 
 # Names what a build needs and this machine lacks; costs one run of the preprocessor, once.
 $(BUILD)/.packages:
@@ -79,8 +181,18 @@ demo:
 
 test:
 	scripts/setup.sh test
-	+$(MAKE) $(PARALLEL) train_gpt2 tests
+	+$(MAKE) $(PARALLEL) train_gpt2 tests shim-tests
 	$(PYTHON) tests/run.py
+
+test-cuda-on-cpu:
+	scripts/setup.sh test
+	+$(MAKE) $(PARALLEL) shim-tests
+	$(PYTHON) tests/run.py --suite cuda-on-cpu
+
+# Needs no network where GoogleTest and the Python packages are there.
+test-gpu:
+	+$(MAKE) $(PARALLEL) SANITIZE= train_gpt2 tests
+	$(PYTHON) tests/run.py --suite gpu $(if $(SANITIZE),--compute-sanitizer)
 
 bench:
 	scripts/setup.sh --check bench
@@ -92,12 +204,6 @@ $(BUILD)/bench/%: $(BUILD)/bench/%.o $(LIB)
 	@echo "  LINK  $@"
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -lbenchmark $(LDLIBS)
 
-# Compiles what nvcc will compile when there is a CUDA backend: main() and the headers that kernels share with the CPU.
-NVCC ?= nvcc
-cuda-check: $(BUILD)/.packages
-	@mkdir -p $(BUILD)/cuda
-	$(NVCC) -std=c++20 -O1 -Xcompiler -fopenmp,-Wall,-Wextra,-Werror,-Wno-restrict -I. -c -o $(BUILD)/cuda/train_gpt2.o train_gpt2.cu
-
 FORMATTED := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 format:
 	clang-format -i $(FORMATTED)
@@ -107,7 +213,9 @@ lint:
 clean:
 	rm -rf $(BUILD) train_gpt2
 
-.PHONY: all tests demo test bench cuda-check format lint clean
+.PHONY: all tests shim-tests demo test test-cuda-on-cpu test-gpu bench format lint clean always
 .SECONDARY:
 
 -include $(LIB_OBJECTS:.o=.d) $(TEST_SOURCES:%.cpp=$(BUILD)/%.d) $(BUILD)/train_gpt2.d $(wildcard $(BUILD)/bench/*.d)
+-include $(SHIM_OBJECTS:%.o=$(SHIM)/%.d) $(SHIM_OBJECTS:%.o=$(SANITIZED)/%.d)
+-include $(OWN_BINARIES:$(SHIM)/tests/%=$(SHIM)/tests/cuda_on_cpu/%.d)

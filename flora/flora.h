@@ -21,6 +21,7 @@ class Flora final : public Optimizer {
   void declare(MemoryPlan& plan) const override;
   void bind(Arena& arena) override;
   void begin_step(uint32_t step, StepScalars& scalars) override;
+  uint32_t variant() const override { return transfer_due_ ? 1 : 0; }
   void update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) override;
   std::vector<StateTensor> state() const override;
   std::vector<std::string> compressed_parameters() const override;

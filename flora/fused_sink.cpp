@@ -22,6 +22,7 @@ class FusedSink final : public SinkBase {
       : SinkBase(config, optimizer, store, backend, kept_by_fused(config, store.parameters()), 0) {}
 
   bool needs_norm_pass() const override { return clips(); }
+  uint32_t variant() const override { return 2 * SinkBase::variant() + (norm_pass_ ? 1 : 0); }
 
   void set_norm_pass(bool on) override {
     norm_known_ = norm_pass_ && !on;

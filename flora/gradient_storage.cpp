@@ -127,10 +127,8 @@ void GradientStorage::bind(Arena& arena) {
   for (Scratch* scratch : {&projection_, &projected_, &factor_}) scratch->bind(arena);
 }
 
-void GradientStorage::begin_micro_batch(uint32_t step, int index, StepScalars* scalars) {
+void GradientStorage::begin_micro_batch(int index, StepScalars* scalars) {
   scalars_ = scalars;
-  // Unique within a run of up to 2^32 micro-batches, so that no two additions round with the same numbers.
-  rounding_counter_ = step * static_cast<uint32_t>(config_.micro_batches) + static_cast<uint32_t>(index);
   if (index > 0) return;
   for (Entry& e : entries_) e.slot_written = e.sum_written = false;
 }
@@ -158,7 +156,7 @@ void GradientStorage::add_to(Entry& e, Tensor added) {
   if (!e.sum_written) backend_.fill(e.sum.data, 0, e.sum.bytes());
   backend_.accumulate(e.sum, added,
                       {.seed = config_.seed, .purpose = RandomPurpose::kGradientRounding, .tensor = e.parameter.hash()},
-                      rounding_counter_);
+                      &scalars_->rounding_counter);
 }
 
 void GradientStorage::add(const Parameter& parameter) {

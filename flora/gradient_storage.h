@@ -27,8 +27,8 @@ class GradientStorage {
   void declare(MemoryPlan& plan) const;
   void bind(Arena& arena);
 
-  // The next gradients belong to micro-batch `index` of step `step`; index 0 starts new sums.
-  void begin_micro_batch(uint32_t step, int index, StepScalars* scalars);
+  // The next gradients belong to micro-batch `index` of a step; index 0 starts new sums.
+  void begin_micro_batch(int index, StepScalars* scalars);
 
   GradientSink::Target target(const Parameter& parameter);
 
@@ -73,5 +73,4 @@ class GradientStorage {
   int64_t matrix_elements_ = 0, layer_vector_elements_ = 0, top_vector_elements_ = 0;
   Scratch projection_, projected_, factor_;
   StepScalars* scalars_ = nullptr;
-  uint32_t rounding_counter_ = 0;
 };

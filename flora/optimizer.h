@@ -57,6 +57,10 @@ class Optimizer {
   // schedule of its own) into the host-side struct; called once per step, before any update().
   virtual void begin_step(uint32_t step, StepScalars& scalars) = 0;
 
+  // Which of several sequences of operations update() issues in the step begun last; steps with the same number issue
+  // the same ones.
+  virtual uint32_t variant() const { return 0; }
+
   // Updates `weight` ([rows, cols] or [cols], maybe with a master copy) from `gradient`, whose contents are used up.
   // Both are views of the unpadded parameter. `scalars` is in device memory.
   virtual void update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient,

@@ -16,6 +16,7 @@ class SinkBase : public UpdatingSink {
   void declare(MemoryPlan& plan) const override;
   void bind(Arena& arena) override;
   void begin_step(const StepContext& context) override;
+  uint32_t variant() const override { return optimizer_.variant(); }
   void begin_micro_batch(int index, bool is_last) override;
   Target target(const Parameter& parameter) override { return storage_.target(parameter); }
   const float* gradient_squares() const override { return squares_.as<float>(); }
@@ -59,9 +60,7 @@ class SinkBase : public UpdatingSink {
   std::vector<int> layers_;  // in the order of their first parameter
   Tensor squares_;           // [1]
   bool squares_written_ = false;
-  StepScalars host_scalars_;  // outlives the asynchronous copy
   StepScalars* scalars_ = nullptr;
-  uint32_t step_ = 0;
 };
 
 // What is kept of each parameter when compressible ones are `compressed` and others are `other`.

@@ -31,20 +31,21 @@ void SinkBase::bind(Arena& arena) {
 void SinkBase::begin_step(const StepContext& context) {
   if (context.micro_batches != config_.micro_batches)
     throw std::logic_error("a sink is made for a fixed number of micro-batches");
-  step_ = context.step;
   scalars_ = context.scalars;
-  backend_.synchronize();  // the copy of the last step may still read host_scalars_
-  host_scalars_ = StepScalars{};
-  host_scalars_.lr = context.lr;
-  host_scalars_.step = context.step;
-  optimizer_.begin_step(context.step, host_scalars_);
-  backend_.copy(scalars_, &host_scalars_, sizeof host_scalars_);
+  StepScalars scalars;
+  scalars.lr = context.lr;
+  scalars.step = context.step;
+  scalars.rounding_counter = context.step * static_cast<uint32_t>(config_.micro_batches);
+  optimizer_.begin_step(context.step, scalars);
+  backend_.copy(scalars_, &scalars, sizeof scalars);
   squares_written_ = false;
 }
 
 void SinkBase::begin_micro_batch(int index, bool is_last) {
   is_last_ = is_last;
-  storage_.begin_micro_batch(step_, index, scalars_);
+  // Unique within a run of up to 2^32 micro-batches, so that no two additions round with the same numbers.
+  if (index > 0) backend_.increment(&scalars_->rounding_counter);
+  storage_.begin_micro_batch(index, scalars_);
 }
 
 void SinkBase::add_squares(Tensor gradient) {

@@ -29,6 +29,9 @@ class UpdatingSink : public GradientSink {
   // (gradients are measured, nothing is updated), then after set_norm_pass(false).
   virtual bool needs_norm_pass() const { return false; }
   virtual void set_norm_pass(bool) {}
+  // Which of several sequences of operations this step (or pass) issues: those with the same number issue the same
+  // ones, micro-batch by micro-batch. Valid after begin_step().
+  virtual uint32_t variant() const = 0;
 };
 
 std::unique_ptr<UpdatingSink> make_sink(const SinkConfig& config, Optimizer& optimizer, ParameterStore& store,

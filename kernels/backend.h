@@ -30,6 +30,7 @@ struct StepScalars {
   uint32_t projection_index = 0;       // floor((t - 1) / kappa): the projection the stored momentum is in
   uint32_t next_projection_index = 0;  // floor(t / kappa): the projection the momentum is in after this step
   uint32_t gate = 1;  // 0: a loss or gradient was not finite, every update leaves weights and state alone
+  uint32_t rounding_counter = 0;  // of accumulate(): micro-batches since the start of the run
 };
 
 // For the embedding's backward pass without atomics: the positions of a batch grouped by token id, made on the host.
@@ -47,6 +48,7 @@ struct MatmulOptions {
   bool accumulate = false;   // add to out instead of overwriting it
   float alpha = 1.0f;        // factor on the product
   Tensor bias = {};          // [N], added to every row of the product, or empty
+  Tensor gelu_input = {};    // [M,N]: the result is multiplied by gelu'(gelu_input), or empty
 };
 
 enum class ProjectionKind : uint8_t { kGaussian, kRademacher, kOrthonormal };
@@ -97,7 +99,8 @@ class Backend {
   virtual size_t workspace_bytes(const KernelShapes& shapes) const = 0;
   virtual void set_workspace(void* memory, size_t bytes) = 0;
 
-  // Asynchronous copies in any direction between host and device memory; fill sets every byte.
+  // Asynchronous copies in any direction between host and device memory; fill sets every byte. Host memory that is not
+  // allocate_host()'s has been read when copy() returns.
   virtual void copy(void* destination, const void* source, size_t bytes, Stream stream = Stream::kCompute) = 0;
   virtual void fill(void* destination, int byte, size_t bytes, Stream stream = Stream::kCompute) = 0;
   virtual void synchronize(Stream stream = Stream::kCompute) = 0;  // the host waits
@@ -105,6 +108,20 @@ class Backend {
   virtual int create_event() = 0;
   virtual void record(int event, Stream stream) = 0;
   virtual void wait(int event, Stream stream) = 0;
+  virtual void synchronize_event(int event) = 0;  // the host waits
+
+  // A sequence of operations on the compute stream, recorded once and replayed at the cost of one call. While capturing,
+  // operations are recorded and not run; nothing that makes the host wait is allowed. Graph ids are small integers.
+  virtual bool can_capture() const { return false; }
+  virtual void begin_capture() {}
+  virtual int end_capture() { return -1; }
+  virtual void abandon_capture() {}  // after an exception
+  virtual void replay(int /*graph*/) {}
+
+  // What the device chose by measuring (matmul algorithms), as one line of text, empty when nothing; set_tuning() makes
+  // another run of the same device choose the same, and so give the same bits. Ignores what does not fit.
+  virtual std::string tuning() const { return ""; }
+  virtual void set_tuning(const std::string& /*tuning*/) {}
 
   Profiler* profiler = nullptr;  // when set, every operation is timed (the device is synchronized around it)
 
@@ -112,8 +129,9 @@ class Backend {
 
   virtual void convert(Tensor out, Tensor in) = 0;       // out = in, between fp32 and bf16; views may be strided
   virtual void add(Tensor out, Tensor a, Tensor b) = 0;  // out = a + b; out may be a or b
-  // accumulator += in. With a bf16 accumulator the sum is rounded stochastically with the numbers of (key, counter).
-  virtual void accumulate(Tensor accumulator, Tensor in, RandomKey key, uint32_t counter) = 0;
+  // accumulator += in. With a bf16 accumulator the sum is rounded stochastically with the numbers of (key, *counter);
+  // counter in device memory.
+  virtual void accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) = 0;
   virtual void scale(Tensor x, const float* factor) = 0;  // x *= *factor (device memory); no pass over x when it is 1
   // out[0] (fp32) = or += sum of x^2.
   virtual void sum_squares(Tensor out, Tensor x, bool accumulate) = 0;
@@ -124,6 +142,7 @@ class Backend {
   virtual void gate_on_finite(StepScalars* scalars, Tensor value) = 0;
   // Global-norm clipping: scalars->gradient_scale = min(1, clip_norm / (sqrt(*squares) + 1e-6)).
   virtual void clip_scale(StepScalars* scalars, const float* squares, float clip_norm) = 0;
+  virtual void increment(uint32_t* counter) = 0;  // *counter += 1
   // x = mean + stddev * normal(key, counter 0), element by position.
   virtual void fill_normal(Tensor x, float mean, float stddev, RandomKey key) = 0;
   virtual void fill_constant(Tensor x, float value) = 0;
@@ -149,7 +168,8 @@ class Backend {
   virtual void layernorm_backward(Tensor din, Tensor dweight, Tensor dbias, bool accumulate_parameters, Tensor dout,
                                   Tensor in, Tensor mean, Tensor rstd, Tensor weight) = 0;
 
-  // out[M,N] (+)= alpha * op(a)[M,K] op(b)[K,N] + bias. Any mix of fp32 and bf16; rows may be strided.
+  // out[M,N] (+)= alpha * op(a)[M,K] op(b)[K,N] + bias. Any mix of fp32 and bf16; rows may be strided. With gelu_input
+  // the same as a matmul followed by gelu_backward(out, gelu_input), but for one rounding that a device may save.
   virtual void matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options = {}) = 0;
   virtual void bias_backward(Tensor dbias, Tensor dout, bool accumulate) = 0;  // dbias[j] (+)= sum_i dout[i,j]
 
@@ -224,3 +244,15 @@ struct CpuOptions {
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options = {});
+
+struct CudaOptions {
+  bool tf32 = false;     // fp32 matmuls may round their inputs to 10 bits of mantissa
+  bool autotune = true;  // time the best candidates for each matmul once; off: the library's first choice
+};
+
+// Empty when a CUDA device can be used, otherwise why not, for a user to read: no CUDA in this build, no driver or one
+// that is too old, no device, a device older than sm_80.
+std::string cuda_unavailable();
+
+// Throws std::runtime_error with cuda_unavailable()'s text when there is no usable device.
+std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options = {});

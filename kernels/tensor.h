@@ -161,3 +161,16 @@ struct Tensor {
     return static_cast<T*>(data);
   }
 };
+
+// The leading dimensions of a view can be counted through with one stride.
+inline bool has_uniform_rows(const Tensor& t) {
+  for (int i = 0; i + 2 < t.rank; ++i) {
+    if (t.shape[i] != 1 && t.stride[i] != t.stride[i + 1] * t.shape[i + 1]) return false;
+  }
+  return true;
+}
+
+template <typename T>
+T* element(const Tensor& t, int64_t row, int64_t column = 0) {
+  return t.as<T>() + row * t.leading_dimension() + column;
+}

@@ -13,26 +13,27 @@ Gpt2::Gpt2(const Gpt2Config& config, const ActivationShapes& shapes, ParameterSt
   if (shapes.sequence > config.positions) throw std::logic_error("the sequence is longer than the model's positions");
 }
 
+// Inputs and targets, for training the three parts of the token groups, too.
+int64_t Gpt2::batch_elements(int64_t tokens) const { return shapes_.training ? 5 * tokens + 1 : 2 * tokens; }
+
 void Gpt2::declare(MemoryPlan& plan) const {
   activations_.declare(plan);
-  const int64_t tokens = shapes_.batch * shapes_.sequence;
-  plan.add_tensor("batch.inputs", Category::kActivations, DType::kI32, tokens);
-  plan.add_tensor("batch.targets", Category::kActivations, DType::kI32, tokens);
-  if (!shapes_.training) return;
-  plan.add_tensor("batch.group_ids", Category::kActivations, DType::kI32, tokens);
-  plan.add_tensor("batch.group_starts", Category::kActivations, DType::kI32, tokens + 1);
-  plan.add_tensor("batch.group_positions", Category::kActivations, DType::kI32, tokens);
+  const int64_t elements = batch_elements(shapes_.batch * shapes_.sequence);
+  plan.add_tensor("batch", Category::kActivations, DType::kI32, elements);
+  plan.add("batch.staging", Category::kActivations, kStagingSlots * static_cast<size_t>(elements) * sizeof(int32_t),
+           kPhaseAlways, true);
 }
 
 void Gpt2::bind(Arena& arena) {
   activations_.bind(arena);
-  const int64_t tokens = shapes_.batch * shapes_.sequence;
-  inputs_memory_ = arena.tensor("batch.inputs", DType::kI32, {tokens}).data;
-  targets_memory_ = arena.tensor("batch.targets", DType::kI32, {tokens}).data;
-  if (!shapes_.training) return;
-  groups_.ids = arena.tensor("batch.group_ids", DType::kI32, {tokens});
-  groups_.starts = arena.tensor("batch.group_starts", DType::kI32, {tokens + 1});
-  groups_.positions = arena.tensor("batch.group_positions", DType::kI32, {tokens});
+  const int64_t elements = batch_elements(shapes_.batch * shapes_.sequence);
+  batch_memory_ = arena.tensor("batch", DType::kI32, {elements}).as<int32_t>();
+  staging_memory_ = static_cast<int32_t*>(
+      arena.bytes("batch.staging", kStagingSlots * static_cast<size_t>(elements) * sizeof(int32_t)));
+  for (int& event : staging_events_) {
+    event = backend_.create_event();
+    backend_.record(event, Stream::kCompute);
+  }
 }
 
 const Parameter& Gpt2::parameter(const std::string& name) const {
@@ -68,19 +69,26 @@ void Gpt2::initialize(uint64_t seed) {
 void Gpt2::load(const HostBatch& batch) {
   activations_.resize(batch.batch, batch.sequence);  // throws before anything is written
   const int64_t tokens = batch.batch * batch.sequence;
-  const size_t bytes = static_cast<size_t>(tokens) * sizeof(int32_t);
-  backend_.copy(inputs_memory_, batch.inputs, bytes);
-  if (batch.targets) backend_.copy(targets_memory_, batch.targets, bytes);
-  if (shapes_.training && batch.group_ids) {
-    groups_.ids = Tensor::of(groups_.ids.data, DType::kI32, {tokens});
-    groups_.starts = Tensor::of(groups_.starts.data, DType::kI32, {tokens + 1});
-    groups_.positions = Tensor::of(groups_.positions.data, DType::kI32, {tokens});
-    backend_.copy(groups_.ids.data, batch.group_ids, bytes);
-    backend_.copy(groups_.starts.data, batch.group_starts, bytes + sizeof(int32_t));
-    backend_.copy(groups_.positions.data, batch.group_positions, bytes);
+  const bool training = shapes_.training && batch.group_ids;
+  const int slot = staging_slot_;
+  staging_slot_ = (slot + 1) % kStagingSlots;
+  backend_.synchronize_event(staging_events_[slot]);
+  int32_t* const staging = staging_memory_ + slot * batch_elements(shapes_.batch * shapes_.sequence);
+  int64_t used = 0;
+  const auto part = [&](const int32_t* values, int64_t count) {
+    if (values) std::copy_n(values, count, staging + used);
+    used += count;
+    return Tensor::of(batch_memory_ + (used - count), DType::kI32, {count});
+  };
+  inputs_ = part(batch.inputs, tokens).view({batch.batch, batch.sequence});
+  targets_ = part(batch.targets, tokens);
+  if (training) {
+    groups_.ids = part(batch.group_ids, tokens);
+    groups_.starts = part(batch.group_starts, tokens + 1);
+    groups_.positions = part(batch.group_positions, tokens);
   }
-  inputs_ = Tensor::of(inputs_memory_, DType::kI32, {batch.batch, batch.sequence});
-  targets_ = Tensor::of(targets_memory_, DType::kI32, {tokens});
+  backend_.copy(batch_memory_, staging, static_cast<size_t>(used) * sizeof(int32_t));
+  backend_.record(staging_events_[slot], Stream::kCompute);
 }
 
 // x, ln1 of the next block (or ln_f after the last one) from the sum of the residual stream and a block's output.
@@ -171,11 +179,9 @@ void Gpt2::head(GradientSink* sink, float gradient_scale) {
   store_.release(-1, false);
 }
 
-void Gpt2::train_micro_batch(const HostBatch& batch, GradientSink& sink, Tensor loss, bool accumulate_loss,
-                             float loss_scale, StepScalars* scalars) {
-  load(batch);
+void Gpt2::train_loaded(GradientSink& sink, Tensor loss, bool accumulate_loss, float loss_scale, StepScalars* scalars) {
   forward();
-  const float per_token = loss_scale / static_cast<float>(batch.batch * batch.sequence);
+  const float per_token = loss_scale / static_cast<float>(targets_.elements());
   head(&sink, per_token);
   backend_.sum(loss, activations_.losses, per_token, accumulate_loss);
   backend_.gate_on_finite(scalars, loss);

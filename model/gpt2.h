@@ -23,6 +23,8 @@ struct HostBatch {
 };
 
 class Gpt2 {
+  static constexpr int kStagingSlots = 2;
+
  public:
   // `training` in the shapes decides whether backward passes are possible (and planned for).
   Gpt2(const Gpt2Config& config, const ActivationShapes& shapes, ParameterStore& store, Backend& backend);
@@ -36,7 +38,15 @@ class Gpt2 {
   // One micro-batch of a step: loss[0] (device, fp32) = or += loss_scale * mean loss, and every gradient of
   // loss_scale * mean loss goes to the sink. A loss that is not finite closes scalars->gate before the backward pass.
   void train_micro_batch(const HostBatch& batch, GradientSink& sink, Tensor loss, bool accumulate_loss,
-                         float loss_scale, StepScalars* scalars);
+                         float loss_scale, StepScalars* scalars) {
+    load(batch);
+    train_loaded(sink, loss, accumulate_loss, loss_scale, scalars);
+  }
+
+  // Its two halves: load() brings the batch to the device (the host may reuse it at once); train_loaded() is the same
+  // operations on the same memory every time, so it can be recorded and replayed (graph_cache.h).
+  void load(const HostBatch& batch);
+  void train_loaded(GradientSink& sink, Tensor loss, bool accumulate_loss, float loss_scale, StepScalars* scalars);
 
   // loss[0] = or += loss_scale * mean loss over the batch. No gradients.
   void evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, float loss_scale);
@@ -49,8 +59,8 @@ class Gpt2 {
   const Parameter& parameter(const std::string& name) const;
 
  private:
-  void load(const HostBatch& batch);
   void forward();
+  int64_t batch_elements(int64_t tokens) const;
   void forward_block(int64_t layer);
   void recompute_block(int64_t layer);
   void attention_branch(int64_t layer, const LayerActivations& a);
@@ -60,7 +70,7 @@ class Gpt2 {
   void backward(GradientSink& sink);
   void backward_block(int64_t layer, GradientSink& sink);
   void linear_backward(GradientSink& sink, const Parameter& weight, const Parameter& bias, Tensor d_input, Tensor input,
-                       Tensor d_output);
+                       Tensor d_output, Tensor gelu_input = {});
   void norm_backward(GradientSink& sink, const Parameter& weight, const Parameter& bias, Tensor d_out, Tensor in,
                      Tensor mean, Tensor rstd);
   Tensor weight(const Parameter& parameter) { return store_.weight(parameter); }
@@ -72,5 +82,8 @@ class Gpt2 {
   Activations activations_;
   Tensor inputs_, targets_;  // [B, T], [B*T] of the batch at hand
   TokenGroups groups_;
-  void *inputs_memory_ = nullptr, *targets_memory_ = nullptr;
+  int32_t* batch_memory_ = nullptr;     // all of the batch, one part after another
+  int32_t* staging_memory_ = nullptr;   // kStagingSlots of them in host memory
+  int staging_events_[kStagingSlots];   // the slot has been copied to the device
+  int staging_slot_ = 0;
 };

@@ -4,7 +4,7 @@
 #
 #   build   compiler and libraries of ./train_gpt2
 #   demo    build, and the virtual environment .venv with the packages of requirements-demo.txt
-#   test    demo, GoogleTest, PyTorch (where the distribution has it), requirements-test.txt
+#   test    demo, GoogleTest, Boost.Context (of tests/cuda_on_cpu), PyTorch (where the distribution has it), requirements-test.txt
 #   bench   build, and Google Benchmark
 #   format  clang-format
 #
@@ -83,6 +83,7 @@ find_missing() {
   fi
   if [ "$target" = test ]; then
     need libgtest-dev gtest/gtest.h gtest
+    need libboost-context-dev boost/context/fiber.hpp boost_context
   fi
   if [ "$target" = bench ]; then
     need libbenchmark-dev benchmark/benchmark.h benchmark

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <initializer_list>
@@ -20,11 +21,24 @@
 
 using Values = std::vector<double>;
 
-// The backends whose operations are tested; a build with CUDA adds its own.
-inline std::vector<std::string> backend_names() { return {"cpu"}; }
+// The backends that tests run on: those named in the environment variable TEST_BACKENDS ("cpu", "cuda" or "cpu,cuda"),
+// or else every one this machine has. A binary linked against tests/cuda_on_cpu always has "cuda".
+inline std::vector<std::string> backend_names() {
+  const char* const given = std::getenv("TEST_BACKENDS");
+  std::vector<std::string> names;
+  for (const char* name : {"cpu", "cuda"}) {
+    const bool wanted = given ? std::strstr(given, name) != nullptr : name[1] == 'p' || cuda_unavailable().empty();
+    if (wanted) names.push_back(name);
+  }
+  return names;
+}
 
-inline std::unique_ptr<Backend> make_test_backend(const std::string& name, int threads) {
+// For tests of what is built on a backend: they run on one, the first of backend_names().
+inline std::string test_backend_name() { return backend_names().at(0); }
+
+inline std::unique_ptr<Backend> make_test_backend(const std::string& name = test_backend_name(), int threads = 2) {
   if (name == "cpu") return make_cpu_backend({.threads = threads});
+  if (name == "cuda") return make_cuda_backend();
   throw std::runtime_error("unknown backend " + name);
 }
 

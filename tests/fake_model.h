@@ -14,6 +14,7 @@
 #include "flora/sinks.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
+#include "tests/backends.h"
 
 class FakeStore final : public ParameterStore {
  public:
@@ -79,7 +80,7 @@ class FakeModel {
  public:
   explicit FakeModel(const FakeOptions& options)
       : options_(options),
-        backend_(make_cpu_backend({.threads = options.threads})),
+        backend_(make_test_backend(test_backend_name(), options.threads)),
         store_(make_parameters(), options.weight_dtype, options.masters),
         optimizer_(make_optimizer(options.optimizer, store_.parameters(), options.sink.gradient_dtype, *backend_)),
         sink_(make_sink(options.sink, *optimizer_, store_, *backend_)) {
@@ -129,8 +130,14 @@ class FakeModel {
     std::vector<double> values;
     for (const Parameter& p : store_.parameters()) {
       const Tensor w = weight(p);
-      for (int64_t i = 0; i < w.elements(); ++i)
-        values.push_back(w.dtype == DType::kF32 ? w.as<float>()[i] : to_float(w.as<bf16>()[i]));
+      const std::vector<uint8_t> bits = bits_of(w.data, w.bytes());
+      for (int64_t i = 0; i < w.elements(); ++i) {
+        bf16 half{};
+        float single = 0;
+        if (w.dtype == DType::kF32) std::memcpy(&single, &bits[static_cast<size_t>(i) * sizeof single], sizeof single);
+        if (w.dtype == DType::kBF16) std::memcpy(&half, &bits[static_cast<size_t>(i) * sizeof half], sizeof half);
+        values.push_back(w.dtype == DType::kF32 ? single : to_float(half));
+      }
     }
     return values;
   }
@@ -140,7 +147,18 @@ class FakeModel {
   Optimizer& optimizer() { return *optimizer_; }
   UpdatingSink& sink() { return *sink_; }
   FakeStore& store() { return store_; }
-  const StepScalars& scalars() const { return *scalars_; }
+  StepScalars scalars() const {
+    StepScalars scalars;
+    std::memcpy(&scalars, bits_of(scalars_, sizeof scalars).data(), sizeof scalars);
+    return scalars;
+  }
+  // What lies in the device's memory.
+  std::vector<uint8_t> bits_of(const void* memory, size_t bytes) const {
+    std::vector<uint8_t> bits(bytes);
+    backend_->copy(bits.data(), memory, bytes);
+    backend_->synchronize();
+    return bits;
+  }
 
   // The gradient of one micro-batch; the tied embedding's comes in two parts.
   static std::vector<float> gradient(const Parameter& p, uint32_t t, int micro_batch, int part) {
@@ -223,15 +241,20 @@ class FakeModel {
     std::vector<float> values = gradient(p, t, micro_batch, part);
     if (t == options_.poisoned_step && p.name == "h.0.mlp.c_fc.weight") values[5] = INFINITY;
     ASSERT_EQ(target.tensor.elements(), p.elements());
+    std::vector<uint8_t> bits = bits_of(target.tensor.data, target.tensor.bytes());
+    const auto add = [&](auto element, size_t i) {
+      std::memcpy(&element, &bits[i * sizeof element], sizeof element);
+      element = from_float<decltype(element)>(target.accumulate ? to_float(element) + values[i] : values[i]);
+      std::memcpy(&bits[i * sizeof element], &element, sizeof element);
+    };
     for (size_t i = 0; i < values.size(); ++i) {
       if (target.tensor.dtype == DType::kF32) {
-        float& out = target.tensor.as<float>()[i];
-        out = target.accumulate ? out + values[i] : values[i];
+        add(float{}, i);
       } else {
-        bf16& out = target.tensor.as<bf16>()[i];
-        out = from_float<bf16>(target.accumulate ? to_float(out) + values[i] : values[i]);
+        add(bf16{}, i);
       }
     }
+    backend_->copy(target.tensor.data, bits.data(), bits.size());
   }
 
   Tensor weight(const Parameter& p) {
@@ -241,10 +264,13 @@ class FakeModel {
     return w;
   }
 
-  static void append(std::vector<uint8_t>& bits, const Tensor& t) {
-    bits.insert(bits.end(), t.as<uint8_t>(), t.as<uint8_t>() + t.bytes());
-    const uint8_t* scales = reinterpret_cast<const uint8_t*>(t.scales);
-    if (scales) bits.insert(bits.end(), scales, scales + quant_blocks(t.elements()) * 4);
+  void append(std::vector<uint8_t>& bits, const Tensor& t) const {
+    const auto add = [&](const void* memory, size_t bytes) {
+      const std::vector<uint8_t> part = bits_of(memory, bytes);
+      bits.insert(bits.end(), part.begin(), part.end());
+    };
+    add(t.data, t.bytes());
+    if (t.scales) add(t.scales, static_cast<size_t>(quant_blocks(t.elements())) * sizeof(float));
   }
 
   FakeOptions options_;

@@ -19,6 +19,7 @@
 #include "kernels/memory_plan.h"
 #include "model/gpt2.h"
 #include "model/resident_store.h"
+#include "tests/backends.h"
 
 using Floats = std::vector<float>;
 
@@ -162,7 +163,7 @@ struct BenchOptions {
 class Gpt2Bench {
  public:
   explicit Gpt2Bench(const BenchOptions& o)
-      : backend(make_cpu_backend({.threads = 2})),
+      : backend(make_test_backend()),
         store(gpt2_parameters(o.config), o.dtype, false),
         model(o.config, {o.batch, o.sequence, o.head_chunk, o.dtype, o.recompute, o.training}, store, *backend),
         sink(store.parameters(), o.dtype, *backend) {

@@ -1,9 +1,15 @@
 """run.py: runs every test there is, C++ and Python, and counts them.
 
-    .venv/bin/python tests/run.py [--filter SUBSTRING] [--fast]
+    .venv/bin/python tests/run.py [--suite cpu,cuda-on-cpu,gpu] [--filter SUBSTRING] [--fast]
 
-Each build/tests/test_* is a GoogleTest binary; then pytest runs on tests/. One line per binary and per Python file,
-failures in full as they happen. A crash, a time-out or a binary that fails without a failed test counts as one failure.
+Suites: cpu is everything on the CPU backend: the GoogleTest binaries build/tests/test_*, then pytest on tests/.
+cuda-on-cpu is the CUDA backend without a GPU (tests/cuda_on_cpu/): the tests of operations under the sanitizers and with
+several seeds, the tests of the model and the trainer, and the end-to-end tests, with the trainer linked against the
+shim. gpu is the same on a real GPU; with --compute-sanitizer its C++ tests run under NVIDIA's compute-sanitizer. The
+default is cpu and cuda-on-cpu.
+
+One line per binary and per Python file, failures in full as they happen. A crash, a time-out or a binary that fails
+without a failed test counts as one failure.
 Reports go to build/tests/ (JSON of GoogleTest, JUnit XML of pytest, summary.json). The last line is
 "N passed, N failed" or "N passed, N failed, N skipped"; the exit code is 1 when anything failed or nothing ran.
 
@@ -23,6 +29,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "tests"
+
+SHIM_SEEDS = (1, 2, 3)
 
 GTEST_EVENT = re.compile(r"\[( RUN      |       OK |  FAILED  |  SKIPPED )\] ([^\s,(]+)")
 PYTEST_EVENT = re.compile(r"^(\S+\.py)::.* (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
@@ -55,12 +63,12 @@ def report(counts, seconds):
     say(f"{'FAIL' if counts.failed else 'ok  '}  {counts.name:<36} {counts.line()}  ({seconds:.1f} s)")
 
 
-def start(command, timeout):
+def start(command, timeout, environment=None):
     """The process with its merged output, ended after `timeout` seconds. Call the returned function when it is done: it
     says whether time ran out."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-        errors="replace", start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        errors="replace", start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
     )
     expired = threading.Event()
 
@@ -98,15 +106,17 @@ def skip_reason(block):
     return " ".join(lines[1:]) or "no reason given"
 
 
-def run_binary(path, arguments):
-    counts = Counts(path.name)
-    command = [str(path), f"--gtest_output=json:{REPORTS / (path.name + '.json')}", "--gtest_color=no"]
+def run_binary(path, arguments, environment=None, note="", prefix=()):
+    name = f"{path.name}{note}"
+    counts = Counts(name)
+    report_path = REPORTS / (name.replace(" ", "_") + ".json")
+    command = [*prefix, str(path), f"--gtest_output=json:{report_path}", "--gtest_color=no"]
     wanted = "*"
     if arguments.filter and arguments.filter not in path.name:
         wanted = f"*{arguments.filter}*"
     command.append(f"--gtest_filter={wanted}" + ("-*Slow*" if arguments.fast else ""))
     began = time.monotonic()
-    process, finish = start(command, arguments.timeout)
+    process, finish = start(command, arguments.timeout, environment)
     current, block, tail = None, [], []
     for line in process.stdout:
         line = line.rstrip("\n")
@@ -122,15 +132,15 @@ def run_binary(path, arguments):
             if kind == "OK":
                 counts.passed += 1
             elif kind == "FAILED":
-                counts.failed.append(f"{path.name}: {test}")
-                say("\n".join([f"---- {path.name}: {test}", *block, line]))
+                counts.failed.append(f"{name}: {test}")
+                say("\n".join([f"---- {name}: {test}", *block, line]))
             else:
-                counts.skipped.append((f"{path.name}: {test}", skip_reason(block)))
+                counts.skipped.append((f"{name}: {test}", skip_reason(block)))
             current, block = None, []
     expired = finish()
     if expired or process.returncode not in (0, 1) or (process.returncode == 1 and not counts.failed) or current:
         where = f" in {current}" if current else ""
-        problem = f"{path.name} {exit_text(process.returncode, expired, arguments.timeout)}{where}"
+        problem = f"{name} {exit_text(process.returncode, expired, arguments.timeout)}{where}"
         counts.failed.append(problem)
         say("\n".join([f"---- {problem}", *(block if current else tail)]))
     if counts.total() or not arguments.filter:
@@ -138,16 +148,20 @@ def run_binary(path, arguments):
     return counts
 
 
-def run_pytest(arguments):
-    counts = Counts("pytest")
-    xml = REPORTS / "pytest.xml"
+def run_pytest(arguments, environment=None, note="", marker=""):
+    """All of pytest's tests, or those with a marker."""
+    counts = Counts("pytest" + note)
+    xml = REPORTS / f"pytest{note.replace(' ', '_')}.xml"
     xml.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "tests", "-v", "--tb=short", "--color=no", f"--junitxml={xml}"]
     if arguments.filter:
         command += ["-k", arguments.filter]
+    markers = [marker] if marker else []
     if arguments.fast:
-        command += ["-m", "not slow"]
-    process, finish = start(command, arguments.timeout)
+        markers.append("not slow")
+    if markers:
+        command += ["-m", " and ".join(markers)]
+    process, finish = start(command, arguments.timeout, environment)
     file, began, output, failing = None, time.monotonic(), [], False
     for line in process.stdout:
         line = line.rstrip("\n")
@@ -158,10 +172,10 @@ def run_pytest(arguments):
         event = PYTEST_EVENT.match(line)
         if not event:
             continue
-        if file is None or file.name != event.group(1):
+        if file is None or file.name != event.group(1) + note:
             if file:
                 report(file, time.monotonic() - began)
-            file, began = Counts(event.group(1)), time.monotonic()
+            file, began = Counts(event.group(1) + note), time.monotonic()
         if event.group(2) in ("PASSED", "XPASS"):
             file.passed += 1
         elif event.group(2) in ("FAILED", "ERROR"):
@@ -172,24 +186,56 @@ def run_pytest(arguments):
     if file:
         report(file, time.monotonic() - began)
     if xml.exists():
-        read_junit(xml, counts)
+        read_junit(xml, counts, note)
     code = process.returncode
     if expired or code not in (0, 1, 5) or (code == 1 and not counts.failed) or (code != 5 and not xml.exists()):
-        problem = f"pytest {exit_text(code, expired, arguments.timeout)}"
+        problem = f"pytest{note} {exit_text(code, expired, arguments.timeout)}"
         counts.failed.append(problem)
         say("\n".join([f"---- {problem}", *output[-40:]]))
     return counts
 
 
-def read_junit(xml, counts):
+def read_junit(xml, counts, note):
     for case in ElementTree.parse(xml).iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
+        name = f"{case.get('classname')}::{case.get('name')}{note}"
         if case.find("failure") is not None or case.find("error") is not None:
             counts.failed.append(name)
         elif (skipped := case.find("skipped")) is not None:
             counts.skipped.append((name, skipped.get("message") or "no reason given"))
         else:
             counts.passed += 1
+
+
+def binaries_in(folder):
+    paths = [p for p in sorted(folder.glob("test_*")) if p.is_file() and os.access(p, os.X_OK)]
+    if not paths:
+        say(f"no test binary in {folder.relative_to(ROOT)}; `make tests` builds them")
+    return paths
+
+
+def run_cpu(arguments, total):
+    for path in binaries_in(REPORTS):
+        total.add(run_binary(path, arguments, {"TEST_BACKENDS": "cpu"}))
+    total.add(run_pytest(arguments))
+
+
+def run_cuda_on_cpu(arguments, total):
+    cuda = {"TEST_BACKENDS": "cuda"}
+    for path in binaries_in(ROOT / "build/cuda_on_cpu_sanitized/tests"):
+        for seed in SHIM_SEEDS[:1] if arguments.fast else SHIM_SEEDS:
+            total.add(run_binary(path, arguments, {**cuda, "CUDA_ON_CPU_SEED": str(seed)}, f" (shim, seed {seed})"))
+    for path in binaries_in(ROOT / "build/cuda_on_cpu/tests"):
+        total.add(run_binary(path, arguments, cuda, " (shim)"))
+    program = str(ROOT / "build/cuda_on_cpu/train_gpt2")
+    total.add(run_pytest(arguments, {"TRAIN_GPT2": program, **cuda}, " (shim)", "end_to_end"))
+
+
+def run_gpu(arguments, total):
+    prefix = ("compute-sanitizer", "--error-exitcode", "99") if arguments.compute_sanitizer else ()
+    for path in binaries_in(REPORTS):
+        total.add(run_binary(path, arguments, {"TEST_BACKENDS": "cuda"}, " (gpu)", prefix))
+    if not arguments.compute_sanitizer:
+        total.add(run_pytest(arguments, {"TEST_BACKENDS": "cuda"}, " (gpu)", "end_to_end"))
 
 
 def write_summary(total, seconds):
@@ -204,6 +250,8 @@ def write_summary(total, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description="Runs every test and counts them.")
+    parser.add_argument("--suite", default="cpu,cuda-on-cpu", metavar="NAMES", help="of cpu, cuda-on-cpu and gpu")
+    parser.add_argument("--compute-sanitizer", action="store_true", help="with the gpu suite")
     parser.add_argument("--filter", default="", metavar="SUBSTRING", help="only tests whose name contains this")
     parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
     parser.add_argument("--timeout", type=float, default=1200, metavar="SECONDS",
@@ -212,12 +260,12 @@ def main():
     REPORTS.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     total = Counts("all")
-    binaries = [p for p in sorted(REPORTS.glob("test_*")) if p.is_file() and os.access(p, os.X_OK)]
-    if not binaries:
-        say("no test binary in build/tests; `make tests` builds them")
-    for path in binaries:
-        total.add(run_binary(path, arguments))
-    total.add(run_pytest(arguments))
+    suites = {"cpu": run_cpu, "cuda-on-cpu": run_cuda_on_cpu, "gpu": run_gpu}
+    names = arguments.suite.split(",")
+    if unknown := [name for name in names if name not in suites]:
+        parser.error(f"no suite {unknown[0]!r}; there are {', '.join(suites)}")
+    for name in names:
+        suites[name](arguments, total)
     write_summary(total, time.monotonic() - began)
     say()
     for test, reason in total.skipped:

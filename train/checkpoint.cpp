@@ -132,6 +132,7 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
                                      {"seed", state.position.seed},
                                      {"fingerprint", state.position.fingerprint}}},
                                    {"options", state.options},
+                                   {"tuning", state.tuning},
                                    {"files", nlohmann::json::object()}};
     for (const auto& [file, summary] : files) {
       json["files"][file] = {{"bytes", summary.bytes}, {"crc32", summary.crc32}};
@@ -178,6 +179,7 @@ TrainerState read_checkpoint(const std::string& checkpoint) {
     state.position = {position.at("sequence"), position.at("sequence_length"), position.at("seed"),
                       position.at("fingerprint")};
     state.options = json.at("options");
+    state.tuning = json.value("tuning", "");  // older checkpoints have none
     for (const auto& [name, expected] : json.at("files").items()) {
       const std::string file = checkpoint + "/" + name;
       if (!fs::exists(file)) throw std::runtime_error(file + ": is missing; the checkpoint is not whole");

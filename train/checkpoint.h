@@ -19,6 +19,7 @@ struct TrainerState {
   int64_t skipped = 0;     // of which were skipped for a loss that was not finite
   DataPosition position;   // of the next micro-batch
   nlohmann::json options;  // resolved
+  std::string tuning;      // Backend::tuning()
 };
 
 // `tokenizer`: the contents of tokenizer.bin, or empty. Writes `run`/step_NNNNNNNN, moves `run`/latest, and removes all

@@ -25,7 +25,8 @@ Engine::Engine(const EngineConfig& config, Backend& backend)
     : config_(config),
       backend_(backend),
       store_(gpt2_parameters(config.model), config.weight_dtype, config.master_weights),
-      model_(config.model, config.shapes, store_, backend) {
+      model_(config.model, config.shapes, store_, backend),
+      graphs_(backend, config.graphs) {
   if (!config.shapes.training) return;
   optimizer_ = make_optimizer(config.optimizer, store_.parameters(), config.sink.gradient_dtype, backend);
   sink_ = make_sink(config.sink, *optimizer_, store_, backend);

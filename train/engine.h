@@ -3,10 +3,12 @@
 #pragma once
 
 #include <memory>
+#include <stdexcept>
 
 #include "flora/optimizer.h"
 #include "flora/sinks.h"
 #include "kernels/backend.h"
+#include "kernels/graph_cache.h"
 #include "kernels/memory_plan.h"
 #include "model/gpt2.h"
 #include "model/resident_store.h"
@@ -18,6 +20,7 @@ struct EngineConfig {
   bool master_weights = false;
   OptimizerConfig optimizer;
   SinkConfig sink;
+  bool graphs = true;  // record a step's operations and replay them, where the backend can
 };
 
 // What a step did, read back once per step.
@@ -75,11 +78,20 @@ class Engine {
     const int count = config_.sink.micro_batches;
     sink_->begin_step(context);
     for (int i = 0; i < count; ++i) {
-      sink_->begin_micro_batch(i, i + 1 == count);
-      model_.train_micro_batch(next_batch(i), *sink_, loss_, i > 0, 1.0f / static_cast<float>(count), scalars_);
+      const HostBatch batch = next_batch(i);
+      if (batch.batch != config_.shapes.batch || batch.sequence != config_.shapes.sequence)
+        throw std::logic_error("a training step takes micro-batches of the planned shape");
+      model_.load(batch);
+      graphs_.run(graph_key(i > 0 ? 1 : 0, i + 1 == count ? 1 : 0), [&] {
+        sink_->begin_micro_batch(i, i + 1 == count);
+        model_.train_loaded(*sink_, loss_, i > 0, 1.0f / static_cast<float>(count), scalars_);
+      });
     }
-    sink_->end_step();
+    graphs_.run(graph_key(2, 0), [&] { sink_->end_step(); });
   }
+  // Micro-batches that come first, last, or between issue different operations.
+  uint32_t graph_key(uint32_t position, uint32_t last) const { return 8 * sink_->variant() + 2 * position + last; }
+
   StepResult result();
 
   EngineConfig config_;
@@ -89,6 +101,7 @@ class Engine {
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<UpdatingSink> sink_;
   std::unique_ptr<Arena> arena_;
+  GraphCache graphs_;
   Tensor loss_;
   StepScalars* scalars_ = nullptr;
 };

@@ -55,6 +55,7 @@ struct Options {
   // device
   std::string device = "auto";
   int64_t threads = 0;
+  bool tf32 = false, no_autotune = false, no_cuda_graph = false;
   bool profile = false;
   double peak_tflops = 0;
 
@@ -176,6 +177,10 @@ void describe(Options& o, Visitor& v) {
   v.group("device");
   v(o.device, "device", "", "where to compute", S{"auto", "cpu", "cuda"}, free);
   v(o.threads, "threads", "", "CPU threads; 0: one per core; fixed on resume for identical bits", S{}, free);
+  v(o.tf32, "tf32", "", "CUDA: fp32 matmuls on tensor cores, inputs rounded to TF32", S{}, fixed);
+  v(o.no_autotune, "no-autotune", "",
+    "CUDA: cuBLASLt's first choice of a matmul algorithm instead of timing several at the start", S{}, free);
+  v(o.no_cuda_graph, "no-cuda-graph", "", "CUDA: launch every kernel instead of replaying a recorded step", S{}, free);
   v(o.profile, "profile", "", "time, rate and share of every operation at the end", S{}, free);
   v(o.peak_tflops, "peak-tflops", "TFLOP/s", "of the device, for MFU; 0: measured at the start", S{}, free);
 }

@@ -122,6 +122,7 @@ EngineConfig engine_config(const Options& o, const Gpt2Config& model, bool train
   sink.compress_embeddings = o.compress_embeddings;
   sink.clip_norm = static_cast<float>(o.clip_norm);
   sink.seed = opt.seed;
+  engine.graphs = !o.no_cuda_graph;
   return engine;
 }
 
@@ -153,10 +154,16 @@ std::string validation_pattern(const std::string& patterns) {
 }  // namespace
 
 std::unique_ptr<Backend> make_backend(Options& options, std::string& why) {
-  if (options.device == "cuda") {
-    throw UsageError("--device cuda: this program was built without the CUDA backend; use --device cpu");
+  why = "as asked for";
+  if (options.device != "cpu") {
+    const std::string problem = cuda_unavailable();
+    if (problem.empty()) {
+      if (options.device == "auto") why = "auto: a GPU is there";
+      return make_cuda_backend({.tf32 = options.tf32, .autotune = !options.no_autotune});
+    }
+    if (options.device == "cuda") throw UsageError("--device cuda: " + problem + "; --device cpu works everywhere");
+    why = "auto: " + problem;
   }
-  why = options.device == "auto" ? "auto: this program was built without the CUDA backend" : "as asked for";
   if (options.threads == 0) options.threads = usable_cores();
   return make_cpu_backend({.threads = static_cast<int>(options.threads)});
 }

@@ -10,6 +10,7 @@
 
 #include "train/file_io.h"
 #include "train/interrupt.h"
+#include "train/memory_advice.h"
 #include "train/sampler.h"
 #include "train/version.h"
 
@@ -84,10 +85,14 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
   tokenizer_ = find_tokenizer(o, setup.engine.model.vocabulary, checkpoint, tokenizer_path);
   if (!tokenizer_path.empty()) tokenizer_file_ = read_file(tokenizer_path);
   peak_flops_ = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : backend.measure_peak_flops();
+  const size_t available = backend.memory_available();
+  if (engine_.plan().device_bytes() > available)
+    throw std::runtime_error(memory_advice(setup.engine, backend, available));
   engine_.allocate();
   std::optional<uint32_t> resumed;
   if (!checkpoint.empty()) {
     load_checkpoint(checkpoint, engine_);
+    backend_.set_tuning(state.tuning);
     loader_.seek(state.position);
     first_step_ = state.step + 1;
     skipped_ = state.skipped;
@@ -214,7 +219,7 @@ void Trainer::print_sample(uint32_t t) {
 
 void Trainer::checkpoint(uint32_t t) {
   const Options& o = setup_.options;
-  const TrainerState state{t, skipped_, loader_.position(), options_to_json(o)};
+  const TrainerState state{t, skipped_, loader_.position(), options_to_json(o), backend_.tuning()};
   last_checkpoint_ = save_checkpoint(o.out, state, engine_, tokenizer_file_, o.keep_checkpoints);
 }
 
@@ -229,7 +234,14 @@ void Trainer::run() {
   const auto due = [](uint32_t t, int64_t every) { return every > 0 && t % static_cast<uint32_t>(every) == 0; };
   for (uint32_t t = first_step_; t <= steps; ++t) {
     const auto start = std::chrono::steady_clock::now();
-    const StepResult result = train_step(t);
+    StepResult result;
+    try {
+      result = train_step(t);
+    } catch (const std::runtime_error& error) {
+      progress_.finish();
+      throw std::runtime_error("step " + std::to_string(t) + ": " + error.what() + "; last checkpoint: " +
+                               (last_checkpoint_.empty() ? "none yet" : last_checkpoint_));
+    }
     const double seconds = seconds_since(start);
     step_seconds += seconds;
     const bool updated = finite_or_skipped(t, result);

@@ -15,7 +15,7 @@
 
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/blas_core.h"
-#include "kernels/cpu/dispatch.h"
+#include "kernels/dispatch.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/machine.h"
 #include "kernels/cpu/parallel.h"
@@ -164,5 +164,6 @@ void CpuBackend::synchronize(Stream) {}
 int CpuBackend::create_event() { return 0; }
 void CpuBackend::record(int, Stream) {}
 void CpuBackend::wait(int, Stream) {}
+void CpuBackend::synchronize_event(int) {}
 
 std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options) { return std::make_unique<CpuBackend>(options); }

@@ -32,15 +32,17 @@ class CpuBackend final : public Backend {
   int create_event() override;
   void record(int event, Stream stream) override;
   void wait(int event, Stream stream) override;
+  void synchronize_event(int event) override;
   void convert(Tensor out, Tensor in) override;
   void add(Tensor out, Tensor a, Tensor b) override;
-  void accumulate(Tensor accumulator, Tensor in, RandomKey key, uint32_t counter) override;
+  void accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) override;
   void scale(Tensor x, const float* factor) override;
   void sum_squares(Tensor out, Tensor x, bool accumulate) override;
   void sum(Tensor out, Tensor x, float factor, bool accumulate) override;
   void restore_norm(Tensor x, const float* target_squares, const float* current_squares) override;
   void gate_on_finite(StepScalars* scalars, Tensor value) override;
   void clip_scale(StepScalars* scalars, const float* squares, float clip_norm) override;
+  void increment(uint32_t* counter) override;
   void fill_normal(Tensor x, float mean, float stddev, RandomKey key) override;
   void fill_constant(Tensor x, float value) override;
   void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) override;

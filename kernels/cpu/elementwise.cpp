@@ -142,6 +142,8 @@ void CpuBackend::gate_on_finite(StepScalars* scalars, Tensor value) {
   if (!std::isfinite(*value.as<float>())) scalars->gate = 0;
 }
 
+void CpuBackend::increment(uint32_t* counter) { ++*counter; }
+
 void CpuBackend::fill_constant(Tensor x, float value) {
   const Profiler::Scope scope(profiler, "fill_constant", 0, static_cast<double>(x.bytes()));
   dispatch(x.dtype, [&]<typename T>() {

@@ -40,7 +40,7 @@ double update_bytes(const Tensor& weight, const Tensor& master, const Tensor& gr
 
 }  // namespace
 
-void CpuBackend::accumulate(Tensor accumulator, Tensor in, RandomKey key, uint32_t counter) {
+void CpuBackend::accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) {
   require_elements(accumulator, in.elements(), "accumulate: sizes differ");
   require(in.contiguous(), "accumulate: the input must be contiguous");
   const Profiler::Scope scope(profiler, "accumulate", 0, static_cast<double>(in.bytes() + 2 * accumulator.bytes()));
@@ -49,7 +49,7 @@ void CpuBackend::accumulate(Tensor accumulator, Tensor in, RandomKey key, uint32
     const float* added = load_block(in, begin, count, in_buffer);
     const float* old = load_block(accumulator, begin, count, old_buffer);
     for (int64_t i = 0; i < count; ++i) sum[i] = old[i] + added[i];
-    store_block_stochastic(accumulator, begin, count, sum, key, counter);
+    store_block_stochastic(accumulator, begin, count, sum, key, *counter);
   });
 }
 

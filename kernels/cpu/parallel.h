@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "kernels/cpu/dispatch.h"
+#include "kernels/dispatch.h"
 #include "kernels/tensor.h"
 
 // Elements that are worth a thread's while: 64 KiB of fp32, a few microseconds.
@@ -26,19 +26,6 @@ void parallel_blocks(int threads, int64_t count, int64_t block, F&& f) {
 
 // Rows of `cols` elements that make up about one span.
 inline int64_t rows_per_span(int64_t cols) { return std::max<int64_t>(1, kSpan / std::max<int64_t>(cols, 1)); }
-
-// The leading dimensions of a view can be counted through with one stride.
-inline bool has_uniform_rows(const Tensor& t) {
-  for (int i = 0; i + 2 < t.rank; ++i) {
-    if (t.shape[i] != 1 && t.stride[i] != t.stride[i + 1] * t.shape[i + 1]) return false;
-  }
-  return true;
-}
-
-template <typename T>
-T* element(const Tensor& t, int64_t row, int64_t column = 0) {
-  return t.as<T>() + row * t.leading_dimension() + column;
-}
 
 // Runs f(row, column, count) over tensors of one shape, in pieces of about one span: contiguous tensors as one long row
 // 0, strided ones row by row. f must not throw.

@@ -1,0 +1,9 @@
+// without_cuda.cpp: what a build without the CUDA Toolkit says about CUDA. The linker takes it only where nothing from
+// kernels/cuda/ was linked.
+#include <stdexcept>
+
+#include "kernels/backend.h"
+
+std::string cuda_unavailable() { return "this program was built without CUDA (no nvcc was found)"; }
+
+std::unique_ptr<Backend> make_cuda_backend(const CudaOptions&) { throw std::runtime_error(cuda_unavailable()); }

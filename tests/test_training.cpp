@@ -1,0 +1,226 @@
+// test_training.cpp: twenty steps of a small GPT-2 through the engine, as the trainer runs it. On every backend: what must
+// not change a bit (recompute levels, fused against dense, graphs replayed or not, another run) does not. On CUDA: the
+// losses are the CPU backend's.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "tests/backends.h"
+#include "tests/gpt2_bench.h"
+#include "train/engine.h"
+
+namespace {
+
+constexpr uint32_t kSteps = 20;
+constexpr int64_t kBatch = 2, kSequence = 33, kVocabulary = 131;
+
+// A head of 64, so that bf16 attention runs on tensor cores.
+EngineConfig small_config(DType dtype) {
+  EngineConfig config;
+  config.model.vocabulary = kVocabulary;
+  config.model.positions = 40;
+  config.model.layers = 2;
+  config.model.heads = 1;
+  config.model.channels = 64;
+  config.shapes = {.batch = kBatch, .sequence = kSequence, .head_chunk = 20, .dtype = dtype};
+  config.weight_dtype = dtype;
+  config.optimizer.seed = config.sink.seed = 5;
+  config.optimizer.state_dtype = dtype;
+  config.optimizer.rank = 8;
+  config.optimizer.kappa = 6;  // three changes of projection
+  config.optimizer.weight_decay = 0.1f;
+  config.sink.gradient_dtype = dtype;
+  return config;
+}
+
+struct Outcome {
+  std::vector<float> losses, norms;
+  std::vector<uint8_t> bits;  // of all weights and optimizer states
+  size_t planned = 0, allocated = 0;
+};
+
+void append(std::vector<uint8_t>& bits, Backend& backend, const Tensor& tensor) {
+  const size_t begin = bits.size();
+  bits.resize(begin + tensor.bytes());
+  backend.copy(&bits[begin], tensor.data, tensor.bytes());
+  backend.synchronize();
+}
+
+// Micro-batch i of step t: a walk over the vocabulary with a little noise, which can be learned. The device takes its
+// copy before the next one is made.
+class Batches {
+ public:
+  HostBatch next() {
+    std::vector<std::vector<int32_t>> rows(kBatch);
+    for (auto& row : rows) {
+      int32_t token = static_cast<int32_t>(generator_() % kVocabulary);
+      for (int64_t i = 0; i <= kSequence; ++i) {
+        row.push_back(token);
+        token = static_cast<int32_t>((static_cast<uint32_t>(token) + 1 + generator_() % 2) % kVocabulary);
+      }
+    }
+    batch_ = std::make_unique<BenchBatch>(rows, kVocabulary);
+    return batch_->host();
+  }
+
+ private:
+  std::mt19937 generator_{17};
+  std::unique_ptr<BenchBatch> batch_;
+};
+
+Outcome train(const std::string& backend_name, const EngineConfig& config, float lr, uint32_t steps = kSteps) {
+  const std::unique_ptr<Backend> backend = make_test_backend(backend_name);
+  Engine engine(config, *backend);
+  engine.allocate();
+  Outcome outcome;
+  outcome.planned = engine.plan().device_bytes();
+  outcome.allocated = backend->allocated_bytes();
+  engine.model().initialize(3);
+  Batches batches;
+  for (uint32_t t = 1; t <= steps; ++t) {
+    const StepResult result = engine.step(t, lr, [&](int) { return batches.next(); });
+    EXPECT_TRUE(result.applied);
+    outcome.losses.push_back(result.loss);
+    outcome.norms.push_back(result.grad_norm);
+  }
+  for (const Parameter& p : engine.store().parameters()) append(outcome.bits, *backend, engine.store().weight(p));
+  for (const StateTensor& state : engine.optimizer().state()) append(outcome.bits, *backend, state.tensor);
+  return outcome;
+}
+
+float learning_rate_of(OptimizerKind kind) {
+  switch (kind) {
+    case OptimizerKind::kSgd: return 0.1f;
+    case OptimizerKind::kAdamW: return 2e-3f;
+    default: return 5e-3f;
+  }
+}
+
+struct Case {
+  OptimizerKind optimizer;
+  SinkKind sink;
+  DType dtype;
+};
+
+std::string case_name(const ::testing::TestParamInfo<Case>& info) {
+  const char* const optimizers[] = {"Flora", "AdamW", "Adafactor", "Sgd"};
+  const char* const sinks[] = {"Dense", "Fused", "Compressed"};
+  return std::string(optimizers[static_cast<int>(info.param.optimizer)]) + sinks[static_cast<int>(info.param.sink)] +
+         "_" + dtype_name(info.param.dtype);
+}
+
+EngineConfig config_of(const Case& c) {
+  EngineConfig config = small_config(c.dtype);
+  config.optimizer.kind = c.optimizer;
+  config.sink.kind = c.sink;
+  if (c.sink == SinkKind::kCompressed) {
+    config.sink.accumulation_rank = 16;
+    config.sink.micro_batches = 2;
+  }
+  return config;
+}
+
+std::vector<Case> all_cases() {
+  std::vector<Case> cases;
+  for (const DType dtype : {DType::kF32, DType::kBF16})
+    for (const OptimizerKind optimizer :
+         {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd})
+      for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed})
+        cases.push_back({optimizer, sink, dtype});
+  return cases;
+}
+
+class Training : public ::testing::TestWithParam<Case> {};
+INSTANTIATE_TEST_SUITE_P(All, Training, ::testing::ValuesIn(all_cases()), case_name);
+
+TEST_P(Training, LearnsAndUsesExactlyWhatWasPlanned) {
+  const Outcome outcome = train(test_backend_name(), config_of(GetParam()), learning_rate_of(GetParam().optimizer));
+  EXPECT_EQ(outcome.allocated, outcome.planned);
+  EXPECT_NEAR(outcome.losses.front(), std::log(static_cast<float>(kVocabulary)), 0.2f);
+  EXPECT_LT(outcome.losses.back(), outcome.losses.front() - 0.02f);
+}
+
+// In bf16 a weight's rounding is random and its numbers are the same on both, but a sum that differs in its last bit
+// now and then rounds a weight the other way.
+TEST_P(Training, LossesAreThoseOfTheCpu) {
+  const std::vector<std::string> names = backend_names();
+  if (std::find(names.begin(), names.end(), "cuda") == names.end()) return;  // the CPU is the reference
+  const EngineConfig config = config_of(GetParam());
+  const float lr = learning_rate_of(GetParam().optimizer);
+  const Outcome cpu = train("cpu", config, lr), cuda = train("cuda", config, lr);
+  const double tolerance = GetParam().dtype == DType::kF32 ? 1e-4 : 1e-2;
+  for (uint32_t t = 0; t < kSteps; ++t) {
+    EXPECT_NEAR(cuda.losses[t], cpu.losses[t], tolerance * cpu.losses[t]) << "step " << t + 1;
+    EXPECT_NEAR(cuda.norms[t], cpu.norms[t], 10 * tolerance * cpu.norms[t]) << "step " << t + 1;
+  }
+}
+
+TEST_P(Training, GraphsChangeNoBit) {
+  EngineConfig config = config_of(GetParam());
+  const float lr = learning_rate_of(GetParam().optimizer);
+  const Outcome replayed = train(test_backend_name(), config, lr);
+  config.graphs = false;
+  const Outcome issued = train(test_backend_name(), config, lr);
+  EXPECT_EQ(replayed.losses, issued.losses);
+  EXPECT_EQ(replayed.norms, issued.norms);
+  EXPECT_TRUE(replayed.bits == issued.bits);
+}
+
+class TrainingDtype : public ::testing::TestWithParam<DType> {};
+INSTANTIATE_TEST_SUITE_P(All, TrainingDtype, ::testing::Values(DType::kF32, DType::kBF16),
+                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+
+TEST_P(TrainingDtype, RecomputeLevelsChangeNoBit) {
+  EngineConfig config = config_of({OptimizerKind::kFlora, SinkKind::kFused, GetParam()});
+  const Outcome none = train(test_backend_name(), config, 5e-3f);
+  for (const Recompute level : {Recompute::kGelu, Recompute::kNormsGelu, Recompute::kAttention, Recompute::kBlock}) {
+    config.shapes.recompute = level;
+    const Outcome other = train(test_backend_name(), config, 5e-3f);
+    EXPECT_EQ(other.losses, none.losses) << static_cast<int>(level);
+    EXPECT_TRUE(other.bits == none.bits) << static_cast<int>(level);
+  }
+}
+
+TEST_P(TrainingDtype, FusedIsDense) {
+  for (const OptimizerKind optimizer : {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kSgd}) {
+    const float lr = learning_rate_of(optimizer);
+    const Outcome dense = train(test_backend_name(), config_of({optimizer, SinkKind::kDense, GetParam()}), lr);
+    const Outcome fused = train(test_backend_name(), config_of({optimizer, SinkKind::kFused, GetParam()}), lr);
+    EXPECT_EQ(fused.losses, dense.losses) << static_cast<int>(optimizer);
+    EXPECT_TRUE(fused.bits == dense.bits) << static_cast<int>(optimizer);
+  }
+}
+
+// Several micro-batches summed in bf16 with stochastic rounding, clipping by a second pass, 8-bit states, master
+// weights, orthonormal projections, restored norms: what the other tests leave out, in one configuration each.
+TEST_P(TrainingDtype, RarerSettingsRepeatWithAndWithoutGraphs) {
+  std::vector<EngineConfig> configs;
+  EngineConfig summed = config_of({OptimizerKind::kFlora, SinkKind::kFused, GetParam()});
+  summed.sink.micro_batches = 3;
+  summed.sink.accumulation_dtype = DType::kBF16;
+  configs.push_back(summed);
+  EngineConfig clipped = config_of({OptimizerKind::kAdamW, SinkKind::kFused, GetParam()});
+  clipped.sink.clip_norm = 0.5f;
+  clipped.sink.micro_batches = 2;
+  clipped.optimizer.state_dtype = DType::kI8;
+  configs.push_back(clipped);
+  EngineConfig orthonormal = config_of({OptimizerKind::kFlora, SinkKind::kFused, GetParam()});
+  orthonormal.optimizer.projection = orthonormal.sink.projection = ProjectionKind::kOrthonormal;
+  orthonormal.optimizer.transfer = TransferKind::kRescale;
+  orthonormal.sink.micro_batches = 2;
+  orthonormal.sink.accumulation_rank = 16;
+  orthonormal.master_weights = GetParam() == DType::kBF16;
+  configs.push_back(orthonormal);
+  for (EngineConfig config : configs) {
+    const Outcome first = train(test_backend_name(), config, 2e-3f);
+    EXPECT_LT(first.losses.back(), first.losses.front());
+    config.graphs = false;
+    const Outcome second = train(test_backend_name(), config, 2e-3f);
+    EXPECT_EQ(second.losses, first.losses);
+    EXPECT_TRUE(second.bits == first.bits);
+  }
+}
+
+}  // namespace
