@@ -23,7 +23,7 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
       projection_("flora.projection", gradient_dtype),
       projection2_("flora.scaled_projection", gradient_dtype),
       compressed_("flora.compressed_update", DType::kF32),
-      decoded_momentum_("flora.decoded_momentum", DType::kF32),
+      decoded_momentum_("flora.decoded_momentum", gradient_dtype),
       moved_("flora.moved_momentum", DType::kF32),
       square_("flora.transfer", DType::kF32),
       factor_("flora.cholesky", DType::kF32) {
