@@ -78,6 +78,8 @@ find_missing() {
   need zlib1g-dev zlib.h z
   if [ "$blas" = openblas ]; then
     need libopenblas-dev cblas.h openblas
+  elif [ "$blas" = none ]; then
+    : # a build without a BLAS
   elif ! has_library "$blas"; then
     fail "the library BLAS=$blas is not there"
   fi

@@ -112,9 +112,9 @@ class TestDevice {
         if (t.dtype == DType::kBF16) store(target, from_float<bf16>(static_cast<float>(value)));
         if (t.dtype == DType::kI32) store(target, static_cast<int32_t>(value));
       }
-      backend_->copy(address(t, i), row.data(), row.size());
-      backend_->synchronize();
+      backend_->copy(address(t, i), row.data(), row.size());  // has read the row when it returns
     }
+    backend_->synchronize();
   }
 
   // What a tensor holds, as float64: also the rounded inputs that a reference starts from.

@@ -4,7 +4,7 @@ import pytest
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; left out by tests/run.py --fast")
-    config.addinivalue_line("markers", "end_to_end: of the program on any backend; run on the CUDA backend, too")
+    config.addinivalue_line("markers", "cuda: of the program on the CUDA backend (tests/run.py --suite cuda-on-cpu, gpu)")
 
 
 @pytest.fixture(scope="session")

@@ -216,7 +216,7 @@ def binaries_in(folder):
 def run_cpu(arguments, total):
     for path in binaries_in(REPORTS):
         total.add(run_binary(path, arguments, {"TEST_BACKENDS": "cpu"}))
-    total.add(run_pytest(arguments))
+    total.add(run_pytest(arguments, marker="not cuda"))
 
 
 def run_cuda_on_cpu(arguments, total):
@@ -227,7 +227,7 @@ def run_cuda_on_cpu(arguments, total):
     for path in binaries_in(ROOT / "build/cuda_on_cpu/tests"):
         total.add(run_binary(path, arguments, cuda, " (shim)"))
     program = str(ROOT / "build/cuda_on_cpu/train_gpt2")
-    total.add(run_pytest(arguments, {"TRAIN_GPT2": program, **cuda}, " (shim)", "end_to_end"))
+    total.add(run_pytest(arguments, {"TRAIN_GPT2": program, **cuda}, " (shim)", "cuda"))
 
 
 def run_gpu(arguments, total):
@@ -235,7 +235,7 @@ def run_gpu(arguments, total):
     for path in binaries_in(REPORTS):
         total.add(run_binary(path, arguments, {"TEST_BACKENDS": "cuda"}, " (gpu)", prefix))
     if not arguments.compute_sanitizer:
-        total.add(run_pytest(arguments, {"TEST_BACKENDS": "cuda"}, " (gpu)", "end_to_end"))
+        total.add(run_pytest(arguments, {"TEST_BACKENDS": "cuda"}, " (gpu)", "cuda"))
 
 
 def write_summary(total, seconds):

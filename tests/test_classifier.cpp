@@ -65,6 +65,58 @@ TEST_P(Classifier, GradientMatchesFiniteDifferences) {
   }
 }
 
+// GPT-2's vocabulary, padded as in memory and not, and a longer one; also one that ends in the middle of a vector.
+TEST_P(Classifier, LargeVocabularies) {
+  for (const auto& [vocabulary, padded] :
+       {std::pair<int64_t, int64_t>{50257, 50304}, {50257, 50257}, {50263, 50264}, {64000, 64000}}) {
+    TestDevice device(backend());
+    const int64_t rows = 2;
+    const float scale = 1024;
+    const Tensor logits = device.random(1, dtype(), {rows, padded}, 3), losses = device.poisoned(DType::kF32, {rows});
+    const Values values = device.read(logits), targets = {static_cast<double>(vocabulary - 1), 4321};
+    Values expected(values.size()), expected_losses;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int target = static_cast<int>(targets[static_cast<size_t>(i)]);
+      const double* row = &values[static_cast<size_t>(i * padded)];
+      expected_losses.push_back(reference_loss(row, vocabulary, target));
+      for (int64_t j = 0; j < vocabulary; ++j) {
+        const double probability = std::exp(row[j] - row[target] - expected_losses.back());
+        expected[static_cast<size_t>(i * padded + j)] = scale * (probability - (j == target));
+      }
+    }
+    device->classifier(losses, logits, device.upload(targets, DType::kI32, {rows}), vocabulary, scale, true);
+    const Values gradient = device.read(logits);
+    EXPECT_LE(relative_error(device.read(losses), expected_losses), 1e-5);
+    EXPECT_LE(relative_error(gradient, expected), tolerance(dtype())) << vocabulary << " of " << padded;
+    // The norm is that of two numbers: without them, the small ones count.
+    Values small = gradient, expected_small = expected;
+    for (int64_t i = 0; i < rows; ++i) {
+      const size_t at = static_cast<size_t>(i * padded) + static_cast<size_t>(targets[static_cast<size_t>(i)]);
+      small[at] = expected_small[at] = 0;
+    }
+    EXPECT_LE(relative_error(small, expected_small), tolerance(dtype())) << vocabulary << " of " << padded;
+    for (int64_t j = vocabulary; j < padded; ++j) EXPECT_EQ(gradient[static_cast<size_t>(j)], 0.0);
+  }
+}
+
+// Masked logits: one thread may see nothing but -infinity.
+TEST_P(Classifier, LogitsOfMinusInfinityHaveNoProbability) {
+  for (const int64_t vocabulary : {9, 4000}) {
+    TestDevice device(backend());
+    Values values(static_cast<size_t>(vocabulary), -INFINITY);
+    values[3] = 1;
+    values[8] = 2;
+    const Tensor logits = device.upload(values, dtype(), {1, vocabulary}), losses = device.poisoned(DType::kF32, {1});
+    device->classifier(losses, logits, device.upload({8}, DType::kI32, {1}), vocabulary, 1.0f, true);
+    const double probability = 1 / (1 + std::exp(-1.0));
+    Values expected(values.size());
+    expected[3] = 1 - probability;
+    expected[8] = probability - 1;
+    EXPECT_LE(relative_error(device.read(losses), {-std::log(probability)}), 1e-5);
+    EXPECT_LE(relative_error(device.read(logits), expected), tolerance(dtype()));
+  }
+}
+
 // Differences of logits from 0 to -200: exponentials that vanish, and a loss that is large but finite.
 TEST_P(Classifier, ExtremeLogits) {
   TestDevice device(backend());

@@ -12,11 +12,12 @@ double gelu(double x) {
 class Elementwise : public OperationTest {};
 INSTANTIATE_OPERATION_TESTS(Elementwise);
 
-// From one element to several spans, contiguous and strided.
+// From one element to several spans and blocks, contiguous and strided, with rows of whole vectors and without.
 struct Shape {
   int64_t rows, cols, pitch;
 };
-const Shape kShapes[] = {{1, 1, 0}, {1, 37, 0}, {7, 80, 97}, {67, 513, 0}, {67, 513, 520}};
+const Shape kShapes[] = {{1, 1, 0},    {1, 37, 0},     {7, 80, 97},  {7, 80, 88},
+                         {67, 513, 0}, {67, 513, 520}, {9, 1040, 0}, {9, 1040, 1048}};
 
 TEST_P(Elementwise, GeluForward) {
   for (const Shape& s : kShapes) {
@@ -123,11 +124,64 @@ TEST_P(Elementwise, Sums) {
   }
 }
 
-TEST_P(Elementwise, FillConstant) {
+// Several rounds of partial sums, and a mean that fp32 alone would lose.
+TEST_P(Elementwise, SumsOfManyElements) {
   TestDevice device(backend());
-  const Tensor x = device.poisoned(dtype(), {7, 81}, 97);
-  device->fill_constant(x, 0.5f);
-  EXPECT_EQ(device.read(x), Values(7 * 81, 0.5));
+  const int64_t count = 3'000'001;
+  const Tensor x = device.poisoned(dtype(), {count}), out = device.poisoned(DType::kF32, {2});
+  device->fill_constant(x, 1.0f);
+  device->sum(out.slice(0, 1), x, 1.0f, false);
+  device->sum_squares(out.slice(1, 1), x.slice(1, count - 1), false);
+  EXPECT_EQ(device.read(out), (Values{3'000'001, 3'000'000}));
+}
+
+// Tensors that begin in the middle of a vector, and operands of which only one does.
+TEST_P(Elementwise, AnyAlignment) {
+  for (const int64_t shift : {0, 1, 5}) {
+    for (const int64_t other : {0, 3}) {
+      TestDevice device(backend());
+      const int64_t count = 777;
+      const Tensor a = device.random(1, dtype(), {count + shift}).slice(shift, count);
+      const Tensor b = device.random(2, dtype(), {count + other}).slice(other, count);
+      const Tensor sum = device.poisoned(DType::kF32, {1});
+      Values expected = device.read(a);
+      const Values added = device.read(b);
+      double total = 0;
+      for (size_t i = 0; i < expected.size(); ++i) expected[i] += added[i];
+      device->add(a, a, b);
+      EXPECT_LE(relative_error(device.read(a), expected), tolerance(dtype()));
+      for (double value : device.read(a)) total += value * value;
+      device->sum_squares(sum, a, false);
+      EXPECT_LE(relative_error(device.read(sum), {total}), 1e-5);
+      for (double& value : expected) value = gelu(value);
+      device->gelu_forward(b, a);
+      EXPECT_LE(relative_error(device.read(b), expected), tolerance(dtype()) * (dtype() == DType::kF32 ? 1 : 2));
+    }
+  }
+}
+
+TEST_P(Elementwise, FillConstant) {
+  for (const Shape& s : kShapes) {
+    TestDevice device(backend());
+    const Tensor x = device.poisoned(dtype(), {s.rows, s.cols}, s.pitch);
+    device->fill_constant(x, 0.5f);
+    EXPECT_EQ(device.read(x), Values(static_cast<size_t>(s.rows * s.cols), 0.5));
+  }
+}
+
+// Columns of several tiles and rows of several chunks, with whole vectors and without.
+TEST_P(Elementwise, SumsOfColumns) {
+  for (const Shape& s : {Shape{70, 520, 0}, Shape{70, 520, 528}, Shape{70, 521, 0}, Shape{4500, 16, 0}}) {
+    for (const DType to : {DType::kF32, DType::kBF16}) {
+      TestDevice device(backend());
+      const Tensor x = device.random(1, dtype(), {s.rows, s.cols}, 1, s.pitch), out = device.poisoned(to, {s.cols});
+      Values expected(static_cast<size_t>(s.cols));
+      const Values values = device.read(x);
+      for (size_t i = 0; i < values.size(); ++i) expected[i % expected.size()] += values[i];
+      device->bias_backward(out, x, false);
+      EXPECT_LE(relative_error(device.read(out), expected), tolerance(to)) << s.rows << " x " << s.cols;
+    }
+  }
 }
 
 TEST_P(Elementwise, IndependentOfThreads) {
@@ -164,6 +218,43 @@ TEST_P(Conversion, BetweenEveryPairOfDTypes) {
         EXPECT_EQ(device.read(out), expected);
       }
     }
+  }
+}
+
+// GELU and addition of tensors that are not all of one type.
+TEST_P(Conversion, MixedOperands) {
+  for (int types = 0; types < 8; ++types) {
+    for (const int64_t cols : {80, 81}) {
+      const auto type = [&](int bit) { return types & bit ? DType::kBF16 : DType::kF32; };
+      TestDevice device(GetParam());
+      const Tensor a = device.random(1, type(1), {19, cols}), b = device.random(2, type(2), {19, cols});
+      const Tensor out = device.poisoned(type(4), {19, cols});
+      const Values x = device.read(a), y = device.read(b);
+      Values sum = x, activation = x, gradient = x;
+      for (size_t i = 0; i < x.size(); ++i) {
+        sum[i] += y[i];
+        activation[i] = gelu(x[i]);
+        gradient[i] *= (gelu(y[i] + 1e-5) - gelu(y[i] - 1e-5)) / 2e-5;
+      }
+      device->add(out, a, b);
+      EXPECT_LE(relative_error(device.read(out), sum), tolerance(out.dtype));
+      device->gelu_forward(out, a);
+      EXPECT_LE(relative_error(device.read(out), activation), tolerance(out.dtype));
+      device->gelu_backward(a, b);
+      EXPECT_LE(relative_error(device.read(a), gradient), tolerance(a.dtype));
+    }
+  }
+}
+
+// NaN must come through, so that a run can see it.
+TEST_P(Conversion, GeluKeepsNaN) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    TestDevice device(GetParam());
+    const Tensor x = device.upload(Values(16, NAN), dtype, {16}), d = device.upload(Values(16, 1.0), dtype, {16});
+    device->gelu_backward(d, x);
+    for (double value : device.read(d)) EXPECT_TRUE(std::isnan(value));
+    device->gelu_forward(x, x);
+    for (double value : device.read(x)) EXPECT_TRUE(std::isnan(value));
   }
 }
 

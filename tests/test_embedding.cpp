@@ -84,6 +84,37 @@ TEST_P(Embedding, Backward) {
   }
 }
 
+// Tokens that are nearly everywhere, beside rare ones; gradients of the weights in fp32 whatever the activations are.
+TEST_P(Embedding, BackwardOfFrequentTokens) {
+  for (const int64_t channels : {40, 264, 267}) {
+    for (const int64_t pitch : {int64_t{0}, channels + 8}) {
+      TestDevice device(backend());
+      const int64_t batch = 4, sequence = 100, count = batch * sequence;
+      std::mt19937 generator(7);
+      Values tokens(static_cast<size_t>(count));
+      for (double& token : tokens) {
+        const uint32_t draw = generator() % 8;  // half of them token 3, a quarter token 56, the others rare
+        token = draw < 4 ? 3 : draw < 6 ? kVocabulary - 1 : static_cast<double>(generator() % kVocabulary);
+      }
+      const Tensor dout = device.random(1, dtype(), {batch, sequence, channels}, 1, pitch);
+      const Tensor dwte = device.random(2, DType::kF32, {kVocabulary, channels});
+      const Tensor dwpe = device.poisoned(DType::kF32, {sequence + 2, channels});
+      const size_t row = static_cast<size_t>(channels);
+      Values expected_wte = device.read(dwte), expected_wpe(static_cast<size_t>(sequence + 2) * row);
+      const Values gradient = device.read(dout);
+      for (size_t i = 0; i < tokens.size(); ++i) {
+        for (size_t j = 0; j < row; ++j) {
+          expected_wte[static_cast<size_t>(tokens[i]) * row + j] += gradient[i * row + j];
+          expected_wpe[i % static_cast<size_t>(sequence) * row + j] += gradient[i * row + j];
+        }
+      }
+      device->embedding_backward(dwte, true, dwpe, false, dout, group(device, tokens));
+      EXPECT_LE(relative_error(device.read(dwte), expected_wte), 1e-5) << "C " << channels;
+      EXPECT_LE(relative_error(device.read(dwpe), expected_wpe), 1e-5) << "C " << channels;
+    }
+  }
+}
+
 TEST_P(Embedding, IndependentOfThreads) {
   expect_independent_of_threads(backend(), [&](TestDevice& device) {
     const Tensor dwte = device.poisoned(dtype(), {kVocabulary, 83}), dwpe = device.poisoned(dtype(), {kPositions, 83});

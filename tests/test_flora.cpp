@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "tests/backends.h"
+#include "tests/device_value.h"
 
 namespace {
 
@@ -59,39 +60,43 @@ class Bench {
     weight_ = device_.upload(Values(static_cast<size_t>(parameter.elements()), 0.0), DType::kF32,
                              {parameter.rows, parameter.cols});
     gradient_ = device_.poisoned(DType::kF32, {parameter.rows, parameter.cols});
+    projection_ = device_.poisoned(DType::kF32, {shape_.rank, shape_.dimension()});
+    factor_ = device_.poisoned(DType::kF32, {2 * shape_.rank * shape_.rank});
+    compressed_ = device_.poisoned(DType::kF32, {shape_.compressed_rows(), shape_.compressed_cols()});
+    full_ = device_.poisoned(DType::kF32, {shape_.rows, shape_.cols});
   }
 
   void step(uint32_t t, const Values& gradient, uint32_t gate = 1) {
-    scalars_ = StepScalars{};
-    scalars_.lr = 1e-3f;
-    scalars_.step = t;
-    scalars_.gate = gate;
-    optimizer_->begin_step(t, scalars_);
+    StepScalars scalars;
+    scalars.lr = 1e-3f;
+    scalars.step = t;
+    scalars.gate = gate;
+    optimizer_->begin_step(t, scalars);
+    scalars_.set(scalars);
     device_.write(gradient_, gradient);
-    optimizer_->update(parameter_, weight_, {}, gradient_, &scalars_);
+    optimizer_->update(parameter_, weight_, {}, gradient_, scalars_.data());
   }
 
   Values momentum() {
-    const Tensor out = device_.poisoned(DType::kF32, {shape_.compressed_rows(), shape_.compressed_cols()});
-    device_->dequantize(out, state("momentum"));
-    return device_.read(out);
+    device_->dequantize(compressed_, state("momentum"));
+    return device_.read(compressed_);
   }
 
   // up(M) in the projection that M is in after step t.
   Values decoded(uint32_t t) { return decode(momentum(), t / config_.kappa); }
 
   Values decode(const Values& momentum, uint32_t index) {
-    const Tensor p = projection(index), out = device_.poisoned(DType::kF32, {shape_.rows, shape_.cols});
-    const Tensor m = device_.upload(momentum, DType::kF32, {shape_.compressed_rows(), shape_.compressed_cols()});
-    project_up(device_.backend(), out, m, p, shape_, 1.0f, false);
-    return device_.read(out);
+    make_projection(index);
+    device_.write(compressed_, momentum);
+    project_up(device_.backend(), full_, compressed_, projection_, shape_, 1.0f, false);
+    return device_.read(full_);
   }
 
   Values encode(const Values& x, uint32_t index) {
-    const Tensor p = projection(index);
-    const Tensor out = device_.poisoned(DType::kF32, {shape_.compressed_rows(), shape_.compressed_cols()});
-    project_down(device_.backend(), out, device_.upload(x, DType::kF32, {shape_.rows, shape_.cols}), p, shape_, false);
-    return device_.read(out);
+    make_projection(index);
+    device_.write(full_, x);
+    project_down(device_.backend(), compressed_, full_, projection_, shape_, false);
+    return device_.read(compressed_);
   }
 
   Tensor state(const std::string& what) {
@@ -105,23 +110,23 @@ class Bench {
   TestDevice& device() { return device_; }
 
  private:
-  Tensor projection(uint32_t index) {
-    const Tensor p = device_.poisoned(DType::kF32, {shape_.rank, shape_.dimension()});
-    const Tensor scratch = device_.poisoned(DType::kF32, {2 * shape_.rank * shape_.rank});
-    StepScalars scalars;
+  void make_projection(uint32_t index) {
+    number_.set(index);
     const RandomKey key{.seed = config_.seed, .purpose = RandomPurpose::kProjection, .tensor = parameter_.hash()};
-    make_projection(device_.backend(), p, {config_.projection, key, &index}, scratch.data, &scalars);
-    return p;
+    ::make_projection(device_.backend(), projection_, {config_.projection, key, number_.data()}, factor_.data,
+                      open_gate_.data());
   }
 
-  TestDevice device_{"cpu"};
+  TestDevice device_{test_backend_name()};
   OptimizerConfig config_;
   Parameter parameter_;
   Compression shape_;
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<Arena> arena_;
   Tensor weight_, gradient_;
-  StepScalars scalars_;
+  Tensor projection_, factor_, compressed_, full_;  // of the test itself
+  DeviceValue<StepScalars> scalars_{device_}, open_gate_{device_};
+  DeviceValue<uint32_t> number_{device_};
 };
 
 // A gradient that keeps a direction under noise; `t` makes the noise.
@@ -287,7 +292,7 @@ TEST(Flora, StateIsSmallAndNamed) {
 }
 
 TEST(Flora, RejectsWhatCannotBeMeant) {
-  TestDevice device("cpu");
+  TestDevice device(test_backend_name());
   EXPECT_THROW(make_optimizer(flora_config(16, 0), {matrix(64, 64)}, DType::kF32, device.backend()),
                std::invalid_argument);
   Parameter misplaced = matrix(64, 64);

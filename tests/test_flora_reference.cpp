@@ -16,6 +16,7 @@
 #include "flora/sinks.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
+#include "tests/backends.h"
 
 namespace {
 
@@ -245,7 +246,7 @@ class Bench {
   explicit Bench(const json& c)
       : inputs_(c.at("name").get<std::string>() + ".s" + std::to_string(c.at("options").at("seed").get<uint64_t>())),
         parameter_(read_parameter(c.at("parameter"))),
-        backend_(make_cpu_backend()),
+        backend_(make_test_backend()),
         optimizer_(make_optimizer(read_options(c.at("options")), {parameter_}, DType::kF32, *backend_)),
         store_(parameter_),
         lr_(c.at("lr").get<float>()) {

@@ -68,6 +68,64 @@ TEST_P(LayerNorm, Forward) {
   }
 }
 
+// Models from small to large, each with other numbers per thread, and a length that does not fill the last vectors.
+TEST_P(LayerNorm, EveryWidth) {
+  for (const int64_t channels : {256, 512, 776, 1024, 1280, 1536, 1600, 2048, 2304, 3072, 4096, 4104, 4099, 8200}) {
+    TestDevice device(backend());
+    const int64_t rows = 5;
+    const Tensor in = device.random(1, dtype(), {rows, channels}, 2),
+                 dout = device.random(2, dtype(), {rows, channels});
+    const Tensor weight = device.random(3, dtype(), {channels}), bias = device.random(4, dtype(), {channels});
+    const Tensor out = device.poisoned(dtype(), {rows, channels}), din = device.random(5, dtype(), {rows, channels});
+    const Tensor mean = device.poisoned(DType::kF32, {rows}), rstd = device.poisoned(DType::kF32, {rows});
+    const Tensor dweight = device.poisoned(dtype(), {channels}), dbias = device.poisoned(dtype(), {channels});
+    const Normalized forward = reference_forward(device.read(in), device.read(weight), device.read(bias));
+    Gradients backward = reference_backward(device.read(dout), device.read(in), device.read(weight));
+    const Values old = device.read(din);
+    for (size_t i = 0; i < old.size(); ++i) backward.in[i] += old[i];
+    device->layernorm_forward(out, mean, rstd, in, weight, bias);
+    EXPECT_LE(relative_error(device.read(out), forward.out), tolerance(dtype())) << channels;
+    EXPECT_LE(relative_error(device.read(mean), forward.mean), 1e-5) << channels;
+    EXPECT_LE(relative_error(device.read(rstd), forward.rstd), 1e-5) << channels;
+    device->layernorm_backward(din, dweight, dbias, false, dout, in, mean, rstd, weight);
+    EXPECT_LE(relative_error(device.read(din), backward.in), tolerance(dtype())) << channels;
+    EXPECT_LE(relative_error(device.read(dweight), backward.weight), tolerance(dtype())) << channels;
+    EXPECT_LE(relative_error(device.read(dbias), backward.bias), tolerance(dtype())) << channels;
+
+    const Tensor residual = device.poisoned(dtype(), {rows, channels}),
+                 sum = device.poisoned(dtype(), {rows, channels});
+    const Tensor again = device.poisoned(dtype(), {rows, channels});
+    device->residual_layernorm_forward(residual, again, mean, rstd, in, dout, weight, bias);
+    device->add(sum, in, dout);
+    EXPECT_EQ(device.bits(residual), device.bits(sum)) << channels;
+    device->layernorm_forward(out, mean, rstd, residual, weight, bias);
+    EXPECT_EQ(device.bits(again), device.bits(out)) << channels;
+  }
+}
+
+// A row's bits depend on its numbers alone, not on where it is or which kernel the layout of the others asks for.
+TEST_P(LayerNorm, SameBitsInEveryLayout) {
+  for (const int64_t channels : {80, 768}) {
+    const int64_t rows = 11;
+    std::vector<std::vector<uint8_t>> results;
+    for (const int64_t pitch : {channels, channels + 8, channels + 3}) {
+      TestDevice device(backend());
+      const Tensor in = device.random(1, dtype(), {rows, channels}, 2, pitch);
+      const Tensor weight = device.random(3, dtype(), {channels}), bias = device.random(4, dtype(), {channels});
+      const Tensor mean = device.poisoned(DType::kF32, {rows}), rstd = device.poisoned(DType::kF32, {rows});
+      const Tensor out = device.poisoned(dtype(), {rows, channels}, pitch);
+      device->layernorm_forward(out, mean, rstd, in, weight, bias);
+      results.push_back(device.bits(out));
+      for (const Tensor& t : {mean, rstd}) {
+        const std::vector<uint8_t> bits = device.bits(t);
+        results.back().insert(results.back().end(), bits.begin(), bits.end());
+      }
+    }
+    EXPECT_EQ(results[0], results[1]);
+    EXPECT_EQ(results[0], results[2]);
+  }
+}
+
 TEST_P(LayerNorm, ResidualIsBitIdenticalToAddThenLayerNorm) {
   for (const int64_t channels : {1, 80, 391, 1024}) {
     for (const bool in_place : {false, true}) {
@@ -187,6 +245,26 @@ TEST_P(MixedLayerNorm, ForwardAndBackward) {
   EXPECT_LE(relative_error(device.read(din), expected.in), 1e-5);
   EXPECT_LE(relative_error(device.read(dweight), expected.weight), 1e-5);
   EXPECT_LE(relative_error(device.read(dbias), expected.bias), 1e-5);
+}
+
+TEST_P(MixedLayerNorm, ResidualOfTwoTypesIsBitIdenticalToAddThenLayerNorm) {
+  for (const int64_t channels : {80, 391}) {
+    TestDevice device(GetParam());
+    const int64_t rows = 9;
+    const Tensor a = device.random(1, DType::kF32, {rows, channels}),
+                 b = device.random(2, DType::kBF16, {rows, channels});
+    const Tensor weight = device.random(3, DType::kBF16, {channels}), bias = device.random(4, DType::kBF16, {channels});
+    const Tensor mean = device.poisoned(DType::kF32, {rows}), rstd = device.poisoned(DType::kF32, {rows});
+    const Tensor residual = device.poisoned(DType::kF32, {rows, channels});
+    const Tensor sum = device.poisoned(DType::kF32, {rows, channels});
+    const Tensor fused = device.poisoned(DType::kBF16, {rows, channels});
+    const Tensor separate = device.poisoned(DType::kBF16, {rows, channels});
+    device->residual_layernorm_forward(residual, fused, mean, rstd, a, b, weight, bias);
+    device->add(sum, a, b);
+    EXPECT_EQ(device.bits(residual), device.bits(sum));
+    device->layernorm_forward(separate, mean, rstd, sum, weight, bias);
+    EXPECT_EQ(device.bits(fused), device.bits(separate));
+  }
 }
 
 }  // namespace

@@ -1,4 +1,7 @@
-// test_matmul.cpp: Backend::matmul and bias_backward against float64 loops: transposes, dtypes, strides, accumulation.
+// test_matmul.cpp: Backend::matmul and bias_backward against float64 loops: transposes, dtypes, strides, alignment,
+// accumulation, the gradient of GELU; and that choosing algorithms by measuring changes nothing but speed.
+#include <cstdlib>
+
 #include "tests/backends.h"
 
 namespace {
@@ -121,6 +124,228 @@ TEST_P(Matmul, WrongShapesAreRefused) {
   const Tensor a = device.random(1, dtype(), {4, 5}), b = device.random(2, dtype(), {6, 7});
   const Tensor out = device.poisoned(dtype(), {4, 7});
   EXPECT_THROW(device->matmul(out, a, b), std::logic_error);
+}
+
+// The matrix [rows, cols] with normal values, or poison, `offset` elements after the beginning of a buffer.
+Tensor shifted(TestDevice& device, uint32_t seed, DType dtype, int64_t rows, int64_t cols, int64_t offset) {
+  const int64_t elements = rows * cols + offset;
+  Tensor t = seed > 0 ? device.random(seed, dtype, {elements}) : device.poisoned(dtype, {elements});
+  return Tensor::of(t.as<char>() + static_cast<size_t>(offset) * dtype_size(dtype), dtype, {rows, cols});
+}
+
+// Slices of tensors start anywhere: no load may be wider than the address allows.
+TEST_P(Matmul, MisalignedAddresses) {
+  for (int which = 1; which < 16; ++which) {
+    SCOPED_TRACE(which);
+    TestDevice device(backend());
+    const Case c = {
+        .m = 24, .n = 40, .k = 32, .transpose_b = which % 2 == 0, .accumulate = which % 3 == 0, .bias = true};
+    const Tensor a = shifted(device, 1, dtype(), c.m, c.k, which & 1);
+    const Tensor b = shifted(device, 2, dtype(), c.transpose_b ? c.n : c.k, c.transpose_b ? c.k : c.n, which >> 1 & 1);
+    const Tensor bias = shifted(device, 3, dtype(), 1, c.n, which >> 2 & 1).view({c.n});
+    const Tensor out = shifted(device, 4, dtype(), c.m, c.n, which >> 3 & 1);
+    const Values expected = reference(c, device.read(a), device.read(b), device.read(out), device.read(bias));
+    device->matmul(out, a, b, {.transpose_b = c.transpose_b, .accumulate = c.accumulate, .bias = bias});
+    EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype()));
+  }
+}
+
+TEST_P(Matmul, BiasOfAnotherDType) {
+  const DType other = dtype() == DType::kF32 ? DType::kBF16 : DType::kF32;
+  TestDevice device(backend());
+  const Tensor a = device.random(1, dtype(), {48, 32}), b = device.random(2, dtype(), {32, 64});
+  const Tensor bias = device.random(3, other, {64}, 3), out = device.poisoned(dtype(), {48, 64});
+  const Case c = {.m = 48, .n = 64, .k = 32, .bias = true};
+  device->matmul(out, a, b, {.bias = bias});
+  const Values expected = reference(c, device.read(a), device.read(b), {}, device.read(bias));
+  EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype()));
+}
+
+// The fake cuBLASLt of tests/cuda_on_cpu looks at an environment variable while this lives.
+class Setting {
+ public:
+  Setting(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+  ~Setting() { unsetenv(name_); }
+  Setting(const Setting&) = delete;
+  Setting& operator=(const Setting&) = delete;
+
+ private:
+  const char* name_;
+};
+
+bool has_fake_cublaslt(TestDevice& device) { return device->description().find("CUDA on CPU") != std::string::npos; }
+
+double gelu_derivative(double x) {
+  const double inner = std::sqrt(2 / M_PI), t = std::tanh(inner * (x + 0.044715 * x * x * x));
+  return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner * (1 + 3 * 0.044715 * x * x);
+}
+
+// out = alpha a b^T * gelu'(x), twice: the second time with what the first chose.
+void check_gelu_input(TestDevice& device, const Case& c, DType dtype, DType x_dtype, int64_t gap = 0) {
+  SCOPED_TRACE("m " + std::to_string(c.m) + " n " + std::to_string(c.n) + " k " + std::to_string(c.k));
+  auto pitch = [&](int64_t cols) { return gap > 0 ? cols + gap : 0; };
+  const Tensor a = device.random(1, dtype, {c.m, c.k}, 1, pitch(c.k));
+  const Tensor b = c.transpose_b ? device.random(2, dtype, {c.n, c.k}, 1, pitch(c.k))
+                                 : device.random(2, dtype, {c.k, c.n}, 1, pitch(c.n));
+  const Tensor x = device.random(3, x_dtype, {c.m, c.n}, 2, pitch(c.n));
+  const Values input = device.read(x);
+  Values expected = reference(c, device.read(a), device.read(b), {}, {});
+  for (size_t i = 0; i < expected.size(); ++i) expected[i] *= gelu_derivative(input[i]);
+  for (int i = 0; i < 2; ++i) {
+    const Tensor out = device.poisoned(dtype, {c.m, c.n}, pitch(c.n));
+    device->matmul(out, a, b, {.transpose_b = c.transpose_b, .alpha = c.alpha, .gelu_input = x});
+    EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype));
+  }
+  EXPECT_EQ(device.read(x), input);
+}
+
+TEST_P(Matmul, GeluInput) {
+  TestDevice device(backend());
+  const DType other = dtype() == DType::kF32 ? DType::kBF16 : DType::kF32;
+  check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .transpose_b = true}, dtype(), dtype());
+  check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .alpha = -0.5f}, dtype(), dtype(), 8);
+  check_gelu_input(device, {.m = 48, .n = 64, .k = 32}, dtype(), other);
+  check_gelu_input(device, {.m = 33, .n = 65, .k = 7, .transpose_b = true}, dtype(), dtype());
+  check_gelu_input(device, {.m = 1, .n = 24, .k = 16}, dtype(), dtype(), 3);
+}
+
+// The way that is one kernel, chosen by measuring and then by what was remembered.
+TEST_P(Matmul, FusedGeluInput) {
+  std::string tuning;
+  {
+    const Setting fused("CUDA_ON_CPU_ALGORITHM", "fused");
+    TestDevice device(backend());
+    if (dtype() != DType::kBF16 || !has_fake_cublaslt(device)) GTEST_SKIP() << "needs the fake cuBLASLt";
+    check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .transpose_b = true, .alpha = -0.5f}, dtype(), dtype(), 8);
+    tuning = device->tuning();
+    EXPECT_NE(tuning.find("gelu'"), std::string::npos);
+    EXPECT_EQ(tuning.find("separate"), std::string::npos);
+  }
+  TestDevice device(backend());
+  device->set_tuning(tuning);
+  check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .transpose_b = true, .alpha = -0.5f}, dtype(), dtype(), 8);
+  EXPECT_EQ(device->tuning(), tuning);
+}
+
+TEST_P(Matmul, GeluInputGoesWithNeitherBiasNorAccumulation) {
+  TestDevice device(backend());
+  const Tensor a = device.random(1, dtype(), {8, 16}), b = device.random(2, dtype(), {16, 8});
+  const Tensor x = device.random(3, dtype(), {8, 8}), bias = device.random(4, dtype(), {8});
+  const Tensor out = device.poisoned(dtype(), {8, 8});
+  EXPECT_THROW(device->matmul(out, a, b, {.accumulate = true, .gelu_input = x}), std::logic_error);
+  EXPECT_THROW(device->matmul(out, a, b, {.bias = bias, .gelu_input = x}), std::logic_error);
+}
+
+// Products of several kinds, some added to what is there; all bits of the results.
+std::vector<uint8_t> several_products(TestDevice& device, DType dtype) {
+  std::vector<uint8_t> bytes;
+  for (const bool accumulate : {false, true}) {
+    const Tensor a = device.random(1, dtype, {40, 200}), b = device.random(2, dtype, {200, 48});
+    const Tensor out = device.random(3, dtype, {40, 48}), bias = device.random(4, dtype, {48});
+    const Tensor x = device.random(5, dtype, {40, 48});
+    device->matmul(out, a, b, {.accumulate = accumulate, .bias = bias});
+    const std::vector<uint8_t> first = device.bits(out);
+    if (!accumulate) device->matmul(out, a, b, {.gelu_input = x});
+    const std::vector<uint8_t> second = device.bits(out);
+    bytes.insert(bytes.end(), first.begin(), first.end());
+    bytes.insert(bytes.end(), second.begin(), second.end());
+  }
+  return bytes;
+}
+
+TEST_P(Matmul, TuningCarriesTheChoices) {
+  std::string tuning;
+  std::vector<uint8_t> expected;
+  {
+    const Setting other_algorithm("CUDA_ON_CPU_ALGORITHM", "2");
+    TestDevice first(backend());
+    EXPECT_EQ(first->tuning(), "");
+    expected = several_products(first, dtype());
+    tuning = first->tuning();
+    EXPECT_EQ(tuning.find('\n'), std::string::npos);
+    EXPECT_EQ(several_products(first, dtype()), expected);
+    EXPECT_EQ(first->tuning(), tuning) << "the same shapes again are nothing new";
+  }
+  TestDevice before(backend());
+  before->set_tuning(tuning);
+  EXPECT_EQ(before->tuning(), tuning);
+  EXPECT_EQ(several_products(before, dtype()), expected);
+  EXPECT_EQ(before->tuning(), tuning);
+
+  TestDevice after(backend());
+  several_products(after, dtype());
+  after->set_tuning(tuning);
+  EXPECT_EQ(after->tuning(), tuning);
+  EXPECT_EQ(several_products(after, dtype()), expected);
+}
+
+TEST_P(Matmul, ForeignTuningIsIgnored) {
+  TestDevice reference(backend());
+  const std::vector<uint8_t> expected = several_products(reference, dtype());
+  const std::string tuning = reference->tuning();
+  std::string other_version = tuning, damaged = tuning;
+  if (!tuning.empty()) other_version.replace(tuning.find(' ') + 1, 1, "x");
+  for (size_t i = tuning.find("; "); i < tuning.size(); ++i) {
+    if (tuning[i] == '0') damaged[i] = '7';
+  }
+  const std::string garbage[] = {"garbage",
+                                 "; : ; ; :",
+                                 other_version,
+                                 damaged,
+                                 tuning + "; ",
+                                 tuning + "; x",
+                                 tuning.substr(0, tuning.size() / 2)};
+  for (const std::string& text : garbage) {
+    SCOPED_TRACE(text);
+    TestDevice device(backend());
+    device->set_tuning(text);
+    EXPECT_EQ(several_products(device, dtype()), expected);
+  }
+}
+
+// Nothing can be measured while a graph is recorded. What runs then is what runs when the graph is replayed.
+TEST_P(Matmul, Captured) {
+  TestDevice device(backend());
+  if (!device->can_capture()) GTEST_SKIP() << "no graphs";
+  const Case c = {.m = 40, .n = 48, .k = 56, .accumulate = true, .bias = true};
+  const Tensor a = device.random(1, dtype(), {c.m, c.k}), b = device.random(2, dtype(), {c.k, c.n});
+  const Tensor bias = device.random(3, dtype(), {c.n}), out = device.random(4, dtype(), {c.m, c.n});
+  const std::vector<uint8_t> before = device.bits(out);
+  Values expected = device.read(out);
+  device->begin_capture();
+  device->matmul(out, a, b, {.accumulate = true, .bias = bias});
+  const int graph = device->end_capture();
+  EXPECT_EQ(device.bits(out), before);
+  for (int i = 0; i < 2; ++i) {
+    expected = reference(c, device.read(a), device.read(b), expected, device.read(bias));
+    device->replay(graph);
+    EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype()));
+  }
+}
+
+TEST_P(Matmul, MeasuresItsPeak) {
+  TestDevice device(backend());
+  EXPECT_GT(device->measure_peak_flops(), 1e8);
+}
+
+TEST_P(Matmul, NoAlgorithm) {
+  TestDevice device(backend());
+  if (!has_fake_cublaslt(device)) GTEST_SKIP() << "needs the fake cuBLASLt";
+  const Setting none("CUDA_ON_CPU_NO_ALGORITHM", "1");
+  const Tensor a = device.random(1, dtype(), {16, 32}), b = device.random(2, dtype(), {32, 64});
+  const Tensor out = device.poisoned(dtype(), {16, 64});
+  try {
+    device->matmul(out, a, b);
+    ADD_FAILURE() << "no error";
+  } catch (const std::runtime_error& error) {
+    const std::string what = error.what();
+    EXPECT_NE(what.find("[16,32]x[32,64]"), std::string::npos) << what;
+    EXPECT_NE(what.find(dtype_name(dtype())), std::string::npos) << what;
+    EXPECT_NE(what.find("CUBLAS_STATUS_NOT_SUPPORTED"), std::string::npos) << what;
+  }
+  // Odd sizes are nobody's fault: the plain kernel computes them.
+  const DTypes same = {dtype(), dtype(), dtype()};
+  check(backend(), {.m = 17, .n = 19, .k = 23}, same);
 }
 
 class MixedMatmul : public ::testing::TestWithParam<std::string> {};

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "tests/backends.h"
+#include "tests/device_value.h"
 
 namespace {
 
@@ -44,6 +45,12 @@ StepScalars scalars_of(float lr = 0.01f, float beta2 = 0.9f, uint32_t step = 3) 
   return s;
 }
 
+// The same behind a closed gate.
+StepScalars closed(StepScalars s) {
+  s.gate = 0;
+  return s;
+}
+
 class OptimizerOps : public OperationTest {};
 INSTANTIATE_OPERATION_TESTS(OptimizerOps);
 
@@ -56,7 +63,8 @@ TEST_P(OptimizerOps, AccumulateInFp32) {
     Values expected = device.read(sum);
     const Values added = device.read(in);
     for (size_t i = 0; i < added.size(); ++i) expected[i] += added[i];
-    device->accumulate(sum, in, kKey, 4);
+    const DeviceValue<uint32_t> counter(device, 4);
+    device->accumulate(sum, in, kKey, counter.data());
     EXPECT_LE(relative_error(device.read(sum), expected), 1e-6);
   }
 }
@@ -69,7 +77,8 @@ TEST_P(OptimizerOps, AccumulateInBf16RoundsWithTheSpecifiedNumbers) {
     const int64_t n = 3001;
     const Tensor sum = device.random(1, DType::kBF16, {n}), in = device.random(2, dtype(), {n}, 1e-2);
     const Values old = device.read(sum), added = device.read(in);
-    device->accumulate(sum, in, key, 9);
+    const DeviceValue<uint32_t> counter(device, 9);
+    device->accumulate(sum, in, key, counter.data());
     const Values actual = device.read(sum);
     for (uint64_t i = 0; i < static_cast<uint64_t>(n); ++i) {
       const float exact = static_cast<float>(old[i]) + static_cast<float>(added[i]);
@@ -82,10 +91,10 @@ TEST_P(OptimizerOps, AccumulateInBf16RoundsWithTheSpecifiedNumbers) {
 TEST_P(OptimizerOps, ClipScaleIsTheRatioOfNormsUpToOne) {
   TestDevice device(backend());
   for (double norm : {0.0, 0.5, 2.0, 1e4}) {
-    StepScalars s;
+    const DeviceValue<StepScalars> scalars(device);
     const Tensor squares = device.upload({norm * norm}, DType::kF32, {1});
-    device->clip_scale(&s, squares.as<float>(), 1.0f);
-    EXPECT_NEAR(s.gradient_scale, std::min(1.0, 1 / (norm + 1e-6)), 1e-6);
+    device->clip_scale(scalars.data(), squares.as<float>(), 1.0f);
+    EXPECT_NEAR(scalars.get().gradient_scale, std::min(1.0, 1 / (norm + 1e-6)), 1e-6);
   }
 }
 
@@ -116,13 +125,12 @@ TEST_P(OptimizerOps, FactoredSecondMoment) {
         mean += row[i] / static_cast<double>(n);
       }
       for (size_t j = 0; j < col.size(); ++j) col[j] = beta2 * col[j] + (1 - beta2) * col_mean[j];
-      StepScalars s = scalars_of(0.01f, beta2);
-      s.gate = 0;
+      DeviceValue<StepScalars> s(device, closed(scalars_of(0.01f, beta2)));
       const auto before = device.bits(row_state);
-      device->factored_second_moment(row_state, col_state, row_scale, col_scale, g, eps1, &s);
+      device->factored_second_moment(row_state, col_state, row_scale, col_scale, g, eps1, s.data());
       EXPECT_EQ(device.bits(row_state), before);
-      s.gate = 1;
-      device->factored_second_moment(row_state, col_state, row_scale, col_scale, g, eps1, &s);
+      s.set(scalars_of(0.01f, beta2));
+      device->factored_second_moment(row_state, col_state, row_scale, col_scale, g, eps1, s.data());
       // fp32 sums in an order that depends on how the compiler vectorises; a build that does not needs more than 1e-6.
       EXPECT_LE(relative_error(device.read(row_state), row), 5e-6);
       EXPECT_LE(relative_error(device.read(col_state), col), 5e-6);
@@ -143,13 +151,12 @@ TEST_P(OptimizerOps, FullSecondMoment) {
       const Tensor moment = make_state(device, state, v), g = device.random(1, dtype(), {n});
       v = state_values(device, moment);
       const Values grad = device.read(g);
-      StepScalars s = scalars_of(0.01f, 0.8f);
-      s.gate = 0;
-      const auto closed = device.bits(moment);
-      device->full_second_moment(g, moment, 1e-3f, &s);
-      EXPECT_EQ(device.bits(moment), closed);
-      s.gate = 1;
-      device->full_second_moment(g, moment, 1e-3f, &s);
+      DeviceValue<StepScalars> s(device, closed(scalars_of(0.01f, 0.8f)));
+      const auto before = device.bits(moment);
+      device->full_second_moment(g, moment, 1e-3f, s.data());
+      EXPECT_EQ(device.bits(moment), before);
+      s.set(scalars_of(0.01f, 0.8f));
+      device->full_second_moment(g, moment, 1e-3f, s.data());
       Values u(grad.size());
       for (size_t i = 0; i < u.size(); ++i) {
         v[i] = 0.8 * v[i] + 0.2 * (grad[i] * grad[i] + 1e-3);
@@ -164,7 +171,7 @@ TEST_P(OptimizerOps, FullSecondMoment) {
 TEST_P(OptimizerOps, ScaleRowsCols) {
   for (DType out_dtype : {DType::kF32, DType::kBF16}) {
     for (int scales = 0; scales < 4; ++scales) {
-      for (int64_t pitch : {0, 100}) {
+      for (int64_t pitch : {0, 100, 104}) {
         TestDevice device(backend());
         const int64_t n = 37, m = 83;
         const Tensor in = device.random(1, dtype(), {n, m}, 1, pitch), out = device.poisoned(out_dtype, {n, m}, pitch);
@@ -191,16 +198,15 @@ TEST_P(OptimizerOps, MomentumUpdateAndEma) {
       const Tensor update = device.random(2, dtype(), {n});
       Values expected = state_values(device, m1);
       const Values u = device.read(update);
-      StepScalars s;
-      s.gate = 0;
+      DeviceValue<StepScalars> s(device, closed({}));
       const auto before = device.bits(m1);
-      device->momentum_update(update, m1, 0.9f, &s);
-      device->ema(m2, update, 0.9f, &s);
+      device->momentum_update(update, m1, 0.9f, s.data());
+      device->ema(m2, update, 0.9f, s.data());
       EXPECT_EQ(device.bits(m1), before);
       EXPECT_EQ(device.bits(m2), before);
-      s.gate = 1;
-      device->ema(m2, update, 0.9f, &s);
-      device->momentum_update(update, m1, 0.9f, &s);
+      s.set({});
+      device->ema(m2, update, 0.9f, s.data());
+      device->momentum_update(update, m1, 0.9f, s.data());
       for (size_t i = 0; i < u.size(); ++i) expected[i] = 0.9 * expected[i] + 0.1 * u[i];
       EXPECT_LE(relative_error(device.read(update), expected), tolerance(dtype()));
       EXPECT_LE(relative_error(state_values(device, m1), expected), state_tolerance(state));
@@ -245,15 +251,14 @@ void check_update(const std::string& backend, DType weight_dtype, int64_t n, Upd
     const Tensor weight = device.random(8, weight_dtype, {n});
     const Tensor master = with_master ? device.upload(device.read(weight), DType::kF32, {n}) : Tensor{};
     const Values old = device.read(weight);
-    StepScalars s = scalars_of();
-    s.gate = 0;
+    DeviceValue<StepScalars> s(device, closed(scalars_of()));
     const auto before = device.bits(weight);
-    update(device, weight, master, &s);
+    update(device, weight, master, s);
     EXPECT_EQ(device.bits(weight), before);
-    s.gate = 1;
-    Values expected = update(device, weight, master, &s);
+    s.set(scalars_of());
+    Values expected = update(device, weight, master, s);
     for (size_t i = 0; i < old.size(); ++i) expected[i] = formula(old[i], expected[i]);
-    expect_weight(device, weight, master, expected, s.step);
+    expect_weight(device, weight, master, expected, scalars_of().step);
   }
 }
 
@@ -265,7 +270,7 @@ TEST_P(OptimizerOps, ApplyUpdate) {
           double lr = 0.01, shrink = 1;
           check_update(
               backend(), dtype(), n,
-              [&](TestDevice& device, Tensor weight, Tensor master, const StepScalars* s) {
+              [&](TestDevice& device, Tensor weight, Tensor master, const DeviceValue<StepScalars>& s) {
                 const Tensor update = device.random(9, grad, {n});
                 const Tensor squares = device.poisoned(DType::kF32, {2});
                 device->sum_squares(squares.slice(0, 1), update, false);
@@ -276,7 +281,7 @@ TEST_P(OptimizerOps, ApplyUpdate) {
                 const ApplyOptions options{
                     .weight_decay = 0.1f, .clip = clip, .scale_parameter = scale_parameter, .eps2 = 0.2f};
                 device->apply_update(weight, master, update, options, squares.as<float>(), squares.as<float>() + 1, n,
-                                     kKey, s);
+                                     kKey, s.data());
                 return device.read(update);
               },
               [&](double w, double d) { return w - lr * (0.1 * w + shrink * d); });
@@ -292,7 +297,7 @@ TEST_P(OptimizerOps, AdamW) {
       for (bool momentum : {true, false}) {
         check_update(
             backend(), dtype(), n,
-            [&](TestDevice& device, Tensor weight, Tensor master, const StepScalars* s) {
+            [&](TestDevice& device, Tensor weight, Tensor master, const DeviceValue<StepScalars>& s) {
               const Tensor g = device.random(9, dtype(), {n});
               Values v = normal_values(device, 4, n);
               for (double& x : v) x *= x;
@@ -301,7 +306,7 @@ TEST_P(OptimizerOps, AdamW) {
               Values m = momentum ? state_values(device, m_state) : Values(v.size(), 0);
               v = state_values(device, v_state);
               const AdamWOptions options{.beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-3f, .weight_decay = 0.1f};
-              device->adamw_update(weight, master, m_state, v_state, g, options, kKey, s);
+              device->adamw_update(weight, master, m_state, v_state, g, options, kKey, s.data());
               const Values grad = device.read(g);
               Values step(grad.size());
               for (size_t i = 0; i < step.size(); ++i) {
@@ -309,7 +314,7 @@ TEST_P(OptimizerOps, AdamW) {
                 v[i] = 0.95 * v[i] + 0.05 * grad[i] * grad[i];
                 step[i] = m[i] / 0.3 / (std::sqrt(v[i] / 0.2) + 1e-3);
               }
-              if (s->gate == 1) {
+              if (s.get().gate == 1) {
                 if (momentum) {
                   EXPECT_LE(relative_error(state_values(device, m_state), m), state_tolerance(state));
                 }
@@ -329,7 +334,7 @@ TEST_P(OptimizerOps, Sgd) {
       for (bool momentum : {true, false}) {
         check_update(
             backend(), dtype(), n,
-            [&](TestDevice& device, Tensor weight, Tensor master, const StepScalars* s) {
+            [&](TestDevice& device, Tensor weight, Tensor master, const DeviceValue<StepScalars>& s) {
               const Tensor g = device.random(9, dtype(), {n});
               const Tensor m = momentum ? make_state(device, state, normal_values(device, 3, n)) : Tensor{};
               Values step = device.read(g);
@@ -337,8 +342,8 @@ TEST_P(OptimizerOps, Sgd) {
                 const Values old = state_values(device, m);
                 for (size_t i = 0; i < step.size(); ++i) step[i] += 0.9 * old[i];
               }
-              device->sgd_update(weight, master, m, g, {.beta1 = 0.9f, .weight_decay = 0.1f}, kKey, s);
-              if (momentum && s->gate == 1) {
+              device->sgd_update(weight, master, m, g, {.beta1 = 0.9f, .weight_decay = 0.1f}, kKey, s.data());
+              if (momentum && s.get().gate == 1) {
                 EXPECT_LE(relative_error(state_values(device, m), step), state_tolerance(state));
               }
               return step;
@@ -351,18 +356,20 @@ TEST_P(OptimizerOps, Sgd) {
 
 // A thousand updates of a thousandth of a bf16 unit move the weights by one unit on average; rounding to nearest would
 // leave them where they are.
-TEST(StochasticUpdates, AreNotLostInBf16) {
-  TestDevice device("cpu");
+class StochasticUpdates : public ::testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(All, StochasticUpdates, ::testing::ValuesIn(backend_names()));
+
+TEST_P(StochasticUpdates, AreNotLostInBf16) {
+  TestDevice device(GetParam());
   const int64_t n = 4096;
   const Tensor weight = device.upload(Values(n, 1.0), DType::kBF16, {n}),
                nearest = device.upload(Values(n, 1.0), DType::kBF16, {n});
   const double step_size = 0x1p-8 / 1000;
-  StepScalars s = scalars_of(1.0f);
-  const Tensor g = device.poisoned(DType::kF32, {n});
+  DeviceValue<StepScalars> s(device);
+  const Tensor g = device.upload(Values(n, step_size), DType::kF32, {n});
   for (uint32_t t = 1; t <= 1000; ++t) {
-    s.step = t;
-    device.write(g, Values(n, step_size));
-    device->sgd_update(weight, {}, {}, g, {}, kKey, &s);
+    s.set(scalars_of(1.0f, 0.9f, t));
+    device->sgd_update(weight, {}, {}, g, {}, kKey, s.data());
     Values w = device.read(nearest);
     for (double& x : w) x -= step_size;
     device.write(nearest, w);
@@ -382,12 +389,12 @@ TEST_P(OptimizerOps, AreIndependentOfThreads) {
     const Tensor row_scale = device.poisoned(DType::kF32, {n}), col_scale = device.poisoned(DType::kF32, {m});
     const Tensor momentum = make_state(device, DType::kI8, Values(n * m, 0.0)),
                  squares = device.poisoned(DType::kF32, {1});
-    const StepScalars s = scalars_of();
-    device->factored_second_moment(row, col, row_scale, col_scale, g, 1e-30f, &s);
+    const DeviceValue<StepScalars> s(device, scalars_of());
+    device->factored_second_moment(row, col, row_scale, col_scale, g, 1e-30f, s.data());
     device->scale_rows_cols(g, g, row_scale, col_scale, 1.0f);
-    device->momentum_update(g, momentum, 0.9f, &s);
+    device->momentum_update(g, momentum, 0.9f, s.data());
     device->sum_squares(squares, g, false);
-    device->apply_update(weight, {}, g, {}, squares.as<float>(), nullptr, n * m, kKey, &s);
+    device->apply_update(weight, {}, g, {}, squares.as<float>(), nullptr, n * m, kKey, s.data());
     std::vector<uint8_t> bits = device.bits(weight);
     for (const Tensor& t : {row, col, row_scale, col_scale, squares}) {
       const std::vector<uint8_t> more = device.bits(t);
@@ -395,6 +402,105 @@ TEST_P(OptimizerOps, AreIndependentOfThreads) {
     }
     return bits;
   });
+}
+
+// What an operation leaves behind: elements and block scales.
+void append_bits(TestDevice& device, std::vector<uint8_t>& bits, const Tensor& t) {
+  const std::vector<uint8_t> elements = device.bits(t);
+  bits.insert(bits.end(), elements.begin(), elements.end());
+  if (t.scales) append_bits(device, bits, Tensor::of(t.scales, DType::kF32, {quant_blocks(t.elements())}));
+}
+
+// The results of all elementwise operations on n elements, on tensors that start `shift` elements into their memory.
+std::vector<uint8_t> elementwise_bits(const std::string& backend, DType dtype, int64_t n, int64_t shift) {
+  std::vector<uint8_t> bits;
+  for (DType state : kStates) {
+    for (bool with_master : {false, true}) {
+      TestDevice device(backend);
+      const auto shifted = [&](uint32_t seed, DType type) {
+        return device.random(seed, type, {n + 8}).slice(shift, n);
+      };
+      const auto state_of = [&](uint32_t seed, DType type) {
+        const Tensor values = shifted(seed, DType::kF32);
+        if (type == DType::kF32) return values;
+        Tensor t = device.poisoned(type, {n + 8}).slice(shift, n);
+        t.scales = device.poisoned(DType::kF32, {quant_blocks(n)}).as<float>();
+        type == DType::kBF16 ? device->convert(t, values) : device->quantize(t, values);
+        return t;
+      };
+      RandomKey key = kKey;
+      key.offset = static_cast<uint64_t>(shift);
+      const DeviceValue<StepScalars> s(device, scalars_of());
+      const Tensor weight = shifted(1, dtype), grad = shifted(2, dtype), squares = device.random(3, DType::kF32, {2});
+      const Tensor master = with_master ? shifted(1, DType::kF32) : Tensor{};
+      const Tensor m = state_of(4, state), v = state_of(5, state == DType::kI8 ? DType::kU8 : DType::kF32);
+      device->full_second_moment(grad, v, 1.0f, s.data());
+      append_bits(device, bits, grad);
+      device->momentum_update(grad, m, 0.9f, s.data());
+      device->ema(m, grad, 0.8f, s.data());
+      append_bits(device, bits, m);
+      device.write(squares, {static_cast<double>(n), 2.0 * static_cast<double>(n)});
+      device->apply_update(weight, master, grad, {.weight_decay = 0.1f, .clip = 0.5f, .scale_parameter = true},
+                           squares.as<float>(), squares.as<float>() + 1, n, key, s.data());
+      device->sgd_update(weight, master, m, grad, {.beta1 = 0.9f}, key, s.data());
+      device->adamw_update(weight, master, m, v, grad, {.weight_decay = 0.1f}, key, s.data());
+      device->accumulate(grad, weight, key, &s.data()->step);
+      for (const Tensor& t : {weight, m, v, grad}) append_bits(device, bits, t);
+      if (master) append_bits(device, bits, master);
+    }
+  }
+  return bits;
+}
+
+// Every operation here is a few correctly rounded ones in a fixed order, so that devices agree to the last bit.
+TEST_P(OptimizerOps, ElementwiseOperationsGiveTheBitsOfTheCpu) {
+  for (int64_t n : {1, 255, 256, 5000}) {
+    for (int64_t shift : {0, 1, 6})
+      EXPECT_TRUE(elementwise_bits(backend(), dtype(), n, shift) == elementwise_bits("cpu", dtype(), n, shift))
+          << n << " elements from " << shift;
+  }
+}
+
+// A workspace too small for a whole matrix changes nothing: its columns are done in several ranges.
+TEST_P(OptimizerOps, FactoredSecondMomentInRanges) {
+  const int64_t n = 300, m = 2000;
+  std::vector<uint8_t> expected;
+  for (bool small : {false, true}) {
+    TestDevice device(backend());
+    if (small && backend() == "cpu") continue;  // needs as many columns as its workspace is made for
+    const Tensor workspace = device.poisoned(DType::kF32, {8192});
+    if (small) device->set_workspace(workspace.data, workspace.bytes());
+    const Tensor g = device.random(1, dtype(), {n, m});
+    const Tensor row = device.upload(Values(n, 0.5), DType::kF32, {n}),
+                 col = device.upload(Values(m, 0.5), DType::kF32, {m}), row_scale = device.poisoned(DType::kF32, {n}),
+                 col_scale = device.poisoned(DType::kF32, {m});
+    const DeviceValue<StepScalars> s(device, scalars_of());
+    device->factored_second_moment(row, col, row_scale, col_scale, g, 1e-30f, s.data());
+    std::vector<uint8_t> bits;
+    for (const Tensor& t : {row, col, row_scale, col_scale}) append_bits(device, bits, t);
+    if (!small) expected = bits;
+    EXPECT_TRUE(bits == expected);
+    device->fill(workspace.data, 0xff, workspace.bytes());
+  }
+}
+
+TEST_P(OptimizerOps, FactoredSecondMomentOfStridedRows) {
+  TestDevice device(backend());
+  const int64_t n = 70, m = 300;
+  std::vector<uint8_t> expected;
+  const Values values = device.read(device.random(1, dtype(), {n, m}));
+  for (int64_t pitch : {0, 304, 333}) {
+    const Tensor g = device.upload(values, dtype(), {n, m}, pitch);
+    const Tensor row = device.upload(Values(n, 0.5), DType::kF32, {n}),
+                 col = device.upload(Values(m, 0.5), DType::kF32, {m}), row_scale = device.poisoned(DType::kF32, {n}),
+                 col_scale = device.poisoned(DType::kF32, {m});
+    const DeviceValue<StepScalars> s(device, scalars_of());
+    device->factored_second_moment(row, col, row_scale, col_scale, g, 1e-30f, s.data());
+    std::vector<uint8_t> bits;
+    for (const Tensor& t : {row, col, row_scale, col_scale}) append_bits(device, bits, t);
+    if (pitch == 0) expected = bits;
+    EXPECT_TRUE(bits == expected) << pitch;
+  }
 }
 
 }  // namespace

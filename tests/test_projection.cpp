@@ -7,6 +7,7 @@
 
 #include "flora/optimizer.h"
 #include "tests/backends.h"
+#include "tests/device_value.h"
 
 namespace {
 
@@ -42,13 +43,13 @@ INSTANTIATE_OPERATION_TESTS(Projection);
 
 TEST_P(Projection, GaussianEntriesAreTheSpecifiedNumbers) {
   TestDevice device(backend());
-  const uint32_t index = 6;
+  const DeviceValue<uint32_t> index(device, 6);
   for (auto [r, d] : {std::pair<int64_t, int64_t>{1, 1}, {4, 13}, {33, 101}, {64, 768}}) {
     const Tensor p = device.poisoned(dtype(), {r, d});
-    device->generate_projection(p, ProjectionKind::kGaussian, kKey, &index);
+    device->generate_projection(p, ProjectionKind::kGaussian, kKey, index.data());
     Values expected;
     for (int64_t i = 0; i < r * d; ++i) {
-      const PhiloxWords words = philox_block(kKey, index, static_cast<uint64_t>(i / 4));
+      const PhiloxWords words = philox_block(kKey, 6, static_cast<uint64_t>(i / 4));
       float pair[2];
       normal_pair(words.w[i % 4 / 2 * 2], words.w[i % 4 / 2 * 2 + 1], pair[0], pair[1]);
       expected.push_back(pair[i % 2] / std::sqrt(static_cast<double>(r)));
@@ -59,13 +60,13 @@ TEST_P(Projection, GaussianEntriesAreTheSpecifiedNumbers) {
 
 TEST_P(Projection, SignsAreTheSpecifiedBits) {
   TestDevice device(backend());
-  const uint32_t index = 2;
+  const DeviceValue<uint32_t> index(device, 2);
   for (auto [r, d] : {std::pair<int64_t, int64_t>{1, 1}, {3, 129}, {16, 1000}}) {
     const Tensor p = device.poisoned(dtype(), {r, d});
-    device->generate_projection(p, ProjectionKind::kRademacher, kKey, &index);
+    device->generate_projection(p, ProjectionKind::kRademacher, kKey, index.data());
     Values expected;
     for (uint64_t i = 0; i < static_cast<uint64_t>(r * d); ++i) {
-      const PhiloxWords words = philox_block(kKey, index, i / 128);
+      const PhiloxWords words = philox_block(kKey, 2, i / 128);
       const bool plus = (words.w[i % 128 / 32] >> (i % 32)) & 1;
       expected.push_back((plus ? 1 : -1) / std::sqrt(static_cast<double>(r)));
     }
@@ -78,10 +79,10 @@ TEST_P(Projection, IsIndependentOfThreads) {
     // The Gram matrix of bf16 rows is an ordinary matmul, whose last bits may depend on the number of threads.
     if (kind == ProjectionKind::kOrthonormal && dtype() == DType::kBF16) continue;
     expect_independent_of_threads(backend(), [&](TestDevice& device) {
-      const uint32_t index = 2;
-      StepScalars scalars;
+      const DeviceValue<uint32_t> index(device, 2);
+      const DeviceValue<StepScalars> scalars(device);
       const Tensor p = device.poisoned(dtype(), {70, 301}), scratch = device.poisoned(DType::kF32, {2 * 70 * 70});
-      make_projection(device.backend(), p, {kind, kKey, &index}, scratch.data, &scalars);
+      make_projection(device.backend(), p, {kind, kKey, index.data()}, scratch.data, scalars.data());
       return device.bits(p);
     });
   }
@@ -95,13 +96,13 @@ TEST_P(Projection, OrthonormalRowsAreOrthonormalAndSpanTheSame) {
        {std::pair<int64_t, int64_t>{1, 1}, {1, 9}, {8, 100}, {80, 100}, {99, 100}, {130, 170}, {64, 65}}) {
     TestDevice device(backend());
     const size_t rows = static_cast<size_t>(r), cols = static_cast<size_t>(d);
-    const uint32_t index = 1;
-    StepScalars scalars;
+    const DeviceValue<uint32_t> index(device, 1);
+    const DeviceValue<StepScalars> scalars(device);
     const Tensor p = device.poisoned(dtype(), {r, d}), scratch = device.poisoned(DType::kF32, {2 * r * r});
-    device->generate_projection(p, ProjectionKind::kOrthonormal, kKey, &index);
+    device->generate_projection(p, ProjectionKind::kOrthonormal, kKey, index.data());
     const Values raw = device.read(p);
-    device->orthonormalize_rows(p, scratch.data, &scalars);
-    EXPECT_EQ(scalars.gate, 1u);
+    device->orthonormalize_rows(p, scratch.data, scalars.data());
+    EXPECT_EQ(scalars.get().gate, 1u);
     const Values q = device.read(p);
     EXPECT_LE(relative_error(product(q, q, rows, cols, rows, true), identity(rows)), fp32 ? 2e-5 : 1e-2)
         << r << "x" << d;
@@ -109,17 +110,51 @@ TEST_P(Projection, OrthonormalRowsAreOrthonormalAndSpanTheSame) {
     const Values coordinates = product(raw, q, rows, cols, rows, true);
     EXPECT_LE(relative_error(product(coordinates, q, rows, rows, cols, false), raw), fp32 ? 2e-5 : 2e-2);
 
-    device->orthonormalize_rows(p, scratch.data, &scalars);  // twice changes nothing
+    device->orthonormalize_rows(p, scratch.data, scalars.data());  // twice changes nothing
     EXPECT_LE(relative_error(device.read(p), q), fp32 ? 3e-5 : 1e-2);
   }
 }
 
 TEST_P(Projection, DependentRowsCloseTheGate) {
+  // Few rows (the Gram matrix in fp32) and many (in fp64); the dependence shows in the first panel or in a later one.
+  for (auto [r, d] : {std::pair<int64_t, int64_t>{3, 10}, {9, 10}, {70, 100}, {95, 100}}) {
+    TestDevice device(backend());
+    const DeviceValue<StepScalars> scalars(device);
+    Values rows = device.read(device.random(1, dtype(), {r, d}));
+    std::copy(rows.begin(), rows.begin() + d, rows.end() - d);  // the last row is the first one
+    const Tensor p = device.upload(rows, dtype(), {r, d}), scratch = device.poisoned(DType::kF32, {2 * r * r});
+    device->orthonormalize_rows(p, scratch.data, scalars.data());
+    EXPECT_EQ(scalars.get().gate, 0u) << r << "x" << d;
+    EXPECT_EQ(device.read(p), rows);
+  }
+}
+
+// A gate that is closed for another reason does not keep a projection from being made: a transfer needs it.
+TEST_P(Projection, IsMadeOrthonormalBehindAClosedGate) {
   TestDevice device(backend());
-  StepScalars scalars;
-  const Tensor p = device.upload(Values(3 * 10, 1.0), dtype(), {3, 10}), scratch = device.poisoned(DType::kF32, {18});
-  device->orthonormalize_rows(p, scratch.data, &scalars);
-  EXPECT_EQ(scalars.gate, 0u);
+  StepScalars closed;
+  closed.gate = 0;
+  const DeviceValue<StepScalars> scalars(device, closed);
+  const Tensor p = device.random(1, dtype(), {8, 50}), scratch = device.poisoned(DType::kF32, {2 * 64});
+  device->orthonormalize_rows(p, scratch.data, scalars.data());
+  const Values q = device.read(p);
+  EXPECT_LE(relative_error(product(q, q, 8, 50, 8, true), identity(8)), dtype() == DType::kF32 ? 2e-5 : 1e-2);
+  EXPECT_EQ(scalars.get().gate, 0u);
+}
+
+TEST_P(Projection, EntriesHaveTheBitsOfTheCpu) {
+  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal}) {
+    TestDevice device(backend()), cpu("cpu");
+    const DeviceValue<uint32_t> index(device, 3), cpu_index(cpu, 3);
+    for (uint64_t offset : {0, 3, 4, 123, 130}) {
+      RandomKey key = kKey;
+      key.offset = offset;
+      const Tensor p = device.poisoned(dtype(), {17, 331}), expected = cpu.poisoned(dtype(), {17, 331});
+      device->generate_projection(p, kind, key, index.data());
+      cpu->generate_projection(expected, kind, key, cpu_index.data());
+      EXPECT_TRUE(device.bits(p) == cpu.bits(expected)) << offset;
+    }
+  }
 }
 
 // ---- compression
@@ -161,23 +196,28 @@ TEST_P(Projection, DownUpAndTransferAreTheirFormulas) {
   }
 }
 
+class CompressionTest : public ::testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(All, CompressionTest, ::testing::ValuesIn(backend_names()));
+
 // E[up(down(G))] = G for Gaussian and Rademacher projections; the error of the mean of k projections falls as
 // sqrt(d / (r k)). For orthonormal rows the mean is (r / d) G.
-TEST(Compression, IsUnbiased) {
-  TestDevice device("cpu");
+TEST_P(CompressionTest, IsUnbiased) {
+  TestDevice device(GetParam());
   const int64_t n = 24, m = 40, r = 8;
   const Compression shape(matrix(n, m), r);
   const Tensor g = device.random(1, DType::kF32, {n, m});
   const Tensor p = device.poisoned(DType::kF32, {r, n}), down = device.poisoned(DType::kF32, {r, m});
   const Tensor scratch = device.poisoned(DType::kF32, {2 * r * r});
   for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal}) {
-    const int count = 2000;
-    StepScalars scalars;
+    const uint32_t count = 2000;
+    const DeviceValue<StepScalars> scalars(device);
+    DeviceValue<uint32_t> number(device);
     const Tensor sum = device.upload(Values(n * m, 0.0), DType::kF32, {n, m});
     for (uint32_t index = 0; index < count; ++index) {
-      make_projection(device.backend(), p, {kind, kKey, &index}, scratch.data, &scalars);
+      number.set(index);
+      make_projection(device.backend(), p, {kind, kKey, number.data()}, scratch.data, scalars.data());
       project_down(device.backend(), down, g, p, shape, false);
-      project_up(device.backend(), sum, down, p, shape, 1.0f / count, true);
+      project_up(device.backend(), sum, down, p, shape, 1.0f / static_cast<float>(count), true);
     }
     Values expected = device.read(g);
     const double shrink = kind == ProjectionKind::kOrthonormal ? static_cast<double>(r) / n : 1.0;

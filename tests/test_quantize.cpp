@@ -30,34 +30,39 @@ Values codes(const TestDevice& device, const Tensor& t) {
   return values;
 }
 
-class Quantize : public ::testing::TestWithParam<DType> {};
-INSTANTIATE_TEST_SUITE_P(All, Quantize, ::testing::Values(DType::kI8, DType::kU8),
-                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+Values scales(const TestDevice& device, const Tensor& t) {
+  return device.read(Tensor::of(t.scales, DType::kF32, {quant_blocks(t.elements())}));
+}
+
+class Quantize : public OperationTest {};
+INSTANTIATE_TEST_SUITE_P(
+    All, Quantize, ::testing::Combine(::testing::ValuesIn(backend_names()), ::testing::Values(DType::kI8, DType::kU8)),
+    [](const auto& info) { return std::get<0>(info.param) + "_" + std::string(dtype_name(std::get<1>(info.param))); });
 
 TEST_P(Quantize, FollowsTheCodeMap) {
   for (int64_t count : {1, 255, 256, 257, 70001}) {
-    TestDevice device("cpu");
+    TestDevice device(backend());
     const Tensor in = device.random(5, DType::kF32, {count});
     Values x = device.read(in);
-    if (GetParam() == DType::kU8) {
+    if (dtype() == DType::kU8) {
       for (double& value : x) value = static_cast<double>(static_cast<float>(value * value * value * value));
       device.write(in, x);
     }
-    const Tensor out = quantized(device, GetParam(), count);
+    const Tensor out = quantized(device, dtype(), count);
     device->quantize(out, in);
-    const Values actual = codes(device, out);
+    const Values actual = codes(device, out), largest = scales(device, out);
     Values expected;
     for (size_t i = 0; i < x.size(); ++i) {
       double s = 0;
       for (size_t j = i / 256 * 256; j < std::min(x.size(), (i / 256 + 1) * 256); ++j) s = std::max(s, std::fabs(x[j]));
-      ASSERT_EQ(static_cast<double>(out.scales[i / 256]), s);
-      ASSERT_NEAR(actual[i], expected_code(x[i], s, GetParam()), 1) << x[i] / s;
-      expected.push_back(expected_value(actual[i], s, GetParam()));
+      ASSERT_EQ(largest[i / 256], s);
+      ASSERT_NEAR(actual[i], expected_code(x[i], s, dtype()), 1) << x[i] / s;
+      expected.push_back(expected_value(actual[i], s, dtype()));
     }
-    for (DType dtype : {DType::kF32, DType::kBF16}) {
-      const Tensor back = device.poisoned(dtype, {count});
+    for (DType wide : {DType::kF32, DType::kBF16}) {
+      const Tensor back = device.poisoned(wide, {count});
       device->dequantize(back, out);
-      EXPECT_LE(relative_error(device.read(back), expected), tolerance(dtype) * 0.5);
+      EXPECT_LE(relative_error(device.read(back), expected), tolerance(wide) * 0.5);
     }
     EXPECT_LE(relative_error(expected, x), 0.01);
   }
@@ -65,10 +70,10 @@ TEST_P(Quantize, FollowsTheCodeMap) {
 
 // A second trip changes nothing: codes and scales are a fixed point, so resuming from a checkpoint is exact.
 TEST_P(Quantize, IsIdempotent) {
-  TestDevice device("cpu");
+  TestDevice device(backend());
   Values x = device.read(device.random(6, DType::kF32, {1000}));
-  for (double& value : x) value = GetParam() == DType::kU8 ? value * value : value;
-  const Tensor once = quantized(device, GetParam(), 1000), twice = quantized(device, GetParam(), 1000);
+  for (double& value : x) value = dtype() == DType::kU8 ? value * value : value;
+  const Tensor once = quantized(device, dtype(), 1000), twice = quantized(device, dtype(), 1000);
   const Tensor back = device.poisoned(DType::kF32, {1000});
   device->quantize(once, device.upload(x, DType::kF32, {1000}));
   device->dequantize(back, once);
@@ -77,25 +82,51 @@ TEST_P(Quantize, IsIdempotent) {
 }
 
 TEST_P(Quantize, BlocksOfZerosAndTinyNumbers) {
-  TestDevice device("cpu");
+  TestDevice device(backend());
   Values x(768, 0.0);
   x[300] = 1.0, x[301] = 1e-30, x[302] = 1e-38;
   for (size_t i = 512; i < 768; ++i) x[i] = 1e-40;  // subnormal
-  const Tensor out = quantized(device, GetParam(), 768);
+  const Tensor out = quantized(device, dtype(), 768);
   device->quantize(out, device.upload(x, DType::kF32, {768}));
   const Values c = codes(device, out);
   for (size_t i = 0; i < 256; ++i) EXPECT_EQ(c[i], 0);
-  EXPECT_EQ(out.scales[0], 0.0f);
-  EXPECT_EQ(c[300], GetParam() == DType::kI8 ? 127 : 255);
+  EXPECT_EQ(scales(device, out)[0], 0.0);
+  EXPECT_EQ(c[300], dtype() == DType::kI8 ? 127 : 255);
   // A positive second moment never becomes zero, whatever it stands next to; a momentum may.
-  EXPECT_EQ(c[301], GetParam() == DType::kI8 ? 0 : 1);
-  EXPECT_EQ(c[302], GetParam() == DType::kI8 ? 0 : 1);
-  for (size_t i = 512; i < 768; ++i) EXPECT_EQ(c[i], GetParam() == DType::kI8 ? 127 : 255);
+  EXPECT_EQ(c[301], dtype() == DType::kI8 ? 0 : 1);
+  EXPECT_EQ(c[302], dtype() == DType::kI8 ? 0 : 1);
+  for (size_t i = 512; i < 768; ++i) EXPECT_EQ(c[i], dtype() == DType::kI8 ? 127 : 255);
+}
+
+// Square roots and divisions are correctly rounded everywhere.
+TEST_P(Quantize, GivesTheBitsOfTheCpu) {
+  std::vector<uint8_t> expected_codes, expected_values;
+  Values expected_scales;
+  for (const std::string& name : {std::string("cpu"), backend()}) {
+    TestDevice device(name);
+    const int64_t count = 10001;
+    Values x = device.read(device.random(7, DType::kF32, {count}));
+    for (size_t i = 0; i < x.size(); ++i) x[i] *= std::exp2(-static_cast<double>(i % 120));
+    x[300] = 0.0, x[301] = -0.0, x[2000] = 3e38, x[5000] = INFINITY;
+    const Tensor in = device.upload(x, DType::kF32, {count}), out = quantized(device, dtype(), count);
+    const Tensor back = device.poisoned(DType::kF32, {count});
+    device->quantize(out, in);
+    const Tensor finite = out.slice(0, 19 * kQuantBlock);  // 5000 lies in the block after
+    device->dequantize(back.slice(0, finite.elements()), finite);
+    device->dequantize(back, out);
+    if (name == "cpu") {
+      expected_codes = device.bits(out), expected_scales = scales(device, out);
+      expected_values = device.bits(back.slice(0, finite.elements()));
+    }
+    EXPECT_TRUE(device.bits(out) == expected_codes);
+    EXPECT_EQ(scales(device, out), expected_scales);
+    EXPECT_TRUE(device.bits(back.slice(0, finite.elements())) == expected_values);
+  }
 }
 
 TEST_P(Quantize, IsIndependentOfThreads) {
-  expect_independent_of_threads("cpu", [&](TestDevice& device) {
-    const Tensor out = quantized(device, GetParam(), 50001);
+  expect_independent_of_threads(backend(), [&](TestDevice& device) {
+    const Tensor out = quantized(device, dtype(), 50001);
     device->quantize(out, device.random(1, DType::kF32, {50001}));
     return device.bits(out);
   });

@@ -1,0 +1,218 @@
+// attention.cu: causal self-attention, forward and backward: which kernels, with which tiles. Compute-bound:
+// 4 HD operations forward and 10 HD backward for each visible pair of a query and a key.
+//
+// Two families of kernels, chosen by dtype, head dimension and architecture: the tensor-core ones for bf16
+// (attention_forward.cuh, attention_backward.cuh) and the plain ones for everything else (attention_plain.cuh). All
+// store only the output and the log-sum-exp of each row, and compute probabilities again in the backward pass. That is
+// three kernels: delta = dO . out of each row; dQ, by blocks that own queries; dK and dV, by blocks that own keys. No
+// number has two writers, so there are no atomics and no order that depends on scheduling; the price is that scores and
+// dP are computed twice, 7 matrix products instead of 5.
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/attention_backward.cuh"
+#include "kernels/cuda/attention_forward.cuh"
+#include "kernels/cuda/attention_plain.cuh"
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/dispatch.h"
+
+namespace {
+
+constexpr int kDeltaThreads = 256, kDeltaLanes = 8;
+
+// delta[b,h,t] = dout[b,t,h,:] . out[b,t,h,:]. Memory-bound: two reads. Eight lanes have one head of one token; with
+// kVector (both bf16, aligned) they read 16 bytes each at a time.
+template <bool kVector>
+__global__ void attention_delta_kernel(float* delta, AnyFloats dout, AnyFloats out, AttentionSizes sizes,
+                                       int64_t token_heads) {
+  const int lane = static_cast<int>(threadIdx.x) % kDeltaLanes;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kDeltaThreads / kDeltaLanes) + threadIdx.x / kDeltaLanes;
+  float sum = 0;
+  if (i < token_heads) {
+    const int64_t first = i * sizes.head_dim;  // [B,T,NH,HD]
+    if constexpr (kVector) {
+      constexpr int kSize = Pack<bf16>::kSize;
+      for (int j = lane * kSize; j < sizes.head_dim; j += kDeltaLanes * kSize) {
+        const Pack<bf16> a = load128(static_cast<const bf16*>(dout.data) + first + j);
+        const Pack<bf16> b = load128(static_cast<const bf16*>(out.data) + first + j);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) sum = fmaf(to_float(a.v[k]), to_float(b.v[k]), sum);
+      }
+    } else {
+      for (int j = lane; j < sizes.head_dim; j += kDeltaLanes) {
+        sum = fmaf(dout.read(first + j), out.read(first + j), sum);
+      }
+    }
+  }
+#pragma unroll
+  for (int offset = kDeltaLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  if (lane == 0 && i < token_heads) {
+    const int64_t token = i / sizes.heads, head = i % sizes.heads, batch = token / sizes.sequence;
+    delta[(batch * sizes.heads + head) * sizes.sequence + token % sizes.sequence] = sum;
+  }
+}
+
+struct Shape {
+  int64_t batch, sequence, channels;
+  int heads, head_dim;
+
+  int64_t token_heads() const { return batch * sequence * heads; }
+  // Operations of one product of all queries with the keys they see.
+  double score_flops() const {
+    return static_cast<double>(batch * sequence) * static_cast<double>((sequence + 1) * channels);
+  }
+};
+
+Shape check_shape(const Tensor& out, const Tensor& lse, const Tensor& qkv, int heads) {
+  require(out.rank == 3 && qkv.rank == 3 && out.contiguous() && qkv.contiguous(),
+          "attention: out [B,T,C], qkv [B,T,3C]");
+  const Shape s = {out.shape[0], out.shape[1], out.shape[2], heads,
+                   heads > 0 ? static_cast<int>(out.shape[2] / heads) : 0};
+  require(heads > 0 && static_cast<int64_t>(s.head_dim) * heads == s.channels,
+          "attention: channels are a multiple of the heads");
+  require(s.head_dim <= kPlainMaxHeadDim, "attention: heads of at most 256");
+  require(s.batch * s.sequence < (1 << 30) && s.channels < (1 << 29), "attention: too many tokens or channels");
+  require(qkv.shape[0] == s.batch && qkv.shape[1] == s.sequence && qkv.shape[2] == 3 * s.channels, "attention: qkv");
+  require(lse.dtype == DType::kF32 && lse.contiguous() && lse.elements() == s.token_heads(),
+          "attention: lse [B,NH,T] fp32");
+  return s;
+}
+
+AttentionSizes sizes_of(const Shape& s, size_t element_bytes) {
+  constexpr int64_t kCacheBytes = 16 << 20;  // a third of an H100's L2, half of an A100's partition
+  const int64_t head_bytes = 2 * s.sequence * s.head_dim * static_cast<int64_t>(element_bytes);
+  const int64_t total = s.batch * s.heads;
+  return {.channels = static_cast<int>(s.channels),
+          .sequence = static_cast<int>(s.sequence),
+          .heads = s.heads,
+          .head_dim = s.head_dim,
+          .total_heads = static_cast<int>(total),
+          .heads_together = static_cast<int>(std::clamp<int64_t>(kCacheBytes / head_bytes, 1, total)),
+          .scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim))};
+}
+
+dim3 one_block_per_tile(const AttentionSizes& sizes, int tile_rows) {
+  const int64_t blocks =
+      static_cast<int64_t>(attention_tiles(sizes.sequence, tile_rows)) * static_cast<int64_t>(sizes.total_heads);
+  require(blocks < (int64_t{1} << 31), "attention: batch * heads * sequence is too large");
+  return {static_cast<unsigned>(blocks), 1, 1};
+}
+
+AnyFloats any_floats(const Tensor& t) { return {t.data, t.dtype == DType::kBF16}; }
+
+// bf16 rows that can be read 16 bytes at a time: every head starts at a multiple of 8 elements.
+bool vectorizable(const Tensor& t, int head_dim) {
+  return t.dtype == DType::kBF16 && head_dim % 8 == 0 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+}
+
+// Where a family of kernels for a newer architecture (wgmma and TMA on sm_90) would come in.
+enum class Family { kPlain, kMma };
+
+Family choose_family(int architecture, int head_dim, std::initializer_list<Tensor> tensors) {
+  const bool has_tiles = head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128;
+  const bool fits =
+      std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& t) { return vectorizable(t, head_dim); });
+  return architecture >= 80 && has_tiles && fits ? Family::kMma : Family::kPlain;
+}
+
+// Calls f.template operator()<N>() with the head dimension, one of those that the tensor-core kernels have tiles for.
+template <typename F>
+void dispatch_mma(int head_dim, F&& f) {
+  switch (head_dim) {
+    case 64: f.template operator()<64>(); return;
+    case 80: f.template operator()<80>(); return;
+    case 96: f.template operator()<96>(); return;
+    case 128: f.template operator()<128>(); return;
+    default: throw std::logic_error("attention: no tiles for this head dimension");
+  }
+}
+
+// The same with the head dimension rounded up to what the plain kernels are compiled for.
+template <typename F>
+void dispatch_plain(int head_dim, F&& f) {
+  if (head_dim <= 64) return f.template operator()<64>();
+  if (head_dim <= 128) return f.template operator()<128>();
+  return f.template operator()<kPlainMaxHeadDim>();
+}
+
+}  // namespace
+
+size_t attention_scratch_bytes(const KernelShapes& shapes) {
+  return static_cast<size_t>(shapes.batch * shapes.heads * shapes.sequence) * sizeof(float);  // delta
+}
+
+void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) {
+  const Shape s = check_shape(out, lse, qkv, heads);
+  const Timed timed(*this, "attention_forward", 2 * s.score_flops(), static_cast<double>(qkv.bytes() + out.bytes()));
+  if (s.token_heads() == 0) return;
+  const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
+  if (choose_family(architecture_, s.head_dim, {out, qkv}) == Family::kMma) {
+    dispatch_mma(s.head_dim, [&]<int kHeadDim>() {
+      using Tiles = ForwardTiles<kHeadDim>;
+      launch("attention_forward", attention_forward_mma_kernel<Tiles>,
+             {.grid = one_block_per_tile(sizes, Tiles::kQueries),
+              .block = Tiles::kWarps * kWarp,
+              .shared_bytes = Tiles::kSharedBytes,
+              .stream = stream_},
+             out.as<bf16>(), lse.as<float>(), qkv.as<const bf16>(), sizes);
+    });
+    return;
+  }
+  dispatch_plain(s.head_dim, [&]<int kDim>() {
+    launch("attention_forward", attention_forward_plain_kernel<kDim>,
+           {.grid = one_block_per_tile(sizes, PlainTiles<kDim>::kForward),
+            .block = kPlainThreads,
+            .shared_bytes = PlainTiles<kDim>::kForwardBytes,
+            .stream = stream_},
+           any_floats(out), lse.as<float>(), any_floats(qkv), sizes);
+  });
+}
+
+void CudaBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) {
+  const Shape s = check_shape(out, lse, qkv, heads);
+  require(dqkv.elements() == qkv.elements() && dqkv.contiguous(), "attention: dqkv");
+  require(dout.elements() == out.elements() && dout.contiguous(), "attention: dout");
+  require(dqkv.dtype == dout.dtype, "attention: dqkv and dout have one dtype");
+  const Timed timed(*this, "attention_backward", 5 * s.score_flops(),
+                    static_cast<double>(qkv.bytes() + dqkv.bytes() + out.bytes() + dout.bytes()));
+  if (s.token_heads() == 0) return;
+  const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
+  float* const delta = scratch<float>(static_cast<size_t>(s.token_heads()) * sizeof(float));
+
+  const int64_t delta_blocks = (s.token_heads() * kDeltaLanes + kDeltaThreads - 1) / kDeltaThreads;
+  const bool vector_delta = vectorizable(dout, s.head_dim) && vectorizable(out, s.head_dim);
+  launch("attention_delta", vector_delta ? attention_delta_kernel<true> : attention_delta_kernel<false>,
+         {.grid = static_cast<unsigned>(delta_blocks), .block = kDeltaThreads, .stream = stream_}, delta,
+         any_floats(dout), any_floats(out), sizes, s.token_heads());
+
+  if (choose_family(architecture_, s.head_dim, {dqkv, dout, qkv}) == Family::kMma) {
+    dispatch_mma(s.head_dim, [&]<int kHeadDim>() {
+      using KeyTiles = KeyGradientTiles<kHeadDim>;
+      using QueryTiles = QueryGradientTiles<kHeadDim>;
+      launch("attention_backward_queries", attention_backward_queries_mma_kernel<QueryTiles>,
+             {.grid = one_block_per_tile(sizes, QueryTiles::kQueries),
+              .block = QueryTiles::kWarps * kWarp,
+              .shared_bytes = QueryTiles::kSharedBytes,
+              .stream = stream_},
+             dqkv.as<bf16>(), dout.as<const bf16>(), lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
+      launch("attention_backward_keys", attention_backward_keys_mma_kernel<KeyTiles>,
+             {.grid = one_block_per_tile(sizes, KeyTiles::kKeys),
+              .block = KeyTiles::kWarps * kWarp,
+              .shared_bytes = KeyTiles::kSharedBytes,
+              .stream = stream_},
+             dqkv.as<bf16>(), dout.as<const bf16>(), lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
+    });
+    return;
+  }
+  dispatch_plain(s.head_dim, [&]<int kDim>() {
+    const LaunchShape shape = {.grid = one_block_per_tile(sizes, PlainTiles<kDim>::kBackward),
+                               .block = kPlainThreads,
+                               .shared_bytes = PlainTiles<kDim>::kBackwardBytes,
+                               .stream = stream_};
+    launch("attention_backward_queries", attention_backward_queries_plain_kernel<kDim>, shape, any_floats(dqkv),
+           any_floats(dout), lse.as<const float>(), delta, any_floats(qkv), sizes);
+    launch("attention_backward_keys", attention_backward_keys_plain_kernel<kDim>, shape, any_floats(dqkv),
+           any_floats(dout), lse.as<const float>(), delta, any_floats(qkv), sizes);
+  });
+}

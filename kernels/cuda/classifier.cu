@@ -1,0 +1,170 @@
+// classifier.cu: softmax and cross-entropy over the vocabulary, loss and gradient.
+// Memory-bound: a row of logits is read once and, as its gradient, written once. A block owns a row: one pass keeps a
+// running maximum and the sum of the exponentials relative to it in every thread; the block combines them; a second
+// pass writes the gradient. Between the passes the row waits in shared memory, where two rows of GPT-2's vocabulary in
+// bf16 fit into an SM of Hopper; a longer one is read again, from the L2 cache.
+#include <cfloat>
+#include <climits>
+
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/views.cuh"
+
+namespace {
+
+constexpr int kThreads = 512, kUnroll = 4;
+constexpr size_t kReduceBytes = 256;             // shared memory for the block's reductions, before the row
+constexpr size_t kHalfAnSm = size_t{113} << 10;  // of Hopper's shared memory, what one of two blocks can have
+
+struct Rows {
+  const int32_t* targets;
+  float* losses;
+  int cols, vocabulary;
+  float scale;
+  bool write_gradient, keep;
+};
+
+// e^x; the bf16 kernel has no time for the exact one, and no use.
+template <typename T>
+__device__ inline float exponential(float x) {
+  if constexpr (sizeof(T) == 2) return exp2_approximate(x * 1.44269504f);
+  return expf(x);
+}
+
+// The sum of e^(x - maximum) over what was seen so far. The maximum starts at a finite number: logits may be -infinity.
+struct RunningSum {
+  float maximum = -FLT_MAX, sum = 0;
+};
+
+template <typename T, int kCount>
+__device__ inline void add_logits(RunningSum& running, const float (&values)[kCount]) {
+  float maximum = running.maximum;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) maximum = fmaxf(maximum, values[i]);
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum += exponential<T>(values[i] - maximum);
+  running.sum = fmaf(running.sum, exponential<T>(running.maximum - maximum), sum);
+  running.maximum = maximum;
+}
+
+// The first `used` values are logits.
+template <int kCount>
+__device__ inline void replace_padding(float (&values)[kCount], int used, float replacement) {
+  if (used >= kCount) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = i < used ? values[i] : replacement;
+}
+
+// View: VectorView (rows of whole, aligned vectors) or AnyView; T: type of the logits.
+template <typename T, typename View>
+__global__ void __launch_bounds__(kThreads, 2) classifier_kernel(View logits, Rows p) {
+  constexpr int kWidth = View::kWidth;
+  const int64_t row = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int groups = p.cols / kWidth, used_groups = (p.vocabulary + kWidth - 1) / kWidth;
+  const int32_t target = p.targets[row];
+  if (target < 0) {
+    const float zeros[kWidth] = {};
+    for (int i = thread; i < groups && p.write_gradient; i += kThreads) logits.store(row, i * kWidth, zeros);
+    if (thread == 0) p.losses[row] = 0;
+    return;
+  }
+  using Raw = typename View::Raw;
+  float* const reduce = shared_memory<float>();
+  T* const kept = reinterpret_cast<T*>(shared_memory<char>() + kReduceBytes);
+  const float target_logit = logits.load_one(row, target);  // before the gradient takes its place
+
+  RunningSum running;
+  for (int first = thread; first < used_groups; first += kThreads * kUnroll) {
+    Raw raw[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = first + u * kThreads;
+      if (i < used_groups) raw[u] = logits.load_again(row, i * kWidth);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = first + u * kThreads;
+      if (i >= used_groups) continue;
+      if constexpr (kWidth > 1) {
+        if (p.keep) store_vector(kept + i * kWidth, raw[u]);
+      }
+      float values[kWidth];
+      View::unpack(raw[u], values);
+      replace_padding(values, p.vocabulary - i * kWidth, -INFINITY);
+      add_logits<T>(running, values);
+    }
+  }
+  const float maximum = block_max(running.maximum, reduce);
+  const float sum = block_sum(running.sum * exponential<T>(running.maximum - maximum), reduce);
+  if (thread == 0) p.losses[row] = logf(sum) - (target_logit - maximum);
+  if (!p.write_gradient) return;
+
+  const float factor = p.scale / sum;
+  for (int first = thread; first < groups; first += kThreads * kUnroll) {
+    Raw raw[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = first + u * kThreads;
+      if (i >= used_groups) continue;
+      if constexpr (kWidth > 1) {
+        raw[u] = p.keep ? load_vector<kWidth>(kept + i * kWidth) : logits.load(row, i * kWidth);
+      } else {
+        raw[u] = logits.load(row, i);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = first + u * kThreads;
+      if (i >= groups) continue;
+      float values[kWidth] = {};
+      if (i < used_groups) View::unpack(raw[u], values);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) values[j] = exponential<T>(values[j] - maximum) * factor;
+      replace_padding(values, p.vocabulary - i * kWidth, 0.0f);
+      logits.store(row, i * kWidth, values);
+      if (i == target / kWidth) {  // by the thread that has just written there
+        logits.store_one(row, target, p.scale * (exponential<T>(target_logit - maximum) / sum - 1.0f));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void CudaBackend::classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
+                             bool write_gradient) {
+  const int64_t rows = logits.rows(), cols = logits.cols();
+  require(losses.dtype == DType::kF32 && targets.dtype == DType::kI32, "classifier: fp32 losses, int32 targets");
+  require(losses.elements() == rows && targets.elements() == rows, "classifier: one loss and target per row");
+  require(vocabulary > 0 && vocabulary <= cols && cols < INT_MAX / 2 && has_uniform_rows(logits),
+          "classifier: shape of the logits");
+  const Timed timed(*this, "classifier", 0, static_cast<double>(logits.bytes()) * (write_gradient ? 2 : 1));
+  if (rows == 0) return;
+  const size_t row_bytes = static_cast<size_t>(cols) * dtype_size(logits.dtype);
+  dispatch(logits.dtype, [&]<typename T>() {
+    const bool vectors = rows_are_aligned(logits) && cols % Pack<T>::kSize == 0;
+    // Data center Hopper and Blackwell; elsewhere an SM has less, and what it has serves better as a cache.
+    const size_t room = architecture_ >= 90 && architecture_ < 120 ? kHalfAnSm : 0;
+    const bool keep = vectors && write_gradient && kReduceBytes + row_bytes <= room;
+    const Rows p = {targets.as<const int32_t>(),
+                    losses.as<float>(),
+                    static_cast<int>(cols),
+                    static_cast<int>(vocabulary),
+                    gradient_scale,
+                    write_gradient,
+                    keep};
+    const LaunchShape shape = {.grid = dim3(static_cast<unsigned>(rows)),
+                               .block = dim3(kThreads),
+                               .shared_bytes = kReduceBytes + (keep ? row_bytes : 0),
+                               .stream = stream_};
+    if (vectors) {
+      launch("classifier", classifier_kernel<T, VectorView<T, Pack<T>::kSize>>, shape,
+             vector_view<T, Pack<T>::kSize>(logits), p);
+    } else {
+      launch("classifier", classifier_kernel<T, AnyView>, shape, any_view(logits), p);
+    }
+  });
+}

@@ -1,0 +1,26 @@
+// column_sums.cuh: how sums over the rows of a matrix are cut: chunks of rows, one partial sum of every column per
+// chunk, and a second kernel that adds the partials in order. The number of chunks depends on the number of rows alone,
+// so a sum is the same on every device.
+#pragma once
+
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/views.cuh"
+
+// LayerNorm: two blocks of its threads and four for each SM of an H200. The partials are written and read once:
+// [chunks, 2, C] fp32, 3% of what the pass over 16K rows in bf16 moves.
+inline constexpr int64_t kMaxRowChunks = 512;
+
+struct RowChunks {
+  int64_t rows = 0;   // in a chunk; the last one may have fewer
+  int64_t count = 0;  // at most the limit
+};
+
+inline RowChunks row_chunks(int64_t rows, int64_t limit, int64_t smallest) {
+  const int64_t even = (rows + limit - 1) / limit;
+  const int64_t chunk = std::max(smallest, (even + smallest - 1) / smallest * smallest);
+  return {chunk, (rows + chunk - 1) / chunk};
+}
+
+// Output k of one or two, C columns each: output[j] (+)= sum over the chunks of partials[chunk, k, j], rounded once.
+void add_column_partials(const char* name, cudaStream_t stream, const Tensor& first, const Tensor& second,
+                         const float* partials, int64_t chunks, bool accumulate);

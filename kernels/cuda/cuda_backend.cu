@@ -1,0 +1,245 @@
+// cuda_backend.cu: a GPU as a device: which one, its memory, streams, events, graphs, and what the banner says about
+// it. The operations are in the other files of this folder.
+#include "kernels/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/matmul.h"
+#include "kernels/dispatch.h"
+
+namespace {
+
+constexpr int kOldestArchitecture = 80;
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+std::string gibibytes(size_t bytes) {
+  char text[32];
+  snprintf(text, sizeof text, "%.2f GiB", static_cast<double>(bytes) / (size_t{1} << 30));
+  return text;
+}
+
+__global__ void probe_kernel() {}
+
+// Why the device that CUDA offers first cannot be used, or an empty string.
+std::string device_problem() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorInsufficientDriver) {
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (driver == 0) return "no NVIDIA driver was found";
+    return "the NVIDIA driver supports CUDA " + version_text(driver) + " and is too old for this program, built with " +
+           version_text(runtime) + ": update the driver, or build with an older CUDA Toolkit";
+  }
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) return "no NVIDIA GPU was found";
+  if (status != cudaSuccess) return std::string("CUDA does not start: ") + cudaGetErrorString(status);
+  cudaDeviceProp properties;
+  const cudaError_t asked = cudaGetDeviceProperties(&properties, 0);
+  if (asked != cudaSuccess) return std::string("CUDA does not start: ") + cudaGetErrorString(asked);
+  const int architecture = 10 * properties.major + properties.minor;
+  const std::string device = std::string(properties.name) + " (sm_" + std::to_string(architecture) + ")";
+  if (architecture < kOldestArchitecture) {
+    return device + " is too old: bf16 on tensor cores needs sm_" + std::to_string(kOldestArchitecture) +
+           " (Ampere) or newer";
+  }
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel)) != cudaSuccess) {
+    cudaGetLastError();
+    return "this program holds no code for " + device + ": build with CUDA_ARCHS=" + std::to_string(architecture);
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string cuda_unavailable() { return device_problem(); }
+
+std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options) {
+  return std::make_unique<CudaBackend>(options);
+}
+
+CudaBackend::CudaBackend(const CudaOptions& options) {
+  const std::string problem = device_problem();
+  if (!problem.empty()) throw std::runtime_error(problem);
+  check_cuda(cudaSetDevice(device_), "choosing the device");
+  cudaDeviceProp properties;
+  check_cuda(cudaGetDeviceProperties(&properties, device_), "reading the device's properties");
+  architecture_ = 10 * properties.major + properties.minor;
+  int driver = 0, runtime = 0;
+  check_cuda(cudaDriverGetVersion(&driver), "reading the driver's version");
+  check_cuda(cudaRuntimeGetVersion(&runtime), "reading the runtime's version");
+  description_ = std::string(properties.name) + ", sm_" + std::to_string(architecture_) + ", " +
+                 gibibytes(properties.totalGlobalMem) + ", CUDA " + version_text(runtime) + " (driver " +
+                 version_text(driver) + ")";
+  check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+  check_cuda(cudaStreamCreateWithFlags(&copy_stream_, cudaStreamNonBlocking), "creating a stream");
+  matmul_ = std::make_unique<CudaMatmul>(options, architecture_);
+}
+
+// Errors are of no use here: either all is well, or one was reported and the device is lost.
+CudaBackend::~CudaBackend() {
+  cudaStreamSynchronize(stream_);
+  cudaStreamSynchronize(copy_stream_);
+  for (cudaGraphExec_t graph : graphs_) cudaGraphExecDestroy(graph);
+  for (cudaEvent_t event : events_) cudaEventDestroy(event);
+  for (const auto& block : device_blocks_) cudaFree(block.first);
+  for (const auto& block : host_blocks_) cudaFreeHost(block.first);
+  cudaStreamDestroy(copy_stream_);
+  cudaStreamDestroy(stream_);
+}
+
+std::string CudaBackend::name() const { return "cuda"; }
+std::string CudaBackend::description() const { return description_; }
+
+size_t CudaBackend::memory_available() const {
+  size_t free = 0, total = 0;
+  check_cuda(cudaMemGetInfo(&free, &total), "asking for the free memory");
+  return free;
+}
+
+void* CudaBackend::allocate(size_t bytes) {
+  void* memory = nullptr;
+  const cudaError_t status = cudaMalloc(&memory, std::max<size_t>(bytes, 1));
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    throw std::runtime_error("cannot allocate " + std::to_string(bytes) + " bytes (" + gibibytes(bytes) +
+                             ") of GPU memory: " + cudaGetErrorString(status) + "; " + gibibytes(memory_available()) +
+                             " are free");
+  }
+  device_blocks_[memory] = bytes;
+  allocated_ += bytes;
+  return memory;
+}
+
+void CudaBackend::release(void* memory) {
+  if (!memory) return;
+  const auto block = device_blocks_.find(memory);
+  require(block != device_blocks_.end(), "release: not allocated by this backend");
+  allocated_ -= block->second;
+  device_blocks_.erase(block);
+  cudaFree(memory);  // waits for the device; an error of earlier work is reported by the next synchronize()
+}
+
+void* CudaBackend::allocate_host(size_t bytes) {
+  void* memory = nullptr;
+  const cudaError_t status = cudaMallocHost(&memory, std::max<size_t>(bytes, 1));
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    throw std::runtime_error("cannot allocate " + std::to_string(bytes) + " bytes of pinned host memory: " +
+                             cudaGetErrorString(status));
+  }
+  host_blocks_[memory] = bytes;
+  return memory;
+}
+
+void CudaBackend::release_host(void* memory) {
+  if (!memory) return;
+  require(host_blocks_.erase(memory) == 1, "release_host: not allocated by this backend");
+  cudaFreeHost(memory);
+}
+
+size_t CudaBackend::allocated_bytes() const { return allocated_; }
+
+size_t CudaBackend::workspace_bytes(const KernelShapes& shapes) const {
+  return std::max({CudaMatmul::kWorkspaceBytes, reduction_scratch_bytes(shapes), attention_scratch_bytes(shapes),
+                   optimizer_scratch_bytes(shapes)});
+}
+
+void CudaBackend::set_workspace(void* memory, size_t bytes) {
+  workspace_ = memory;
+  workspace_bytes_ = bytes;
+}
+
+void* CudaBackend::checked_scratch(size_t bytes) const {
+  require(bytes <= workspace_bytes_, "the workspace is too small");
+  return workspace_;
+}
+
+void CudaBackend::copy(void* destination, const void* source, size_t bytes, Stream stream) {
+  if (bytes == 0) return;
+  check_cuda(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDefault, stream_of(stream)), "copying");
+}
+
+void CudaBackend::fill(void* destination, int byte, size_t bytes, Stream stream) {
+  if (bytes == 0) return;
+  check_cuda(cudaMemsetAsync(destination, byte, bytes, stream_of(stream)), "filling memory");
+}
+
+void CudaBackend::synchronize(Stream stream) {
+  const cudaError_t status = cudaStreamSynchronize(stream_of(stream));
+  if (status == cudaSuccess) return;
+  const std::string where = failed_operation_.empty()
+                                ? "noticed while waiting for the device; with the environment variable "
+                                  "CUDA_LAUNCH_BLOCKING=1 and --no-cuda-graph the message names the kernel"
+                                : "in " + failed_operation_;
+  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status) + " (" + where + ")");
+}
+
+int CudaBackend::create_event() {
+  cudaEvent_t event = nullptr;
+  check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+  events_.push_back(event);
+  return static_cast<int>(events_.size()) - 1;
+}
+
+void CudaBackend::record(int id, Stream stream) {
+  check_cuda(cudaEventRecord(event(id), stream_of(stream)), "recording an event");
+}
+
+void CudaBackend::wait(int id, Stream stream) {
+  check_cuda(cudaStreamWaitEvent(stream_of(stream), event(id), 0), "waiting for an event");
+}
+
+void CudaBackend::synchronize_event(int id) { check_cuda(cudaEventSynchronize(event(id)), "waiting for an event"); }
+
+bool CudaBackend::can_capture() const { return true; }
+
+void CudaBackend::begin_capture() {
+  check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "beginning to record a graph");
+}
+
+int CudaBackend::end_capture() {
+  cudaGraph_t graph = nullptr;
+  check_cuda(cudaStreamEndCapture(stream_, &graph), "recording a graph");
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  check_cuda(status, "instantiating a graph");
+  graphs_.push_back(executable);
+  return static_cast<int>(graphs_.size()) - 1;
+}
+
+void CudaBackend::abandon_capture() {
+  cudaGraph_t graph = nullptr;
+  if (cudaStreamEndCapture(stream_, &graph) == cudaSuccess) cudaGraphDestroy(graph);
+  cudaGetLastError();
+}
+
+void CudaBackend::replay(int graph) {
+  check_cuda(cudaGraphLaunch(graphs_.at(static_cast<size_t>(graph)), stream_), "replaying a graph");
+}
+
+std::string CudaBackend::tuning() const { return matmul_->tuning(); }
+void CudaBackend::set_tuning(const std::string& tuning) { matmul_->set_tuning(tuning); }
+
+CudaBackend::Timed::Timed(CudaBackend& backend, const char* operation, double flops, double bytes)
+    : backend_(backend), operation_(operation), idle_(backend), scope_(backend.profiler, operation, flops, bytes) {}
+
+CudaBackend::Timed::Idle::Idle(CudaBackend& backend) {
+  if (backend.profiler) backend.synchronize(Stream::kCompute);
+}
+
+// A destructor must not throw: the operation's name is kept for the next synchronize(), which does.
+CudaBackend::Timed::~Timed() {
+  if (backend_.profiler && cudaStreamSynchronize(backend_.stream_) != cudaSuccess &&
+      backend_.failed_operation_.empty()) {
+    backend_.failed_operation_ = operation_;
+  }
+}

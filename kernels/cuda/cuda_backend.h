@@ -1,0 +1,142 @@
+// cuda_backend.h: the CUDA implementation of every operation, for sm_80 and later. Matmuls go to cuBLASLt, all other
+// kernels are in this folder, one file per family; read the CPU version of an operation first. No atomics on floats and
+// no order that depends on scheduling: the same inputs give the same bits. One stream computes, one copies; nothing is
+// allocated after construction but what allocate() is asked for.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "kernels/backend.h"
+
+class CudaMatmul;  // matmul.h
+
+class CudaBackend final : public Backend {
+ public:
+  // Throws std::runtime_error when there is no usable device.
+  explicit CudaBackend(const CudaOptions& options);
+  ~CudaBackend() override;
+
+  std::string name() const override;
+  std::string description() const override;
+  size_t memory_available() const override;
+  double measure_peak_flops() override;
+  void* allocate(size_t bytes) override;
+  void release(void* memory) override;
+  void* allocate_host(size_t bytes) override;
+  void release_host(void* memory) override;
+  size_t allocated_bytes() const override;
+  size_t workspace_bytes(const KernelShapes& shapes) const override;
+  void set_workspace(void* memory, size_t bytes) override;
+  void copy(void* destination, const void* source, size_t bytes, Stream stream) override;
+  void fill(void* destination, int byte, size_t bytes, Stream stream) override;
+  void synchronize(Stream stream) override;
+  int create_event() override;
+  void record(int event, Stream stream) override;
+  void wait(int event, Stream stream) override;
+  void synchronize_event(int event) override;
+  bool can_capture() const override;
+  void begin_capture() override;
+  int end_capture() override;
+  void abandon_capture() override;
+  void replay(int graph) override;
+  std::string tuning() const override;
+  void set_tuning(const std::string& tuning) override;
+
+  void convert(Tensor out, Tensor in) override;
+  void add(Tensor out, Tensor a, Tensor b) override;
+  void accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) override;
+  void scale(Tensor x, const float* factor) override;
+  void sum_squares(Tensor out, Tensor x, bool accumulate) override;
+  void sum(Tensor out, Tensor x, float factor, bool accumulate) override;
+  void restore_norm(Tensor x, const float* target_squares, const float* current_squares) override;
+  void gate_on_finite(StepScalars* scalars, Tensor value) override;
+  void clip_scale(StepScalars* scalars, const float* squares, float clip_norm) override;
+  void increment(uint32_t* counter) override;
+  void fill_normal(Tensor x, float mean, float stddev, RandomKey key) override;
+  void fill_constant(Tensor x, float value) override;
+  void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) override;
+  void embedding_backward(Tensor dwte, bool accumulate_wte, Tensor dwpe, bool accumulate_wpe, Tensor dout,
+                          const TokenGroups& groups) override;
+  void layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor in, Tensor weight, Tensor bias) override;
+  void residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
+                                  Tensor weight, Tensor bias) override;
+  void layernorm_backward(Tensor din, Tensor dweight, Tensor dbias, bool accumulate_parameters, Tensor dout, Tensor in,
+                          Tensor mean, Tensor rstd, Tensor weight) override;
+  void matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options) override;
+  void bias_backward(Tensor dbias, Tensor dout, bool accumulate) override;
+  void gelu_forward(Tensor out, Tensor in) override;
+  void gelu_backward(Tensor d, Tensor in) override;
+  void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) override;
+  void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) override;
+  void classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
+                  bool write_gradient) override;
+  void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) override;
+  void orthonormalize_rows(Tensor p, void* scratch, StepScalars* scalars) override;
+  void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale, Tensor grad,
+                              float eps1, const StepScalars* scalars) override;
+  void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) override;
+  void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) override;
+  void momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) override;
+  void ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) override;
+  void apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
+                    const float* update_squares, const float* weight_squares, int64_t elements, RandomKey key,
+                    const StepScalars* scalars) override;
+  void adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, const AdamWOptions& options,
+                    RandomKey key, const StepScalars* scalars) override;
+  void sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options, RandomKey key,
+                  const StepScalars* scalars) override;
+  void quantize(Tensor out, Tensor in) override;
+  void dequantize(Tensor out, Tensor in) override;
+
+ private:
+  // Times an operation while a profiler is set: the compute stream is idle before and after.
+  class Timed {
+   public:
+    Timed(CudaBackend& backend, const char* operation, double flops, double bytes);
+    ~Timed();
+    Timed(const Timed&) = delete;
+    Timed& operator=(const Timed&) = delete;
+
+   private:
+    struct Idle {
+      explicit Idle(CudaBackend& backend);
+    };
+    CudaBackend& backend_;
+    const char* operation_;
+    Idle idle_;
+    Profiler::Scope scope_;  // ends after ~Timed() has waited for the device
+  };
+
+  // The first `bytes` of the workspace, for what one operation keeps between its own kernels. Operations run one after
+  // another, so all of them (cuBLASLt, too) share it. Throws std::logic_error when there is not so much.
+  template <typename T = void>
+  T* scratch(size_t bytes) const {
+    return static_cast<T*>(checked_scratch(bytes));
+  }
+  void* checked_scratch(size_t bytes) const;
+
+  cudaStream_t stream_of(Stream stream) const { return stream == Stream::kCompute ? stream_ : copy_stream_; }
+  cudaEvent_t event(int id) const { return events_.at(static_cast<size_t>(id)); }
+
+  int device_ = 0;
+  int architecture_ = 0;  // 80, 90, ...
+  std::string description_;
+  std::string failed_operation_;  // which one failed, when that is known
+  cudaStream_t stream_ = nullptr, copy_stream_ = nullptr;  // of operations, of copies beside them
+  std::vector<cudaEvent_t> events_;
+  std::vector<cudaGraphExec_t> graphs_;
+  std::unique_ptr<CudaMatmul> matmul_;
+  void* workspace_ = nullptr;
+  size_t workspace_bytes_ = 0;
+  size_t allocated_ = 0;
+  std::unordered_map<void*, size_t> device_blocks_, host_blocks_;
+};
+
+// What workspace_bytes() is made of: the scratch of each family of operations, for the largest shapes of a run.
+size_t reduction_scratch_bytes(const KernelShapes& shapes);  // reductions.cu: sums, bias and LayerNorm gradients
+size_t attention_scratch_bytes(const KernelShapes& shapes);  // attention.cu: backward
+size_t optimizer_scratch_bytes(const KernelShapes& shapes);  // optimizer_moments.cu: factored statistics

@@ -1,0 +1,96 @@
+// elementwise.cu: additions, conversions and scalings, and the operations on single numbers.
+// Memory-bound: each element is read once and written once, by the kernel in map.cuh. What is in device memory (a
+// factor, a gate) is read by the kernel, so that the host never waits for it.
+#include <cmath>
+
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/map.cuh"
+
+namespace {
+
+struct Convert {
+  __device__ bool start() { return true; }
+  __device__ float operator()(float x, float) const { return x; }
+};
+
+struct Add {
+  __device__ bool start() { return true; }
+  __device__ float operator()(float x, float y) const { return x + y; }
+};
+
+struct Constant {
+  float value;
+  __device__ bool start() { return true; }
+  __device__ float operator()(float, float) const { return value; }
+};
+
+struct Scale {
+  const float* source;
+  float factor = 1.0f;
+  __device__ bool start() {
+    factor = *source;
+    return factor != 1.0f;
+  }
+  __device__ float operator()(float x, float) const { return x * factor; }
+};
+
+struct RestoreNorm {
+  const float *target_squares, *current_squares;
+  float factor = 1.0f;
+  __device__ bool start() {
+    const float current = *current_squares;
+    factor = current == 0.0f ? 1.0f : sqrtf(*target_squares / current);
+    return factor != 1.0f;
+  }
+  __device__ float operator()(float x, float) const { return x * factor; }
+};
+
+__global__ void gate_on_finite_kernel(StepScalars* scalars, const float* value) {
+  if (!isfinite(*value)) scalars->gate = 0;
+}
+
+__global__ void clip_scale_kernel(StepScalars* scalars, const float* squares, float clip_norm) {
+  scalars->gradient_scale = fminf(1.0f, clip_norm / (sqrtf(*squares) + 1e-6f));
+}
+
+__global__ void increment_kernel(uint32_t* counter) { *counter += 1; }
+
+}  // namespace
+
+void CudaBackend::convert(Tensor out, Tensor in) {
+  const Timed timed(*this, "convert", 0, static_cast<double>(out.bytes() + in.bytes()));
+  map("convert", stream_, Convert{}, out, in);
+}
+
+void CudaBackend::add(Tensor out, Tensor a, Tensor b) {
+  const Timed timed(*this, "add", 0, static_cast<double>(out.bytes() + a.bytes() + b.bytes()));
+  require(is_floating(out) && is_floating(a) && is_floating(b), "add: fp32 or bf16");
+  map("add", stream_, Add{}, out, a, b);
+}
+
+// The bytes are those of a factor other than 1: the host does not know it.
+void CudaBackend::scale(Tensor x, const float* factor) {
+  const Timed timed(*this, "scale", 0, 2.0 * static_cast<double>(x.bytes()));
+  map_in_place("scale", stream_, Scale{factor}, x);
+}
+
+void CudaBackend::restore_norm(Tensor x, const float* target_squares, const float* current_squares) {
+  const Timed timed(*this, "restore_norm", 0, 2.0 * static_cast<double>(x.bytes()));
+  map_in_place("restore_norm", stream_, RestoreNorm{target_squares, current_squares}, x);
+}
+
+void CudaBackend::fill_constant(Tensor x, float value) {
+  const Timed timed(*this, "fill_constant", 0, static_cast<double>(x.bytes()));
+  map_constant("fill_constant", stream_, Constant{value}, x);
+}
+
+void CudaBackend::gate_on_finite(StepScalars* scalars, Tensor value) {
+  require(value.dtype == DType::kF32, "gate_on_finite: fp32");
+  launch("gate_on_finite", gate_on_finite_kernel, {.stream = stream_}, scalars, value.as<const float>());
+}
+
+void CudaBackend::clip_scale(StepScalars* scalars, const float* squares, float clip_norm) {
+  launch("clip_scale", clip_scale_kernel, {.stream = stream_}, scalars, squares, clip_norm);
+}
+
+void CudaBackend::increment(uint32_t* counter) { launch("increment", increment_kernel, {.stream = stream_}, counter); }

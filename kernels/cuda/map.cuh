@@ -1,0 +1,120 @@
+// map.cuh: out = op(a, b), element by element: the one kernel behind the elementwise operations.
+// Memory-bound: one read of each operand, one write. A thread has kUnroll vectors of each operand on their way before
+// it computes anything, at most 16 loads of 16 bytes, so that a quarter of an SM's threads keep the memory busy.
+#pragma once
+
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/views.cuh"
+
+inline constexpr int kMapThreads = 256, kMapUnroll = 4;
+
+// op.start(): once per thread, reads what the operation takes from device memory; false when there is nothing to do.
+// op(x, y): the new element from those of a and b (0 for an operand that is missing).
+template <typename Op, typename Out, typename A, typename B>
+__global__ void __launch_bounds__(kMapThreads) map_kernel(Op op, Out out, A a, B b, Extent extent) {
+  if (!op.start()) return;
+  constexpr int kWidth = Out::kWidth;
+  const int64_t row_groups = extent.cols / kWidth, groups = extent.rows * row_groups;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kMapThreads * kMapUnroll) + threadIdx.x;
+  int64_t rows[kMapUnroll], columns[kMapUnroll];
+  typename A::Raw as[kMapUnroll];
+  typename B::Raw bs[kMapUnroll];
+#pragma unroll
+  for (int u = 0; u < kMapUnroll; ++u) {
+    const int64_t group = first + u * kMapThreads;
+    if (group >= groups) continue;
+    rows[u] = extent.rows == 1 ? 0 : static_cast<int64_t>(static_cast<uint64_t>(group) / row_groups);
+    columns[u] = (group - rows[u] * row_groups) * kWidth;
+    as[u] = a.load(rows[u], columns[u]);
+    bs[u] = b.load(rows[u], columns[u]);
+  }
+#pragma unroll
+  for (int u = 0; u < kMapUnroll; ++u) {
+    if (first + u * kMapThreads >= groups) continue;
+    float x[kWidth], y[kWidth];
+    A::unpack(as[u], x);
+    B::unpack(bs[u], y);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) x[i] = op(x[i], y[i]);
+    out.store(rows[u], columns[u], x);
+  }
+  const int64_t tail = row_groups * kWidth + threadIdx.x;  // past the last whole vector
+  if (kWidth > 1 && blockIdx.x == 0 && extent.rows == 1 && tail < extent.cols) {
+    out.store_one(0, tail, op(a.load_one(0, tail), b.load_one(0, tail)));
+  }
+}
+
+template <typename Op, typename Out, typename A, typename B>
+void launch_map(const char* name, cudaStream_t stream, Op op, Out out, A a, B b, const Extent& extent) {
+  const int64_t groups = std::max<int64_t>(1, extent.groups(Out::kWidth));
+  const int64_t blocks = (groups + kMapThreads * kMapUnroll - 1) / (kMapThreads * kMapUnroll);
+  launch(name, map_kernel<Op, Out, A, B>,
+         {.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(kMapThreads), .stream = stream}, op, out, a, b,
+         extent);
+}
+
+// Numbers per vector: 16 bytes of the narrowest of the types.
+template <typename... Ts>
+inline constexpr int kVectorWidth = ((sizeof(Ts) == 4) && ...) ? 4 : 8;
+
+// out = op(a, b)
+template <typename Op>
+void map(const char* name, cudaStream_t stream, Op op, const Tensor& out, const Tensor& a, const Tensor& b) {
+  const Extent extent = common_extent(out, a, b);
+  if (extent.rows == 0) return;
+  if (!extent.aligned) {
+    launch_map(name, stream, op, any_view(out), any_view(a), any_view(b), extent);
+    return;
+  }
+  dispatch(out.dtype, [&]<typename O>() {
+    dispatch(a.dtype, b.dtype, [&]<typename A, typename B>() {
+      constexpr int kWidth = kVectorWidth<O, A, B>;
+      launch_map(name, stream, op, vector_view<O, kWidth>(out), vector_view<A, kWidth>(a), vector_view<B, kWidth>(b),
+                 extent);
+    });
+  });
+}
+
+// out = op(a)
+template <typename Op>
+void map(const char* name, cudaStream_t stream, Op op, const Tensor& out, const Tensor& a) {
+  const Extent extent = common_extent(out, a);
+  if (extent.rows == 0) return;
+  if (!extent.aligned) {
+    launch_map(name, stream, op, any_view(out), any_view(a), NoView{}, extent);
+    return;
+  }
+  dispatch(out.dtype, a.dtype, [&]<typename O, typename A>() {
+    constexpr int kWidth = kVectorWidth<O, A>;
+    launch_map(name, stream, op, vector_view<O, kWidth>(out), vector_view<A, kWidth>(a), NoView{}, extent);
+  });
+}
+
+// x = op(x)
+template <typename Op>
+void map_in_place(const char* name, cudaStream_t stream, Op op, const Tensor& x) {
+  const Extent extent = common_extent(x);
+  if (extent.rows == 0) return;
+  if (!extent.aligned) {
+    launch_map(name, stream, op, any_view(x), any_view(x), NoView{}, extent);
+    return;
+  }
+  dispatch(x.dtype, [&]<typename T>() {
+    const auto view = vector_view<T, kVectorWidth<T>>(x);
+    launch_map(name, stream, op, view, view, NoView{}, extent);
+  });
+}
+
+// x = op(), without reading x
+template <typename Op>
+void map_constant(const char* name, cudaStream_t stream, Op op, const Tensor& x) {
+  const Extent extent = common_extent(x);
+  if (extent.rows == 0) return;
+  if (!extent.aligned) {
+    launch_map(name, stream, op, any_view(x), NoView{}, NoView{}, extent);
+    return;
+  }
+  dispatch(x.dtype, [&]<typename T>() {
+    launch_map(name, stream, op, vector_view<T, kVectorWidth<T>>(x), NoView{}, NoView{}, extent);
+  });
+}

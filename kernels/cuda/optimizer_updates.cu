@@ -1,0 +1,218 @@
+// optimizer_updates.cu: operations that change weights, and the accumulation of gradients. Memory-bound: one read of
+// every tensor, one write of what changes (AdamW moves 28 bytes an fp32 parameter, 18 with bf16 weights, gradients and
+// momentum), in blocks of 256 elements a warp (state_blocks.cuh). Where an element has few bytes a warp takes two
+// blocks, which have their loads under way together and share what is computed once.
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/state_blocks.cuh"
+
+namespace {
+
+constexpr int kBlocksPerWarp = 2;
+
+// The new value of a weight: to the master copy where there is one (the weight is then its rounding), else to the
+// weight itself, stochastically if it is bf16.
+struct Destination {
+  BlockTensor source;  // where the old value is: the master copy or the weight
+  BlockTensor weight, master;
+  RandomStream stream;
+
+  __device__ void put(const Run& run, const float (&x)[kRun], uint32_t step) const {
+    if (!master.data) {
+      store_stochastic(weight, run, x, stream, step);
+      return;
+    }
+    store(master, run, x);
+    store(weight, run, x);
+  }
+};
+
+Destination destination(const Tensor& weight, const Tensor& master, const RandomKey& key) {
+  return {block_tensor(master.empty() ? weight : master), block_tensor(weight), block_tensor(master),
+          random_stream(key)};
+}
+
+void require_update_shapes(const Tensor& weight, const Tensor& master, const Tensor& grad) {
+  require_elements(weight, grad.elements(), "update: sizes of weight and gradient differ");
+  require(grad.contiguous(), "update: the gradient must be contiguous");
+  require(master.empty() || (master.dtype == DType::kF32 && master.elements() == weight.elements()),
+          "update: the master copy is fp32 and as large as the weight");
+}
+
+double update_bytes(const Tensor& weight, const Tensor& master, const Tensor& grad) {
+  return static_cast<double>(grad.bytes() + 2 * weight.bytes() + (master.empty() ? 0 : 2 * master.bytes()));
+}
+
+__global__ void __launch_bounds__(kStateThreads)
+    accumulate_kernel(BlockTensor accumulator, BlockTensor in, int64_t elements, RandomStream stream,
+                      const uint32_t* counter) {
+  Run run[kBlocksPerWarp];
+  RawRun old[kBlocksPerWarp], added[kBlocksPerWarp];
+#pragma unroll
+  for (int k = 0; k < kBlocksPerWarp; ++k) {
+    run[k] = run_of_lane(block_of_warp(kBlocksPerWarp, k), elements);
+    if (run[k].block * kQuantBlock >= elements) continue;
+    old[k] = fetch(accumulator, run[k]);
+    added[k] = fetch(in, run[k]);
+  }
+  const uint32_t step = *counter;
+#pragma unroll
+  for (int k = 0; k < kBlocksPerWarp; ++k) {
+    if (run[k].block * kQuantBlock >= elements) return;
+    float sum[kRun], x[kRun];
+    decode(sum, old[k], accumulator.dtype);
+    decode(x, added[k], in.dtype);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) sum[i] = sum[i] + x[i];
+    store_stochastic(accumulator, run[k], sum, stream, step);
+  }
+}
+
+__global__ void __launch_bounds__(kStateThreads)
+    apply_update_kernel(Destination destination, BlockTensor update, int64_t elements, ApplyOptions options,
+                        const float* update_squares, const float* weight_squares, float parameter_elements,
+                        const StepScalars* scalars) {
+  Run run[kBlocksPerWarp];
+  RawRun weights[kBlocksPerWarp], updates[kBlocksPerWarp];
+#pragma unroll
+  for (int k = 0; k < kBlocksPerWarp; ++k) {
+    run[k] = run_of_lane(block_of_warp(kBlocksPerWarp, k), elements);
+    if (run[k].block * kQuantBlock >= elements) continue;
+    weights[k] = fetch(destination.source, run[k]);
+    updates[k] = fetch(update, run[k]);
+  }
+  if (scalars->gate == 0) return;
+  float lr = scalars->lr, shrink = 1.0f;
+  if (options.clip > 0.0f) shrink = 1.0f / fmaxf(1.0f, sqrtf(*update_squares / parameter_elements) / options.clip);
+  if (options.scale_parameter) lr *= fmaxf(options.eps2, sqrtf(*weight_squares / parameter_elements));
+  const float decay = options.weight_decay;
+  const uint32_t step = scalars->step;
+#pragma unroll
+  for (int k = 0; k < kBlocksPerWarp; ++k) {
+    if (run[k].block * kQuantBlock >= elements) return;
+    float w[kRun], d[kRun];
+    decode(w, weights[k], destination.source.dtype);
+    decode(d, updates[k], update.dtype);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) w[i] = w[i] - lr * (decay * w[i] + shrink * d[i]);
+    destination.put(run[k], w, step);
+  }
+}
+
+// Without a momentum beta1 is 0 and m.data null.
+__global__ void __launch_bounds__(kStateThreads)
+    adamw_update_kernel(Destination destination, BlockTensor m, BlockTensor v, BlockTensor grad, int64_t elements,
+                        AdamWOptions options, const StepScalars* scalars) {
+  const Run run = run_of_lane(block_of_warp(), elements);
+  if (run.block * kQuantBlock >= elements) return;
+  const RawRun raw_g = fetch(grad, run), raw_v = fetch(v, run), raw_w = fetch(destination.source, run);
+  RawRun raw_m = raw_g;
+  if (m.data) raw_m = fetch(m, run);
+  if (scalars->gate == 0) return;
+  const float beta1 = options.beta1, rest1 = 1.0f - beta1;
+  const float beta2 = options.beta2, rest2 = 1.0f - beta2;
+  const float correct1 = 1.0f / scalars->bias_correction1, correct2 = 1.0f / scalars->bias_correction2;
+  const float lr = scalars->lr, eps = options.eps, decay = options.weight_decay;
+
+  float g[kRun], mean[kRun], square[kRun], w[kRun];
+  decode(g, raw_g, grad.dtype);
+  decode(mean, raw_m, m.data ? m.dtype : grad.dtype);
+  decode(square, raw_v, v.dtype);
+  decode(w, raw_w, destination.source.dtype);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    mean[i] = beta1 * mean[i] + rest1 * g[i];
+    square[i] = beta2 * square[i] + rest2 * (g[i] * g[i]);
+    const float step = correct1 * mean[i] / (sqrtf(correct2 * square[i]) + eps);
+    w[i] = w[i] - lr * (step + decay * w[i]);
+  }
+  if (m.data) store(m, run, mean);
+  store(v, run, square);
+  destination.put(run, w, scalars->step);
+}
+
+// Without a momentum m.data is null.
+__global__ void __launch_bounds__(kStateThreads)
+    sgd_update_kernel(Destination destination, BlockTensor m, BlockTensor grad, int64_t elements, SgdOptions options,
+                      const StepScalars* scalars) {
+  Run run[kBlocksPerWarp];
+  RawRun weights[kBlocksPerWarp], gradients[kBlocksPerWarp], momenta[kBlocksPerWarp];
+#pragma unroll
+  for (int k = 0; k < kBlocksPerWarp; ++k) {
+    run[k] = run_of_lane(block_of_warp(kBlocksPerWarp, k), elements);
+    if (run[k].block * kQuantBlock >= elements) continue;
+    weights[k] = fetch(destination.source, run[k]);
+    gradients[k] = fetch(grad, run[k]);
+    if (m.data) momenta[k] = fetch(m, run[k]);
+  }
+  if (scalars->gate == 0) return;
+  const float lr = scalars->lr, beta1 = options.beta1, decay = options.weight_decay;
+  const uint32_t step = scalars->step;
+#pragma unroll
+  for (int k = 0; k < kBlocksPerWarp; ++k) {
+    if (run[k].block * kQuantBlock >= elements) return;
+    float w[kRun], u[kRun];
+    decode(u, gradients[k], grad.dtype);
+    if (m.data) {
+      float old[kRun];
+      decode(old, momenta[k], m.dtype);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) u[i] = beta1 * old[i] + u[i];
+      store(m, run[k], u);
+    }
+    decode(w, weights[k], destination.source.dtype);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) w[i] = w[i] - lr * (decay * w[i] + u[i]);
+    destination.put(run[k], w, step);
+  }
+}
+
+}  // namespace
+
+void CudaBackend::accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) {
+  require_elements(accumulator, in.elements(), "accumulate: sizes differ");
+  require(in.contiguous(), "accumulate: the input must be contiguous");
+  const Timed timed(*this, "accumulate", 0, static_cast<double>(in.bytes() + 2 * accumulator.bytes()));
+  launch("accumulate", accumulate_kernel,
+         {.grid = state_grid(in.elements(), kBlocksPerWarp), .block = kStateThreads, .stream = stream_},
+         block_tensor(accumulator), block_tensor(in), in.elements(), random_stream(key), counter);
+}
+
+void CudaBackend::apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
+                               const float* update_squares, const float* weight_squares, int64_t elements,
+                               RandomKey key, const StepScalars* scalars) {
+  require_update_shapes(weight, master, update);
+  require(!options.scale_parameter || weight_squares, "apply_update: scale_parameter needs the sum of squares");
+  const Timed timed(*this, "apply_update", 0, update_bytes(weight, master, update));
+  launch("apply_update", apply_update_kernel,
+         {.grid = state_grid(update.elements(), kBlocksPerWarp), .block = kStateThreads, .stream = stream_},
+         destination(weight, master, key), block_tensor(update), update.elements(), options, update_squares,
+         weight_squares, static_cast<float>(elements), scalars);
+}
+
+void CudaBackend::adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad,
+                               const AdamWOptions& options, RandomKey key, const StepScalars* scalars) {
+  require_update_shapes(weight, master, grad);
+  require_elements(v, grad.elements(), "adamw_update: sizes of gradient and second moment differ");
+  if (!m.empty()) require_elements(m, grad.elements(), "adamw_update: sizes of gradient and momentum differ");
+  const Timed timed(
+      *this, "adamw_update", 0,
+      update_bytes(weight, master, grad) + 2.0 * static_cast<double>(v.bytes() + (m.empty() ? 0 : m.bytes())));
+  AdamWOptions used = options;
+  if (m.empty()) used.beta1 = 0;
+  launch("adamw_update", adamw_update_kernel,
+         {.grid = state_grid(grad.elements()), .block = kStateThreads, .stream = stream_},
+         destination(weight, master, key), block_tensor(m), block_tensor(v), block_tensor(grad), grad.elements(), used,
+         scalars);
+}
+
+void CudaBackend::sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options,
+                             RandomKey key, const StepScalars* scalars) {
+  require_update_shapes(weight, master, grad);
+  if (!m.empty()) require_elements(m, grad.elements(), "sgd_update: sizes of gradient and momentum differ");
+  const Timed timed(*this, "sgd_update", 0,
+                    update_bytes(weight, master, grad) + (m.empty() ? 0.0 : 2.0 * static_cast<double>(m.bytes())));
+  launch("sgd_update", sgd_update_kernel,
+         {.grid = state_grid(grad.elements(), kBlocksPerWarp), .block = kStateThreads, .stream = stream_},
+         destination(weight, master, key), block_tensor(m), block_tensor(grad), grad.elements(), options, scalars);
+}

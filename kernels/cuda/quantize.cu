@@ -1,0 +1,38 @@
+// quantize.cu: 8-bit block-wise quantization of optimizer states, after Dettmers et al., "8-bit Optimizers via
+// Block-wise Quantization" (arXiv 2110.02861), with power-law code maps. Memory-bound: 5 bytes an element; a warp holds
+// a block in registers between its largest magnitude and its codes.
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/state_blocks.cuh"
+
+namespace {
+
+__global__ void __launch_bounds__(kStateThreads) copy_blocks_kernel(BlockTensor out, BlockTensor in, int64_t elements) {
+  const Run run = run_of_lane(block_of_warp(), elements);
+  if (run.block * kQuantBlock >= elements) return;
+  float x[kRun];
+  decode(x, fetch(in, run), in.dtype);
+  store(out, run, x);
+}
+
+void copy_blocks(const char* name, const Tensor& out, const Tensor& in, cudaStream_t stream) {
+  launch(name, copy_blocks_kernel, {.grid = state_grid(out.elements()), .block = kStateThreads, .stream = stream},
+         block_tensor(out), block_tensor(in), out.elements());
+}
+
+}  // namespace
+
+void CudaBackend::quantize(Tensor out, Tensor in) {
+  require(out.dtype == DType::kI8 || out.dtype == DType::kU8, "quantize: the result is int8 or uint8");
+  require(in.dtype == DType::kF32, "quantize: the input is fp32");
+  require_elements(in, out.elements(), "quantize: sizes differ");
+  const Timed timed(*this, "quantize", 0, static_cast<double>(out.bytes() + in.bytes()));
+  copy_blocks("quantize", out, in, stream_);
+}
+
+void CudaBackend::dequantize(Tensor out, Tensor in) {
+  require(out.dtype == DType::kF32 || out.dtype == DType::kBF16, "dequantize: the result is fp32 or bf16");
+  require_elements(out, in.elements(), "dequantize: sizes differ");
+  const Timed timed(*this, "dequantize", 0, static_cast<double>(out.bytes() + in.bytes()));
+  copy_blocks("dequantize", out, in, stream_);
+}

@@ -1,0 +1,212 @@
+// views.cuh: matrices as the memory-bound kernels see them: rows of fp32 or bf16 numbers, read and written as floats.
+// A kernel is written once against a view and compiled for two kinds of them: VectorView moves kWidth neighbouring
+// numbers with 16-byte accesses, AnyView one number of a type known at run time, for odd addresses, pitches and
+// mixtures of types. `load` only starts a load: kernels start several, then `unpack` them, so that the loads overlap.
+#pragma once
+
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/dispatch.h"
+#include "kernels/tensor.h"
+
+// kCount neighbouring numbers as they are in memory.
+template <typename T, int kCount>
+struct Vector {
+  static constexpr int kPacks = kCount / Pack<T>::kSize;
+  static_assert(kPacks * Pack<T>::kSize == kCount, "whole 16-byte packs");
+  Pack<T> packs[kPacks];
+};
+
+template <int kCount, typename T>
+__device__ inline Vector<T, kCount> load_vector(const T* address) {
+  Vector<T, kCount> vector;
+#pragma unroll
+  for (int i = 0; i < vector.kPacks; ++i) vector.packs[i] = load128(address + i * Pack<T>::kSize);
+  return vector;
+}
+
+// For data that nothing reads again soon.
+template <int kCount, typename T>
+__device__ inline Vector<T, kCount> load_vector_streaming(const T* address) {
+  Vector<T, kCount> vector;
+#pragma unroll
+  for (int i = 0; i < vector.kPacks; ++i) vector.packs[i] = load128_streaming(address + i * Pack<T>::kSize);
+  return vector;
+}
+
+template <typename T, int kCount>
+__device__ inline void store_vector(T* address, const Vector<T, kCount>& vector) {
+#pragma unroll
+  for (int i = 0; i < vector.kPacks; ++i) store128(address + i * Pack<T>::kSize, vector.packs[i]);
+}
+
+template <int kCount>
+__device__ inline void unpack(const Vector<float, kCount>& vector, float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = vector.packs[i / 4].v[i % 4];
+}
+
+// Word by word: one instruction for each number.
+template <int kCount>
+__device__ inline void unpack(const Vector<bf16, kCount>& vector, float (&values)[kCount]) {
+  uint32_t words[kCount / 2];
+  memcpy(words, &vector, sizeof words);
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    values[2 * i] = bits_to_float(words[i] << 16);
+    values[2 * i + 1] = bits_to_float(words[i] & 0xffff0000u);
+  }
+}
+
+template <int kCount>
+__device__ inline void pack(Vector<float, kCount>& vector, const float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) vector.packs[i / 4].v[i % 4] = values[i];
+}
+
+template <int kCount>
+__device__ inline void pack(Vector<bf16, kCount>& vector, const float (&values)[kCount]) {
+  uint32_t words[kCount / 2];
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) words[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
+  memcpy(&vector, words, sizeof words);
+}
+
+template <typename T, int kCount>
+__device__ inline void store_floats(T* address, const float (&values)[kCount]) {
+  Vector<T, kCount> vector;
+  pack(vector, values);
+  store_vector(address, vector);
+}
+
+// ---- views
+
+template <typename T, int kCount>
+struct VectorView {
+  static constexpr int kWidth = kCount;
+  using Raw = Vector<T, kCount>;
+
+  T* data;
+  int64_t pitch;
+
+  __device__ Raw load(int64_t row, int64_t column) const {
+    return load_vector_streaming<kCount>(data + row * pitch + column);
+  }
+  // For data that is read again soon.
+  __device__ Raw load_again(int64_t row, int64_t column) const {
+    return load_vector<kCount>(data + row * pitch + column);
+  }
+  __device__ static void unpack(const Raw& raw, float (&values)[kCount]) { ::unpack(raw, values); }
+  __device__ void store(int64_t row, int64_t column, const float (&values)[kCount]) const {
+    store_floats(data + row * pitch + column, values);
+  }
+  __device__ float load_one(int64_t row, int64_t column) const { return to_float(data[row * pitch + column]); }
+  __device__ void store_one(int64_t row, int64_t column, float value) const {
+    data[row * pitch + column] = from_float<T>(value);
+  }
+};
+
+struct AnyView {
+  static constexpr int kWidth = 1;
+  using Raw = float;
+
+  void* data;
+  DType dtype;
+  int64_t pitch;
+
+  __device__ float load_one(int64_t row, int64_t column) const {
+    const int64_t at = row * pitch + column;
+    return dtype == DType::kBF16 ? to_float(static_cast<const bf16*>(data)[at]) : static_cast<const float*>(data)[at];
+  }
+  __device__ void store_one(int64_t row, int64_t column, float value) const {
+    const int64_t at = row * pitch + column;
+    if (dtype == DType::kBF16) {
+      static_cast<bf16*>(data)[at] = from_float<bf16>(value);
+    } else {
+      static_cast<float*>(data)[at] = value;
+    }
+  }
+  __device__ Raw load(int64_t row, int64_t column) const { return load_one(row, column); }
+  __device__ Raw load_again(int64_t row, int64_t column) const { return load_one(row, column); }
+  __device__ static void unpack(Raw raw, float (&values)[1]) { values[0] = raw; }
+  __device__ void store(int64_t row, int64_t column, const float (&values)[1]) const {
+    store_one(row, column, values[0]);
+  }
+};
+
+// Octets, eight neighbouring numbers at an aligned address, of a type known at run time: for what is small or in a
+// cache, because the types of the loads keep them from overlapping.
+inline constexpr int kOctet = 8;
+
+__device__ inline void load_octet(const AnyView& view, int64_t row, int64_t column, float (&values)[kOctet]) {
+  const int64_t at = row * view.pitch + column;
+  if (view.dtype == DType::kBF16) {
+    unpack(load_vector<kOctet>(static_cast<const bf16*>(view.data) + at), values);
+  } else {
+    unpack(load_vector<kOctet>(static_cast<const float*>(view.data) + at), values);
+  }
+}
+
+__device__ inline void store_octet(const AnyView& view, int64_t row, int64_t column, const float (&values)[kOctet]) {
+  const int64_t at = row * view.pitch + column;
+  if (view.dtype == DType::kBF16) {
+    store_floats(static_cast<bf16*>(view.data) + at, values);
+  } else {
+    store_floats(static_cast<float*>(view.data) + at, values);
+  }
+}
+
+// Stands for an operand that an operation does not have.
+struct NoView {
+  struct Raw {};
+  __device__ Raw load(int64_t, int64_t) const { return {}; }
+  template <int kCount>
+  __device__ static void unpack(Raw, float (&values)[kCount]) {
+    for (float& value : values) value = 0.0f;
+  }
+  __device__ float load_one(int64_t, int64_t) const { return 0.0f; }
+};
+
+// ---- on the host: from tensors to views
+
+inline bool is_floating(const Tensor& t) { return t.dtype == DType::kF32 || t.dtype == DType::kBF16; }
+
+inline AnyView any_view(const Tensor& t) {
+  require(is_floating(t), "fp32 or bf16");
+  return {t.data, t.dtype, t.leading_dimension()};
+}
+
+template <typename T, int kCount>
+VectorView<T, kCount> vector_view(const Tensor& t) {
+  return {t.as<T>(), t.leading_dimension()};
+}
+
+// Every row starts at a multiple of 16 bytes.
+inline bool rows_are_aligned(const Tensor& t) {
+  const size_t pitch = static_cast<size_t>(t.leading_dimension()) * dtype_size(t.dtype);
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (t.rows() <= 1 || pitch % 16 == 0);
+}
+
+// Rows of whole octets.
+inline bool has_octet_rows(const Tensor& t) { return rows_are_aligned(t) && t.cols() % kOctet == 0; }
+
+// How an elementwise operation walks over its tensors: contiguous ones as one long row, strided ones row by row.
+struct Extent {
+  int64_t rows = 0, cols = 0;
+  bool aligned = false;  // VectorViews can be used; only a single row may have columns left over
+
+  int64_t groups(int width) const { return rows * (cols / width); }
+};
+
+template <typename... Tensors>
+Extent common_extent(const Tensor& first, const Tensors&... others) {
+  require(((others.elements() == first.elements()) && ...), "elementwise: sizes differ");
+  require((has_uniform_rows(first) && ... && has_uniform_rows(others)),
+          "elementwise: rows of a view must have one stride");
+  if (first.elements() == 0) return {};
+  const auto starts_aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0; };
+  if ((first.contiguous() && ... && others.contiguous())) {
+    return {1, first.elements(), (starts_aligned(first) && ... && starts_aligned(others))};
+  }
+  require(((others.cols() == first.cols()) && ...), "elementwise: rows differ in length");
+  return {first.rows(), first.cols(), (has_octet_rows(first) && ... && has_octet_rows(others))};
+}

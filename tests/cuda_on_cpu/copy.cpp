@@ -1,0 +1,73 @@
+// copy.cpp: copies and fills. As on a GPU, pageable host memory is read before the call returns and a copy into it is
+// finished when the call returns; page-locked memory is touched when the operation runs.
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "tests/cuda_on_cpu/queue.h"
+#include "tests/cuda_on_cpu/stream.h"
+
+using namespace cuda_on_cpu;
+
+namespace {
+
+// Whether the two addresses are what `kind` says, and device ranges inside of one buffer.
+bool fits(const void* destination, const void* source, size_t bytes, cudaMemcpyKind kind) {
+  const bool to_device = touches_device_memory(destination), from_device = touches_device_memory(source);
+  if (to_device && !is_device_range(destination, bytes)) return false;
+  if (from_device && !is_device_range(source, bytes)) return false;
+  switch (kind) {
+    case cudaMemcpyHostToHost: return !to_device && !from_device;
+    case cudaMemcpyHostToDevice: return to_device && !from_device;
+    case cudaMemcpyDeviceToHost: return !to_device && from_device;
+    case cudaMemcpyDeviceToDevice: return to_device && from_device;
+    case cudaMemcpyDefault: return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t handle) {
+  const std::lock_guard lock(api_mutex());
+  if (device_status() != cudaSuccess) return finish(device_status());
+  Stream* stream = find_stream(handle);
+  if (stream == nullptr) return finish(cudaErrorInvalidResourceHandle);
+  if (bytes == 0) return finish(cudaSuccess);
+  if (!fits(destination, source, bytes, kind)) return finish(cudaErrorInvalidValue);
+  const bool reads_pageable = !touches_device_memory(source) && !is_pinned(source);
+  const bool writes_pageable = !touches_device_memory(destination) && !is_pinned(destination);
+  if (reads_pageable || writes_pageable) {
+    if (const cudaError_t status = refuse_in_capture(*stream); status != cudaSuccess) return finish(status);
+  }
+  if (reads_pageable) {
+    const auto* begin = static_cast<const unsigned char*>(source);
+    const auto staged = std::make_shared<std::vector<unsigned char>>(begin, begin + bytes);
+    enqueue(handle, "copy", [=] { memcpy(destination, staged->data(), bytes); });
+  } else {
+    enqueue(handle, "copy", [=] { memmove(destination, source, bytes); });
+  }
+  if (writes_pageable) drain(*stream);
+  return finish(cudaSuccess);
+}
+
+cudaError_t cudaMemcpy(void* destination, const void* source, size_t bytes, cudaMemcpyKind kind) {
+  const std::lock_guard lock(api_mutex());
+  if (const cudaError_t status = forbid_during_capture(); status != cudaSuccess) return finish(status);
+  const cudaError_t status = cudaMemcpyAsync(destination, source, bytes, kind, nullptr);
+  if (status == cudaSuccess) drain(*find_stream(nullptr));
+  return finish(status);
+}
+
+cudaError_t cudaMemsetAsync(void* destination, int byte, size_t bytes, cudaStream_t handle) {
+  const std::lock_guard lock(api_mutex());
+  if (device_status() != cudaSuccess) return finish(device_status());
+  if (bytes == 0) return finish(cudaSuccess);
+  if (!is_device_range(destination, bytes) && !is_pinned(destination)) return finish(cudaErrorInvalidValue);
+  return enqueue(handle, "fill", [=] { memset(destination, byte, bytes); });
+}
+
+cudaError_t cudaMemset(void* destination, int byte, size_t bytes) {
+  return cudaMemsetAsync(destination, byte, bytes, nullptr);
+}

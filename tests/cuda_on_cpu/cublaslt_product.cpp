@@ -1,0 +1,93 @@
+// cublaslt_product.cpp: a matrix product as cuBLASLt defines it, column-major, by a CBLAS. Sums in fp32, one rounding.
+#include "tests/cuda_on_cpu/cublaslt_product.h"
+
+#include <cblas.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <thread>
+
+#include "kernels/tensor.h"
+
+namespace cuda_on_cpu {
+
+namespace {
+
+float element(const void* matrix, cudaDataType type, size_t index) {
+  if (type == CUDA_R_32F) return static_cast<const float*>(matrix)[index];
+  return to_float(static_cast<const bf16*>(matrix)[index]);
+}
+
+// The matrix as fp32 with columns `rows` apart.
+std::vector<float> widen(const void* matrix, const Layout& layout) {
+  std::vector<float> values(layout.rows * layout.cols);
+  for (uint64_t j = 0; j < layout.cols; ++j) {
+    for (uint64_t i = 0; i < layout.rows; ++i) {
+      values[j * layout.rows + i] = element(matrix, layout.type, j * static_cast<size_t>(layout.ld) + i);
+    }
+  }
+  return values;
+}
+
+double gelu_derivative(double x) {
+  const double inner = std::sqrt(2 / M_PI), t = std::tanh(inner * (x + 0.044715 * x * x * x));
+  return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner * (1 + 3 * 0.044715 * x * x);
+}
+
+}  // namespace
+
+// sum = alpha op(a) op(b) over the depths [begin, end).
+void Call::multiply(std::vector<float>& sum, const std::vector<float>& left, const std::vector<float>& right,
+                    uint64_t begin, uint64_t end) const {
+  const Product& p = product;
+  const bool transpose_a = p.operation.transpose_a != CUBLAS_OP_N, transpose_b = p.operation.transpose_b != CUBLAS_OP_N;
+  cblas_sgemm(CblasColMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
+              static_cast<int>(p.d.rows), static_cast<int>(p.d.cols), static_cast<int>(end - begin), alpha,
+              left.data() + begin * (transpose_a ? 1 : p.a.rows), static_cast<int>(p.a.rows),
+              right.data() + begin * (transpose_b ? p.b.rows : 1), static_cast<int>(p.b.rows), 0.0f, sum.data(),
+              static_cast<int>(p.d.rows));
+}
+
+std::vector<float> Call::sums() const {
+  const Product& p = product;
+  const std::vector<float> left = widen(a, p.a), right = widen(b, p.b);
+  std::vector<float> sum(p.d.rows * p.d.cols);
+  const uint64_t depth = p.depth(), half = algorithm.reduction == CUBLASLT_REDUCTION_SCHEME_NONE ? depth : depth / 2;
+  if (half > 0) multiply(sum, left, right, 0, half);
+  if (half == depth) return sum;
+  if (algorithm.reduction == CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE && p.d.type == CUDA_R_16BF) {
+    for (float& value : sum) value = to_float(from_float<bf16>(value));
+  }
+  std::vector<float> rest(sum.size());
+  multiply(rest, left, right, half, depth);
+  for (size_t i = 0; i < sum.size(); ++i) sum[i] += rest[i];
+  return sum;
+}
+
+void Call::run() const {
+  const Product& p = product;
+  const Operation& o = p.operation;
+  const std::vector<float> sum = sums();
+  if (algorithm.workspace > 0) std::memset(workspace, 0xff, algorithm.workspace);  // it is the algorithm's to use
+  for (uint64_t j = 0; j < p.d.cols; ++j) {
+    for (uint64_t i = 0; i < p.d.rows; ++i) {
+      const size_t at = j * static_cast<size_t>(p.d.ld) + i;
+      float value = sum[j * p.d.rows + i];
+      if (beta != 0) value += beta * element(d, p.d.type, at);
+      if (o.epilogue == CUBLASLT_EPILOGUE_BIAS) value += element(o.bias, p.d.type, i);
+      if (o.epilogue == CUBLASLT_EPILOGUE_DGELU) {
+        const float x = element(o.aux, p.d.type, j * static_cast<size_t>(o.aux_ld) + i);
+        value = static_cast<float>(value * gelu_derivative(x));
+      }
+      if (p.d.type == CUDA_R_32F) {
+        static_cast<float*>(d)[at] = value;
+      } else {
+        static_cast<bf16*>(d)[at] = from_float<bf16>(value);
+      }
+    }
+  }
+  if (dawdles) std::this_thread::sleep_for(std::chrono::microseconds(500));
+}
+
+}  // namespace cuda_on_cpu

@@ -1,0 +1,187 @@
+// device.cpp: errors, and the device that the shim pretends to have.
+#include <cstring>
+
+#include "tests/cuda_on_cpu/report.h"
+#include "tests/cuda_on_cpu/runtime.h"
+
+namespace cuda_on_cpu {
+
+namespace {
+
+thread_local cudaError_t last_error = cudaSuccess;
+cudaError_t sticky_error = cudaSuccess;
+
+}  // namespace
+
+std::recursive_mutex& api_mutex() {
+  static std::recursive_mutex mutex;
+  return mutex;
+}
+
+cudaError_t finish(cudaError_t status) {
+  if (sticky_error != cudaSuccess) status = sticky_error;
+  if (status != cudaSuccess && status != cudaErrorNotReady) last_error = status;
+  return status;
+}
+
+void set_sticky_error(cudaError_t error) { sticky_error = error; }
+bool has_sticky_error() { return sticky_error != cudaSuccess; }
+
+cudaError_t device_status() {
+  if (sticky_error != cudaSuccess) return sticky_error;
+  if (setting("CUDA_ON_CPU_DRIVER_TOO_OLD", 0) != 0) return cudaErrorInsufficientDriver;
+  return setting("CUDA_ON_CPU_DEVICES", 1) == 0 ? cudaErrorNoDevice : cudaSuccess;
+}
+
+int architecture() { return static_cast<int>(setting("CUDA_ON_CPU_ARCH", 90)); }
+
+}  // namespace cuda_on_cpu
+
+using namespace cuda_on_cpu;
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = has_sticky_error() ? sticky_error : last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+
+cudaError_t cudaPeekAtLastError() { return has_sticky_error() ? sticky_error : last_error; }
+
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+#define NAME(name) \
+  case name: return #name
+    NAME(cudaSuccess);
+    NAME(cudaErrorInvalidValue);
+    NAME(cudaErrorMemoryAllocation);
+    NAME(cudaErrorInitializationError);
+    NAME(cudaErrorInvalidConfiguration);
+    NAME(cudaErrorInsufficientDriver);
+    NAME(cudaErrorNoDevice);
+    NAME(cudaErrorInvalidDevice);
+    NAME(cudaErrorInvalidResourceHandle);
+    NAME(cudaErrorNotReady);
+    NAME(cudaErrorIllegalAddress);
+    NAME(cudaErrorLaunchFailure);
+    NAME(cudaErrorNotSupported);
+    NAME(cudaErrorStreamCaptureUnsupported);
+    NAME(cudaErrorStreamCaptureInvalidated);
+    NAME(cudaErrorStreamCaptureUnmatched);
+    NAME(cudaErrorStreamCaptureUnjoined);
+    NAME(cudaErrorStreamCaptureIsolation);
+    NAME(cudaErrorCapturedEvent);
+    NAME(cudaErrorUnknown);
+#undef NAME
+  }
+  return "unrecognized error code";
+}
+
+// The words of the real runtime where programs show them to their users.
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInitializationError: return "initialization error";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
+    case cudaErrorNotReady: return "device not ready";
+    case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
+    case cudaErrorNotSupported: return "operation not supported";
+    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
+    case cudaErrorStreamCaptureUnmatched: return "capture was not initiated in this stream";
+    case cudaErrorStreamCaptureUnjoined: return "capturing stream has unjoined work";
+    case cudaErrorStreamCaptureIsolation: return "dependency created on uncaptured work in another stream";
+    case cudaErrorCapturedEvent: return "operation not permitted on an event last recorded in a capturing stream";
+    case cudaErrorUnknown: return "unknown error";
+  }
+  return "unrecognized error code";
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = device_status() == cudaSuccess ? static_cast<int>(setting("CUDA_ON_CPU_DEVICES", 1)) : 0;
+  return finish(device_status());
+}
+
+static thread_local int current_device = 0;
+
+cudaError_t cudaSetDevice(int device) {
+  if (device_status() != cudaSuccess) return finish(device_status());
+  if (device < 0 || device >= static_cast<int>(setting("CUDA_ON_CPU_DEVICES", 1)))
+    return finish(cudaErrorInvalidDevice);
+  current_device = device;
+  return finish(cudaSuccess);
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = current_device;
+  return finish(device_status());
+}
+
+static int shared_memory_per_block() {
+  switch (architecture()) {
+    case 80:
+    case 87: return 163 << 10;
+    case 86:
+    case 89:
+    case 120: return 99 << 10;
+    default: return 227 << 10;
+  }
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  if (device_status() != cudaSuccess) return finish(device_status());
+  if (device < 0 || device >= static_cast<int>(setting("CUDA_ON_CPU_DEVICES", 1)))
+    return finish(cudaErrorInvalidDevice);
+  *properties = {};
+  strcpy(properties->name, "CUDA on CPU");
+  size_t free = 0;
+  cudaMemGetInfo(&free, &properties->totalGlobalMem);
+  properties->sharedMemPerBlock = 48 << 10;
+  properties->sharedMemPerBlockOptin = static_cast<size_t>(shared_memory_per_block());
+  properties->sharedMemPerMultiprocessor = properties->sharedMemPerBlockOptin + 1024;
+  properties->major = architecture() / 10;
+  properties->minor = architecture() % 10;
+  properties->multiProcessorCount = 16;
+  properties->warpSize = 32;
+  properties->maxThreadsPerBlock = 1024;
+  properties->maxThreadsPerMultiProcessor = 2048;
+  properties->l2CacheSize = 32 << 20;
+  return finish(cudaSuccess);
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  cudaDeviceProp properties;
+  const cudaError_t status = cudaGetDeviceProperties(&properties, device);
+  if (status != cudaSuccess) return status;
+  switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock: *value = properties.maxThreadsPerBlock; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(properties.sharedMemPerBlock); break;
+    case cudaDevAttrWarpSize: *value = properties.warpSize; break;
+    case cudaDevAttrMultiProcessorCount: *value = properties.multiProcessorCount; break;
+    case cudaDevAttrL2CacheSize: *value = properties.l2CacheSize; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = properties.maxThreadsPerMultiProcessor; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = properties.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = properties.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = static_cast<int>(properties.sharedMemPerMultiprocessor);
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(properties.sharedMemPerBlockOptin); break;
+  }
+  return finish(cudaSuccess);
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = setting("CUDA_ON_CPU_DRIVER_TOO_OLD", 0) != 0 ? 11040 : CUDART_VERSION;
+  return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}

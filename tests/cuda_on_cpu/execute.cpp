@@ -1,0 +1,172 @@
+// execute.cpp: launching a kernel: its limits are checked when it is enqueued; when it runs, its blocks are shared out
+// among OS threads in an order that the seed decides.
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+#include "tests/cuda_on_cpu/block.h"
+#include "tests/cuda_on_cpu/report.h"
+#include "tests/cuda_on_cpu/runtime.h"
+#include "tests/cuda_on_cpu/stream.h"
+
+namespace cuda_on_cpu {
+
+namespace {
+
+// OS threads that wait for work. Never destroyed: nobody joins them when the program ends.
+class Pool {
+ public:
+  explicit Pool(unsigned threads) {
+    for (unsigned i = 1; i < threads; ++i) {
+      std::thread([this] { serve(); }).detach();
+    }
+    helpers_ = threads - 1;
+  }
+
+  void run(uint64_t count, const std::function<void(uint64_t)>& fn) {
+    {
+      std::lock_guard lock(mutex_);
+      fn_ = &fn;
+      count_ = count;
+      next_ = 0;
+      busy_ = helpers_;
+      ++generation_;
+    }
+    start_.notify_all();
+    work(fn);
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+  }
+
+  unsigned helpers() const { return helpers_; }
+
+ private:
+  void work(const std::function<void(uint64_t)>& fn) {
+    for (uint64_t i; (i = next_.fetch_add(1)) < count_;) fn(i);
+  }
+
+  void serve() {
+    uint64_t seen = 0;
+    for (;;) {
+      std::unique_lock lock(mutex_);
+      start_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      const auto& fn = *fn_;
+      lock.unlock();
+      work(fn);
+      lock.lock();
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable start_, done_;
+  const std::function<void(uint64_t)>* fn_ = nullptr;
+  uint64_t count_ = 0, generation_ = 0;
+  std::atomic<uint64_t> next_{0};
+  unsigned busy_ = 0, helpers_ = 0;
+};
+
+std::map<const void*, size_t>& opted_in() {
+  static std::map<const void*, size_t> bytes;
+  return bytes;
+}
+
+// CUDA_ON_CPU_FAIL_LAUNCH: "7" for the seventh kernel that runs, "name" for the first one whose name contains it.
+bool is_made_to_fail(uint64_t number, const std::string& name) {
+  const std::string what = setting_text("CUDA_ON_CPU_FAIL_LAUNCH");
+  if (what.empty()) return false;
+  const bool is_number = what.find_first_not_of("0123456789") == std::string::npos;
+  return is_number ? std::stoull(what) == number : name.find(what) != std::string::npos;
+}
+
+void execute(Launch launch, const std::string& name) {
+  static uint64_t launches = 0;
+  launch.number = ++launches;
+  if (is_made_to_fail(launch.number, name)) return set_sticky_error(cudaErrorIllegalAddress);
+  const uint64_t plane = uint64_t{launch.grid.x} * launch.grid.y, blocks = plane * launch.grid.z;
+  // Block number i of the order is (first + i * stride) mod blocks, with a stride that has no factor in common with it.
+  Random random(seed() * 0x9e3779b97f4a7c15u + launch.number);
+  const uint64_t first = random.next() % blocks;
+  uint64_t stride = random.next() % blocks + 1;
+  while (std::gcd(stride, blocks) != 1) ++stride;
+  const bool small = blocks * launch.block.x * launch.block.y * launch.block.z < 4096;
+  parallel_for(blocks, small, [&](uint64_t i) {
+    const uint64_t number = (first + static_cast<unsigned __int128>(i) * stride % blocks) % blocks;
+    run_block(launch, {static_cast<unsigned>(number % launch.grid.x),
+                       static_cast<unsigned>(number % plane / launch.grid.x), static_cast<unsigned>(number / plane)});
+  });
+}
+
+}  // namespace
+
+void parallel_for(uint64_t count, bool small, const std::function<void(uint64_t)>& fn) {
+  // A forked process (a death test) has none of its parent's threads.
+  static Pool* pool = nullptr;
+  static pid_t owner = 0;
+  if (pool == nullptr || owner != getpid()) {
+    const uint64_t threads = setting("CUDA_ON_CPU_THREADS", std::thread::hardware_concurrency());
+    pool = new Pool(static_cast<unsigned>(std::max<uint64_t>(threads, 1)));
+    owner = getpid();
+  }
+  if (small || count <= 1 || pool->helpers() == 0) {
+    for (uint64_t i = 0; i < count; ++i) fn(i);
+  } else {
+    pool->run(count, fn);
+  }
+}
+
+size_t shared_memory_limit(const void* function) {
+  constexpr size_t kWithoutOptIn = 48 << 10;
+  const auto it = opted_in().find(function);
+  return it == opted_in().end() ? kWithoutOptIn : std::max(kWithoutOptIn, it->second);
+}
+
+cudaError_t launch_kernel(const cudaLaunchConfig_t& config, const void* function, Kernel kernel) {
+  const std::lock_guard lock(api_mutex());
+  if (device_status() != cudaSuccess) return finish(device_status());
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024 || block.z > 64 ||
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    return finish(cudaErrorInvalidConfiguration);
+  }
+  if (config.dynamicSmemBytes > shared_memory_limit(function)) return finish(cudaErrorInvalidValue);
+  if (config.numAttrs != 0) return finish(cudaErrorNotSupported);
+  watch_for_crashes();
+  const std::string name = kernel_name(function);
+  Launch launch{function, std::move(kernel), grid, block, config.dynamicSmemBytes, 0};
+  return enqueue(config.stream, name, [launch, name] { execute(launch, name); });
+}
+
+}  // namespace cuda_on_cpu
+
+using namespace cuda_on_cpu;
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard lock(api_mutex());
+  if (device_status() != cudaSuccess) return finish(device_status());
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return finish(cudaSuccess);
+  int most = 0;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  if (value < 0 || value > most) return finish(cudaErrorInvalidValue);
+  opted_in()[kernel] = static_cast<size_t>(value);
+  return finish(cudaSuccess);
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  const std::lock_guard lock(api_mutex());
+  *attributes = {static_cast<int>(shared_memory_limit(kernel)), 1024};
+  return finish(device_status());
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = 1;
+  return finish(device_status());
+}

@@ -1,0 +1,81 @@
+// queue.h: the insides of streams, events and captures; for stream.cpp, graph.cpp, copy.cpp.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tests/cuda_on_cpu/runtime.h"
+
+namespace cuda_on_cpu {
+
+// One cudaEventRecord: done when the work enqueued on the stream before it is.
+struct Record {
+  Stream* stream;  // that has to advance for this to happen
+  bool done = false;
+  double seconds = 0;  // when
+};
+
+struct Operation {
+  std::string name;
+  std::function<void()> work;      // or
+  std::shared_ptr<Record> record;  // to be marked as done, or
+  std::shared_ptr<Record> wait;    // to wait for
+};
+
+struct Graph {
+  struct Node {
+    std::string name;
+    std::function<void()> work;
+    std::vector<size_t> after;
+  };
+  std::vector<Node> nodes;
+};
+
+struct ExecutableGraph {
+  Graph graph;
+};
+
+struct Capture {
+  Stream* origin;
+  cudaStreamCaptureMode mode;
+  bool invalid = false, finished = false;
+  Graph graph;
+};
+
+struct Stream {
+  bool with_null_stream;  // takes turns with the null stream: created without cudaStreamNonBlocking
+  std::deque<Operation> queue;
+  std::shared_ptr<Capture> capture;  // while it is being captured
+  std::vector<size_t> last_nodes;    // that the next captured operation comes after
+};
+
+struct Event {
+  bool timing;
+  std::shared_ptr<Record> latest;
+  std::shared_ptr<Capture> capture;  // when last recorded in a captured stream
+  std::vector<size_t> nodes;
+};
+
+// The stream itself, or the one that null stands for. Null when there is no such stream.
+Stream* find_stream(cudaStream_t stream);
+
+// Puts an operation at the end of a stream that is not being captured.
+void append(Stream& stream, Operation operation);
+
+// Runs a stream until it is empty, and of the others what it needs or what chance decides.
+void drain(Stream& stream);
+void drain_all();
+
+// The error for doing something to this stream that a capture does not permit, which also ends the capture.
+cudaError_t refuse_in_capture(Stream& stream);
+
+// The same for calls that concern no stream and that no capture permits, except in relaxed mode.
+cudaError_t forbid_during_capture();
+
+// All streams of the capture are ordinary streams again.
+void leave_capture(const std::shared_ptr<Capture>& capture);
+
+}  // namespace cuda_on_cpu

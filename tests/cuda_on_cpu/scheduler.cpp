@@ -1,0 +1,266 @@
+// scheduler.cpp: see scheduler.h. The order of the threads, block barriers and warp rendezvous.
+#include "tests/cuda_on_cpu/scheduler.h"
+
+#include <bit>
+#include <csignal>
+#include <cstring>
+
+#include "tests/cuda_on_cpu/sanitizer.h"
+
+constinit thread_local uint3 threadIdx{};
+constinit thread_local uint3 blockIdx{};
+constinit thread_local dim3 blockDim{};
+constinit thread_local dim3 gridDim{};
+
+namespace cuda_on_cpu {
+
+constinit thread_local unsigned char* block_shared_memory = nullptr;
+constinit thread_local Scheduler* scheduler_of_thread = nullptr;
+
+namespace {
+
+bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0); }
+
+}  // namespace
+
+Scheduler::Scheduler() : threads_(kMaxThreads), warps_(kMaxThreads / kLanes), crash_stack_(64 << 10) {
+  // A thread that has used up its stack can only be reported on another one.
+  stack_t stack = {};
+  stack.ss_sp = crash_stack_.data();
+  stack.ss_size = crash_stack_.size();
+  if (!kAddressSanitizer) sigaltstack(&stack, nullptr);
+}
+
+void Scheduler::start_block(uint3 block_index) {
+  const dim3 size = launch_->block;
+  blockIdx = block_index;
+  count_ = live_ = size.x * size.y * size.z;
+  at_barrier_ = 0;
+  const uint64_t block_number =
+      block_index.x + uint64_t{launch_->grid.x} * (block_index.y + uint64_t{launch_->grid.y} * block_index.z);
+  random_.reset((seed() * 0x9e3779b97f4a7c15u + launch_->number) * 0xd1342543de82ef95u + block_number);
+  for (unsigned i = 0; i < count_; ++i) {
+    Thread& thread = threads_[i];
+    thread.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+    thread.fiber = nullptr;
+    thread.waiting_for = nullptr;
+    thread.barriers_passed = 0;
+  }
+  const unsigned warps = (count_ + kLanes - 1) / kLanes;
+  for (unsigned w = 0; w < warps; ++w) {
+    const unsigned lanes = std::min(kLanes, count_ - w * kLanes);
+    Warp& warp = warps_[w];
+    warp.existing = warp.ready = lanes == kLanes ? ~0u : (1u << lanes) - 1;
+    warp.at_barrier = warp.exited = 0;
+    warp.groups = 0;
+  }
+  ready_warps_ = warps == 32 ? ~0u : (1u << warps) - 1;
+  warp_ = random_.below(warps);
+}
+
+bool Scheduler::pick() {
+  if (ready_warps_ == 0) return false;
+  const uint32_t random = random_.next();
+  // Another warp when this one cannot go on, and now and then although it could.
+  if ((ready_warps_ >> warp_ & 1) == 0 || (random >> 27) == 0) {
+    const unsigned turn = random & 31;
+    warp_ = (static_cast<unsigned>(std::countr_zero(std::rotr(ready_warps_, static_cast<int>(turn)))) + turn) & 31;
+  }
+  Warp& warp = warps_[warp_];
+  const unsigned turn = random >> 5 & 31;
+  const unsigned lane =
+      (static_cast<unsigned>(std::countr_zero(std::rotr(warp.ready, static_cast<int>(turn)))) + turn) & 31;
+  warp.ready &= ~(1u << lane);
+  if (warp.ready == 0) ready_warps_ &= ~(1u << warp_);
+  current_ = warp_ * kLanes + lane;
+  threadIdx = threads_[current_].index;
+  return true;
+}
+
+void Scheduler::run(const Launch& launch, uint3 block_index) {
+  launch_ = &launch;
+  blockDim = launch.block;
+  gridDim = launch.grid;
+  shared_.start_block(launch.shared_bytes);
+  block_shared_memory = shared_.begin();
+  start_block(block_index);
+  pick();
+  running_ = &main_;
+  resume_current();  // returns after the last thread has ended
+  if (const unsigned char* damaged = shared_.damage()) {
+    fail("something wrote " + shared_.describe(damaged) + "\n  in kernel " + kernel_name(launch.function) + ", block " +
+         text(block_index));
+  }
+  block_shared_memory = nullptr;
+  launch_ = nullptr;
+}
+
+void Scheduler::resume_current() {
+  Fiber* from = running_;
+  Fiber* to = threads_[current_].fiber;
+  if (to == nullptr) {
+    if (idle_.empty()) {
+      fibers_.push_back(std::make_unique<Fiber>(&Scheduler::fiber_main, fibers_.size()));
+      idle_.push_back(fibers_.back().get());
+    }
+    to = idle_.back();
+    idle_.pop_back();
+  }
+  running_ = to;
+  Fiber::switch_to(*from, *to);
+}
+
+void Scheduler::suspend() {
+  threads_[current_].fiber = running_;
+  if (!pick()) deadlock();
+  if (threads_[current_].fiber != running_) resume_current();
+}
+
+void Scheduler::fiber_main() {
+  Scheduler& self = *scheduler_of_thread;
+  for (;;) {
+    self.launch_->kernel();
+    self.exit_thread();
+    Fiber* const fiber = self.running_;
+    if (!self.pick()) {
+      if (self.live_ != 0) self.deadlock();
+      self.idle_.push_back(fiber);
+      self.running_ = &self.main_;
+      Fiber::switch_to(*fiber, self.main_);
+    } else if (self.threads_[self.current_].fiber != nullptr) {
+      self.idle_.push_back(fiber);
+      self.resume_current();
+    }
+  }
+}
+
+void Scheduler::exit_thread() {
+  Thread& thread = threads_[current_];
+  if (!thread.copies.empty())
+    error("a thread ends with asynchronous copies that it never waited for", {"kernel end", 0});
+  Warp& warp = warps_[current_ / kLanes];
+  const uint32_t bit = 1u << current_ % kLanes;
+  warp.exited |= bit;
+  for (int g = 0; g < warp.groups; ++g) {
+    if ((warp.group[g].mask & bit) != 0) {
+      error("the thread ends while lanes of its warp wait for it in " + std::string(warp.group[g].operation) +
+                " with mask " + hex(warp.group[g].mask),
+            warp.group[g].site);
+    }
+  }
+  --live_;
+  if (at_barrier_ != 0) {
+    if (thread.barriers_passed != 0) {
+      error("the thread ends after " + std::to_string(thread.barriers_passed) +
+                " barriers while others wait at one more: a barrier in a divergent branch",
+            barrier_site_);
+    }
+    if (at_barrier_ == live_) release_barrier();
+  }
+}
+
+void Scheduler::release_barrier() {
+  at_barrier_ = 0;
+  int count = 0;
+  unsigned waiting = 0;
+  for (unsigned w = 0; w * kLanes < count_; ++w) {
+    Warp& warp = warps_[w];
+    if (warp.at_barrier == 0) continue;
+    for (uint32_t lanes = warp.at_barrier; lanes != 0; lanes &= lanes - 1) {
+      Thread& thread = threads_[w * kLanes + static_cast<unsigned>(std::countr_zero(lanes))];
+      count += thread.predicate ? 1 : 0;
+      ++waiting;
+      ++thread.barriers_passed;
+      thread.waiting_for = nullptr;
+    }
+    warp.ready |= warp.at_barrier;
+    warp.at_barrier = 0;
+    ready_warps_ |= 1u << w;
+  }
+  vote_result_[static_cast<int>(BlockVote::kCount)] = count;
+  vote_result_[static_cast<int>(BlockVote::kAnd)] = count == static_cast<int>(waiting);
+  vote_result_[static_cast<int>(BlockVote::kOr)] = count != 0;
+}
+
+void Scheduler::barrier(const char* operation, Site site) {
+  Thread& thread = threads_[current_];
+  if (at_barrier_ == 0) {
+    barrier_site_ = site;
+  } else if (!same(site, barrier_site_)) {
+    error("a barrier in a divergent branch: this thread is at " + std::string(operation) + " while others wait at " +
+              text(barrier_site_),
+          site);
+  }
+  thread.waiting_for = operation;
+  thread.site = site;
+  warps_[current_ / kLanes].at_barrier |= 1u << current_ % kLanes;
+  // The last one waits, too, so that anyone may be first to go on.
+  if (++at_barrier_ == live_) release_barrier();
+  suspend();
+}
+
+int Scheduler::vote(BlockVote vote, bool predicate, Site site) {
+  threads_[current_].predicate = predicate;
+  barrier(vote == BlockVote::kCount ? "__syncthreads_count"
+                                    : (vote == BlockVote::kAnd ? "__syncthreads_and" : "__syncthreads_or"),
+          site);
+  return vote_result_[static_cast<int>(vote)];
+}
+
+void Scheduler::rendezvous(const char* operation, unsigned mask, Complete complete, void* arguments, Site site) {
+  Thread& thread = threads_[current_];
+  Warp& warp = warps_[current_ / kLanes];
+  const unsigned lane = current_ % kLanes;
+  const uint32_t bit = 1u << lane;
+  if ((mask & bit) == 0)
+    error(std::string(operation) + " with mask " + hex(mask) + ", which lacks the calling lane", site);
+  if ((mask & ~warp.existing) != 0) {
+    error(std::string(operation) + " with mask " + hex(mask) + " names lanes that the block does not have", site);
+  }
+  if ((mask & warp.exited) != 0) {
+    error(std::string(operation) + " with mask " + hex(mask) +
+              " waits for lanes that have exited: " + hex(mask & warp.exited),
+          site);
+  }
+  warp.arguments[lane] = arguments;
+  int g = 0;
+  for (; g < warp.groups; ++g) {
+    Group& other = warp.group[g];
+    if (other.mask == mask && other.operation == operation && other.complete == complete && same(other.site, site)) {
+      break;
+    }
+    if ((other.mask & bit) != 0 && (mask & other.arrived) != 0) {
+      error("lanes of a warp wait for each other in different operations: " + std::string(operation) + " with mask " +
+                hex(mask) + " against " + other.operation + " with mask " + hex(other.mask) + " at " + text(other.site),
+            site);
+    }
+  }
+  if (g == warp.groups) warp.group[warp.groups++] = {operation, mask, 0, complete, site};
+  Group& group = warp.group[g];
+  group.arrived |= bit;
+  if (group.arrived == mask) {
+    if (complete != nullptr) {
+      void* lanes[kLanes];
+      for (unsigned l = 0; l < kLanes; ++l) lanes[l] = (mask >> l & 1) != 0 ? warp.arguments[l] : nullptr;
+      complete(lanes, mask);
+    }
+    for (uint32_t others = mask & ~bit; others != 0; others &= others - 1) {
+      threads_[current_ - lane + static_cast<unsigned>(std::countr_zero(others))].waiting_for = nullptr;
+    }
+    // The last one to come is not always the first one to go.
+    warp.group[g] = warp.group[--warp.groups];
+    warp.ready |= mask & ~bit;
+    if (warp.ready != 0) ready_warps_ |= 1u << current_ / kLanes;
+    if ((random_.next() & 3) != 0 || mask == bit) return;
+    warp.ready |= bit;
+    ready_warps_ |= 1u << current_ / kLanes;
+    suspend();
+    return;
+  }
+  thread.waiting_for = operation;
+  thread.site = site;
+  thread.mask = mask;
+  suspend();
+}
+
+}  // namespace cuda_on_cpu

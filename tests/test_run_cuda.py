@@ -1,0 +1,198 @@
+"""test_run_cuda.py: the program on the CUDA backend, through its flags, as a user runs it: what must not change a bit,
+resuming, and the errors only a GPU has.
+
+tests/run.py runs these with the program linked against tests/cuda_on_cpu (which simulates what a machine can lack
+through environment variables) and, in the suite gpu, with ./train_gpt2 on a GPU.
+"""
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+from program import PROGRAM, TINY, call, fail, losses, metrics, same_state, steps_saved, succeed
+
+pytestmark = pytest.mark.cuda
+
+on_shim = pytest.mark.skipif("cuda_on_cpu" not in str(PROGRAM), reason="simulated by tests/cuda_on_cpu only")
+
+RUNS = {
+    "flora-bf16": ["--rank", 16],
+    "flora-fp32": ["--rank", 16, "--dtype", "fp32"],
+    "flora-kappa": ["--rank", 16, "--kappa", 4, "--projection", "orthonormal", "--transfer", "rescale"],
+    "flora-compressed": ["--rank", 16, "--gradients", "compressed", "--tokens-per-step", 128],
+    "adamw-int8": ["--optimizer", "adamw", "--state-dtype", "int8"],
+    "adamw-master": ["--optimizer", "adamw", "--master-weights", "fp32"],
+    "adafactor": ["--optimizer", "adafactor"],
+    "sgd-clipped": ["--optimizer", "sgd", "--beta1", 0.9, "--gradients", "fused", "--clip-norm", 1],
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model with heads of 64, so that attention in bf16 runs on tensor cores."""
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({"vocab_size": 257, "n_positions": 64, "n_embd": 128, "n_layer": 2, "n_head": 2}))
+    return ["--model", path, "--device", "cuda", "--no-autotune"]
+
+
+def with_environment(**variables):
+    return {**os.environ, **{name: str(value) for name, value in variables.items()}}
+
+
+def test_the_banner_names_the_gpu(data, tmp_path):
+    text = succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 1, "--out", tmp_path / "run")
+    (device,) = [line for line in text.splitlines() if line.startswith("device")]
+    assert "sm_" in device and "CUDA" in device and "(auto: a GPU is there)" in device
+    header, _ = metrics(tmp_path / "run")
+    assert header["options"]["dtype"] == "bf16"  # the default on a GPU
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_runs_agree(train, model, name):
+    a, b = train("a", *model, *RUNS[name], steps=8), train("b", *model, *RUNS[name], "--no-cuda-graph", steps=8)
+    assert same_state(a, b) and losses(a) == losses(b)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["flora", "adamw"])
+def test_fused_is_dense(train, model, optimizer, dtype):
+    rank = ["--rank", 16] if optimizer == "flora" else []
+    flags = [*model, "--optimizer", optimizer, *rank, "--dtype", dtype, "--clip-norm", 0]
+    dense = train("dense", *flags, "--gradients", "dense", steps=6)
+    fused = train("fused", *flags, "--gradients", "fused", steps=6)
+    assert same_state(dense, fused) and losses(dense) == losses(fused)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_recompute_levels_agree(train, model, dtype):
+    flags = [*model, "--rank", 16, "--dtype", dtype, "--tokens-per-step", 128]
+    reference = train("none", *flags, steps=5)
+    for level in ("gelu", "norms+gelu", "attention", "block"):
+        assert same_state(reference, train(level, *flags, "--recompute", level, steps=5)), level
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_interrupted_run_goes_on_exactly(train, model, tmp_path, name):
+    flags = [*model, *RUNS[name], "--checkpoint-every", 5, "--keep-checkpoints", 0]
+    whole = train("whole", *flags, steps=10)
+    assert steps_saved(whole) == [5, 10]
+    succeed("--resume", whole / "step_00000005", "--out", tmp_path / "rest")
+    assert same_state(whole, tmp_path / "rest")
+    assert {t: loss for t, loss in losses(whole).items() if t > 5} == losses(tmp_path / "rest")
+
+
+def test_a_signal_leaves_a_checkpoint(data, model, tmp_path):
+    command = [PROGRAM, "--data", data / "text_train_*.bin", *TINY[2:], *model, "--rank", 16, "--steps", 2000,
+               "--eval-every", 0, "--out", tmp_path / "run"]
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and errors == "" and "interrupted" in output
+    assert len(steps_saved(tmp_path / "run")) == 1
+
+
+def test_autotuning_is_remembered(train, model, tmp_path):
+    """The algorithms chosen are part of the checkpoint, so that a resumed run gives the same bits."""
+    tuned = [flag for flag in model if flag != "--no-autotune"]
+    whole = train("whole", *tuned, "--rank", 16, "--checkpoint-every", 4, "--keep-checkpoints", 0, steps=8)
+    first = json.loads((whole / "step_00000004/trainer_state.json").read_text())["tuning"]
+    assert first
+    succeed("--resume", whole / "step_00000004", "--out", tmp_path / "rest")
+    assert json.loads((tmp_path / "rest/latest/trainer_state.json").read_text())["tuning"] == first
+    assert same_state(whole, tmp_path / "rest")
+
+
+def test_the_losses_are_those_of_the_cpu(train, model):
+    flags = [*model, "--rank", 16, "--dtype", "fp32"]
+    cuda, cpu = losses(train("cuda", *flags)), losses(train("cpu", *flags, "--device", "cpu"))
+    assert cuda == pytest.approx(cpu, rel=1e-4)
+
+
+def test_evaluation_samples_and_profile(data, model, tmp_path):
+    text = succeed("--data", data / "text_train_*.bin", *TINY[2:], *model, "--rank", 16, "--steps", 3, "--eval-every",
+                   1, "--eval-batches", 1, "--sample-every", 2, "--sample-tokens", 4, "--profile", "--out",
+                   tmp_path / "run")
+    assert text.count("validation loss") == 3 and "---- sample at step 2" in text
+    for operation in ("attention_forward", "matmul", "apply_update", "classifier"):
+        assert operation in text
+    out = succeed("eval", "--model", tmp_path / "run/latest", "--val-data", data / "text_val_*.bin", "--micro-batch", 2,
+                  "--seq-len", 32, "--eval-batches", 2, "--device", "cuda")
+    assert out.startswith("validation loss")
+    succeed("generate", "--model", tmp_path / "run/latest", "--prompt", "a", "--sample-tokens", 3, "--device", "cuda")
+
+
+def test_plan_is_what_is_allocated(train, model):
+    run = train("run", *model, "--rank", 16, steps=1)
+    plan = json.loads(succeed("--plan", "--json", *model, "--rank", 16, *TINY[2:], "--steps", 1))
+    _, steps = metrics(run)
+    assert steps[0]["device_bytes"] == plan["device_bytes"]
+
+
+def refused(data, tmp_path, *flags, code, **variables):
+    return fail("--data", data / "text_train_*.bin", *TINY, "--steps", 5, "--eval-every", 0, "--out", tmp_path / "run",
+                *flags, code=code, env=with_environment(**variables))
+
+
+@on_shim
+def test_no_gpu(data, tmp_path):
+    message = refused(data, tmp_path, "--device", "cuda", code=2, CUDA_ON_CPU_DEVICES=0)
+    assert "no NVIDIA GPU was found" in message and "--device cpu" in message
+    text = succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 1, "--out", tmp_path / "run",
+                   env=with_environment(CUDA_ON_CPU_DEVICES=0))
+    assert "auto: no NVIDIA GPU was found" in text
+
+
+@on_shim
+def test_a_driver_that_is_too_old(data, tmp_path):
+    message = refused(data, tmp_path, "--device", "cuda", code=2, CUDA_ON_CPU_DRIVER_TOO_OLD=1)
+    assert "the NVIDIA driver supports CUDA 11.4 and is too old" in message and "update the driver" in message
+
+
+@on_shim
+def test_a_gpu_that_is_too_old(data, tmp_path):
+    message = refused(data, tmp_path, "--device", "cuda", code=2, CUDA_ON_CPU_ARCH=75)
+    assert "sm_75" in message and "sm_80" in message
+
+
+@on_shim
+def test_too_little_memory(data, tmp_path):
+    memory = 40 << 20
+    message = refused(data, tmp_path, "--device", "cuda", "--optimizer", "adamw", "--micro-batch", 64, code=1,
+                      CUDA_ON_CPU_MEMORY=memory)
+    assert "the plan is" in message and "are free" in message and "it needs" in message
+    flags = message[message.index("; with") + len("; with"):message.index(" it needs")].split()
+    succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 1, "--out", tmp_path / "run", "--device", "cuda",
+            "--optimizer", "adamw", "--micro-batch", 64, *flags, env=with_environment(CUDA_ON_CPU_MEMORY=memory))
+
+
+@on_shim
+def test_no_memory_at_all(data, tmp_path):
+    message = refused(data, tmp_path, "--device", "cuda", code=1, CUDA_ON_CPU_MEMORY=1 << 20)
+    assert "a smaller --model is needed" in message
+
+
+@on_shim
+@pytest.mark.parametrize("blocking", [False, True])
+def test_an_error_in_the_middle_of_a_step(data, tmp_path, blocking):
+    flags = ["--device", "cuda", "--checkpoint-every", 2, "--no-cuda-graph", "--rank", 16]
+    variables = {"CUDA_ON_CPU_FAIL_LAUNCH": "gelu_backward:12"}
+    if blocking:
+        variables["CUDA_LAUNCH_BLOCKING"] = "1"
+    message = refused(data, tmp_path, *flags, code=1, **variables)
+    assert "step " in message and "illegal memory access" in message
+    assert f"last checkpoint: {tmp_path / 'run'}/step_" in message
+    if blocking:
+        assert "gelu_backward" in message
+    else:
+        assert "CUDA_LAUNCH_BLOCKING=1" in message
+
+
+@on_shim
+def test_a_matmul_without_an_algorithm(data, tmp_path):
+    message = refused(data, tmp_path, "--device", "cuda", code=1, CUDA_ON_CPU_NO_ALGORITHM=1)
+    assert "cuBLASLt" in message and "no algorithm" in message
