@@ -52,7 +52,7 @@ ifeq ($(CUDA),1)
   # Machine code for each, and for the last one that newer GPUs can take, PTX.
   PORTABLE   := $(lastword $(filter-out %a,$(CUDA_ARCHS)))
   GENCODE    := $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) \
-                $(if $(PORTABLE),-gencode=arch=compute_$(PORTABLE),code=compute_$(PORTABLE))
+                $(foreach a,$(PORTABLE),-gencode=arch=compute_$(a),code=compute_$(a))
   # -fmad=false: see -ffp-contract above. 1675: pragmas of GCC in the headers that are shared with the CPU.
   NVCCFLAGS  := -std=c++20 -O3 -fmad=false -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-restrict,-Werror \
                 -diag-suppress 1675 -Werror all-warnings -lineinfo -I. $(GENCODE)

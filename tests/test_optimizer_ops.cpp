@@ -88,6 +88,25 @@ TEST_P(OptimizerOps, AccumulateInBf16RoundsWithTheSpecifiedNumbers) {
   }
 }
 
+TEST_P(OptimizerOps, AccumulateKeepsWhatIsNotFinite) {
+  TestDevice device(backend());
+  Values in(300, 1.0);
+  in[3] = INFINITY, in[4] = -INFINITY, in[100] = NAN, in[299] = NAN;
+  const DeviceValue<uint32_t> counter(device, 4);
+  for (DType sum_dtype : {DType::kF32, DType::kBF16}) {
+    const Tensor sum = device.upload(Values(300, 0.5), sum_dtype, {300});
+    device->accumulate(sum, device.upload(in, dtype(), {300}), kKey, counter.data());
+    const Values out = device.read(sum);
+    for (size_t i = 0; i < in.size(); ++i) {
+      if (std::isnan(in[i])) {
+        ASSERT_TRUE(std::isnan(out[i])) << i;
+      } else {
+        ASSERT_EQ(out[i], in[i] + 0.5) << i;
+      }
+    }
+  }
+}
+
 TEST_P(OptimizerOps, ClipScaleIsTheRatioOfNormsUpToOne) {
   TestDevice device(backend());
   for (double norm : {0.0, 0.5, 2.0, 1e4}) {

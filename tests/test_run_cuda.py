@@ -179,20 +179,20 @@ def test_no_memory_at_all(data, tmp_path):
 @on_shim
 @pytest.mark.parametrize("blocking", [False, True])
 def test_an_error_in_the_middle_of_a_step(data, tmp_path, blocking):
-    flags = ["--device", "cuda", "--checkpoint-every", 2, "--no-cuda-graph", "--rank", 16]
-    variables = {"CUDA_ON_CPU_FAIL_LAUNCH": "gelu_backward:12"}
+    flags = ["--device", "cuda", "--checkpoint-every", 2, "--no-cuda-graph", "--no-autotune", "--rank", 16]
+    variables = {"CUDA_ON_CPU_FAIL_LAUNCH": "GeluGradient:9"}  # twice a step
     if blocking:
         variables["CUDA_LAUNCH_BLOCKING"] = "1"
     message = refused(data, tmp_path, *flags, code=1, **variables)
-    assert "step " in message and "illegal memory access" in message
-    assert f"last checkpoint: {tmp_path / 'run'}/step_" in message
+    assert "step 5: " in message and "illegal memory access" in message
+    assert f"last checkpoint: {tmp_path / 'run'}/step_00000004" in message
     if blocking:
-        assert "gelu_backward" in message
+        assert "in kernel gelu_backward; " in message
     else:
         assert "CUDA_LAUNCH_BLOCKING=1" in message
 
 
 @on_shim
 def test_a_matmul_without_an_algorithm(data, tmp_path):
-    message = refused(data, tmp_path, "--device", "cuda", code=1, CUDA_ON_CPU_NO_ALGORITHM=1)
+    message = refused(data, tmp_path, "--device", "cuda", "--rank", 16, code=1, CUDA_ON_CPU_NO_ALGORITHM=1)
     assert "cuBLASLt" in message and "no algorithm" in message

@@ -11,8 +11,9 @@
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTokensAtOnce = 2;  // forward
-constexpr int kWarps = 16;        // backward of wte
+constexpr int64_t kMostElements = int64_t{1} << 31;  // threads count theirs in 32 bits: divisions are cheap
+constexpr int kTokensAtOnce = 2;                     // forward
+constexpr int kWarps = 16;                           // backward of wte
 constexpr int kPositionsAtOnce = 4;
 constexpr int kLongGroup = 32;  // positions that one warp adds up alone, at most
 
@@ -21,12 +22,11 @@ constexpr int kLongGroup = 32;  // positions that one warp adds up alone, at mos
 // A thread: kWidth columns of tokens i and i + `half`.
 template <typename Out, typename Wte, typename Wpe>
 __global__ void __launch_bounds__(kThreads)
-    embedding_forward_kernel(Out out, const int32_t* tokens, Wte wte, Wpe wpe, int64_t count, int64_t half,
-                             int64_t sequence, int64_t channels) {
+    embedding_forward_kernel(Out out, const int32_t* tokens, Wte wte, Wpe wpe, uint32_t count, uint32_t half,
+                             uint32_t sequence, uint32_t channels) {
   constexpr int kWidth = Out::kWidth;
-  const uint64_t at = static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const uint64_t groups = static_cast<uint64_t>(channels) / kWidth;
-  const int64_t first = static_cast<int64_t>(at / groups);
+  const uint32_t at = blockIdx.x * kThreads + threadIdx.x, groups = channels / kWidth;
+  const uint32_t first = at / groups;
   if (first >= half) return;
   const int64_t column = static_cast<int64_t>(at % groups) * kWidth;
   int32_t ids[kTokensAtOnce];
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int u = 0; u < kTokensAtOnce; ++u) {
     token[u] = wte.load_again(ids[u], column);
-    position[u] = wpe.load_again(static_cast<int64_t>(static_cast<uint64_t>(first + u * half) % sequence), column);
+    position[u] = wpe.load_again((first + u * half) % sequence, column);
   }
 #pragma unroll
   for (int u = 0; u < kTokensAtOnce; ++u) {
@@ -53,16 +53,21 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- backward
 
-// sums += the rows first, first + step, ... before end of the list, or of dout itself when there is no list.
+// sums += the rows first, first + step, ... before `end`: of dout, or of the list of its rows that is given.
 template <typename View>
 __device__ inline void add_rows(float (&sums)[View::kWidth], View dout, const int32_t* list, int64_t first, int64_t end,
                                 int64_t step, int64_t column) {
   for (; first < end; first += step * kPositionsAtOnce) {
+    int64_t rows[kPositionsAtOnce];
     typename View::Raw raw[kPositionsAtOnce];
 #pragma unroll
     for (int u = 0; u < kPositionsAtOnce; ++u) {
       const int64_t at = first + u * step;
-      if (at < end) raw[u] = list == nullptr ? dout.load(at, column) : dout.load_again(list[at], column);
+      rows[u] = list == nullptr || at >= end ? at : list[at];
+    }
+#pragma unroll
+    for (int u = 0; u < kPositionsAtOnce; ++u) {
+      if (first + u * step < end) raw[u] = dout.load_again(rows[u], column);
     }
 #pragma unroll
     for (int u = 0; u < kPositionsAtOnce; ++u) {
@@ -145,15 +150,15 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 // A thread: kWidth columns of one position. dwpe[t] (+)= sum over b of dout[b, t].
 template <typename View>
 __global__ void __launch_bounds__(kThreads)
-    position_gradient_kernel(AnyView dwpe, View dout, int64_t batch, int64_t sequence, int64_t positions,
-                             int64_t channels, bool accumulate) {
+    position_gradient_kernel(AnyView dwpe, View dout, uint32_t batch, uint32_t sequence, uint32_t positions,
+                             uint32_t channels, bool accumulate) {
   constexpr int kWidth = View::kWidth;
-  const uint64_t at = static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const uint64_t groups = static_cast<uint64_t>(channels) / kWidth;
-  const int64_t t = static_cast<int64_t>(at / groups), column = static_cast<int64_t>(at % groups) * kWidth;
+  const uint32_t at = blockIdx.x * kThreads + threadIdx.x, groups = channels / kWidth;
+  const uint32_t t = at / groups;
+  const int64_t column = static_cast<int64_t>(at % groups) * kWidth;
   if (t >= positions) return;
   float sums[kWidth] = {};
-  if (t < sequence) add_rows(sums, dout, nullptr, t, batch * sequence, sequence, column);
+  if (t < sequence) add_rows(sums, dout, nullptr, t, static_cast<int64_t>(batch) * sequence, sequence, column);
   finish_row(dwpe, t, column, sums, accumulate);
 }
 
@@ -184,6 +189,7 @@ void CudaBackend::embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tenso
   require(out.rows() == count && out.cols() == channels && wpe.cols() == channels, "embedding: shapes");
   require(wpe.rows() >= sequence, "embedding: fewer positions than the sequence has");
   require(has_uniform_rows(out) && tokens.contiguous(), "embedding: rows of a view must have one stride");
+  require(out.elements() < kMostElements, "embedding: too many elements");
   const Timed timed(*this, "embedding_forward", 0, 2.0 * static_cast<double>(out.bytes()));
   if (count == 0) return;
   const int64_t half = (count + kTokensAtOnce - 1) / kTokensAtOnce;
@@ -192,7 +198,8 @@ void CudaBackend::embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tenso
            {.grid = dim3(blocks_for(half * (channels / Out::kWidth), kThreads)),
             .block = dim3(kThreads),
             .stream = stream_},
-           out_view, tokens.as<const int32_t>(), wte_view, wpe_view, count, half, sequence, channels);
+           out_view, tokens.as<const int32_t>(), wte_view, wpe_view, static_cast<uint32_t>(count),
+           static_cast<uint32_t>(half), static_cast<uint32_t>(sequence), static_cast<uint32_t>(channels));
   };
   if (wte.dtype != wpe.dtype || !has_octet_rows(out) || !has_octet_rows(wte) || !has_octet_rows(wpe)) {
     launch_forward(any_view(out), any_view(wte), any_view(wpe));
@@ -208,6 +215,7 @@ void CudaBackend::embedding_backward(Tensor dwte, bool accumulate_wte, Tensor dw
   require(dout.rank == 3 && has_uniform_rows(dout), "embedding: dout [B, T, C]");
   const int64_t batch = dout.shape[0], sequence = dout.shape[1], channels = dout.cols(), count = batch * sequence;
   require(dwte.cols() == channels && dwpe.cols() == channels && dwpe.rows() >= sequence, "embedding: shapes");
+  require(std::max(dout.elements(), dwpe.elements()) < kMostElements, "embedding: too many elements");
   require(groups.ids.elements() == count && groups.positions.elements() == count, "embedding: token groups");
   const Timed timed(
       *this, "embedding_backward", 0,
@@ -230,6 +238,7 @@ void CudaBackend::embedding_backward(Tensor dwte, bool accumulate_wte, Tensor dw
            {.grid = dim3(blocks_for(positions * (channels / View::kWidth), kThreads)),
             .block = dim3(kThreads),
             .stream = stream_},
-           any_view(dwpe), view, batch, sequence, positions, channels, accumulate_wpe);
+           any_view(dwpe), view, static_cast<uint32_t>(batch), static_cast<uint32_t>(sequence),
+           static_cast<uint32_t>(positions), static_cast<uint32_t>(channels), accumulate_wpe);
   });
 }

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -11,6 +12,19 @@
 // Throws std::runtime_error saying what was being done when `status` is not success.
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// What to say of a launch that failed. Kernels run after their launch has returned, so an error may be an earlier one's,
+// unless the environment makes each launch wait.
+inline std::runtime_error launch_error(cudaError_t status, const char* name) {
+  const char* const blocking = std::getenv("CUDA_LAUNCH_BLOCKING");
+  const bool waits = blocking && std::string(blocking) == "1";
+  const bool refused = status == cudaErrorInvalidValue || status == cudaErrorInvalidConfiguration;
+  const std::string error = std::string("CUDA: ") + cudaGetErrorString(status);
+  if (waits || refused) return std::runtime_error(error + " in kernel " + name);
+  return std::runtime_error(error + " in kernel " + name +
+                            " or an earlier one (with the environment variable CUDA_LAUNCH_BLOCKING=1 and "
+                            "--no-cuda-graph the message names it)");
 }
 
 struct LaunchShape {
@@ -34,5 +48,6 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = shape.stream;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  if (status != cudaSuccess) throw launch_error(status, name);
 }

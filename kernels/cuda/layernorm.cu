@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) layernorm_backward_kernel(Backward p
   const bool active = column < p.channels;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * p.chunk;
   const int64_t end = begin + p.chunk < p.rows ? begin + p.chunk : p.rows;
-  const float count = static_cast<float>(p.channels);
+  const float per_channel = 1.0f / static_cast<float>(p.channels);
 
   constexpr bool kReloadWeight = kThreads > 512;  // too few registers to keep it
   float weight[kOctet] = {}, dweight[kOctet] = {}, dbias[kOctet] = {};
@@ -273,8 +273,8 @@ __global__ void __launch_bounds__(kThreads) layernorm_backward_kernel(Backward p
         mean_g += shared[(w * kRows + r) * 2];
         mean_gn += shared[(w * kRows + r) * 2 + 1];
       }
-      mean_g /= count;
-      mean_gn /= count;
+      mean_g *= per_channel;
+      mean_gn *= per_channel;
       if (kReloadWeight) load_octet(p.weight, 0, column, weight);
       float d[kOctet], x[kOctet], dx[kOctet];
       unpack(dout[r], d);

@@ -6,7 +6,7 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/views.cuh"
 
-inline constexpr int kMapThreads = 256, kMapUnroll = 4;
+inline constexpr int kMapThreads = 256, kMapUnroll = 4, kMapTile = kMapThreads * kMapUnroll;
 
 // op.start(): once per thread, reads what the operation takes from device memory; false when there is nothing to do.
 // op(x, y): the new element from those of a and b (0 for an operand that is missing).
@@ -14,29 +14,28 @@ template <typename Op, typename Out, typename A, typename B>
 __global__ void __launch_bounds__(kMapThreads) map_kernel(Op op, Out out, A a, B b, Extent extent) {
   if (!op.start()) return;
   constexpr int kWidth = Out::kWidth;
-  const int64_t row_groups = extent.cols / kWidth, groups = extent.rows * row_groups;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kMapThreads * kMapUnroll) + threadIdx.x;
-  int64_t rows[kMapUnroll], columns[kMapUnroll];
+  const int64_t row_groups = extent.cols / kWidth;
+  const Tile tile = tile_of<kWidth, kMapTile>(extent, blockIdx.x);
+  const int64_t first = tile.first + threadIdx.x;
   typename A::Raw as[kMapUnroll];
   typename B::Raw bs[kMapUnroll];
 #pragma unroll
   for (int u = 0; u < kMapUnroll; ++u) {
     const int64_t group = first + u * kMapThreads;
-    if (group >= groups) continue;
-    rows[u] = extent.rows == 1 ? 0 : static_cast<int64_t>(static_cast<uint64_t>(group) / row_groups);
-    columns[u] = (group - rows[u] * row_groups) * kWidth;
-    as[u] = a.load(rows[u], columns[u]);
-    bs[u] = b.load(rows[u], columns[u]);
+    if (group >= row_groups) continue;
+    as[u] = a.load(tile.row, group * kWidth);
+    bs[u] = b.load(tile.row, group * kWidth);
   }
 #pragma unroll
   for (int u = 0; u < kMapUnroll; ++u) {
-    if (first + u * kMapThreads >= groups) continue;
+    const int64_t group = first + u * kMapThreads;
+    if (group >= row_groups) continue;
     float x[kWidth], y[kWidth];
     A::unpack(as[u], x);
     B::unpack(bs[u], y);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] = op(x[i], y[i]);
-    out.store(rows[u], columns[u], x);
+    out.store(tile.row, group * kWidth, x);
   }
   const int64_t tail = row_groups * kWidth + threadIdx.x;  // past the last whole vector
   if (kWidth > 1 && blockIdx.x == 0 && extent.rows == 1 && tail < extent.cols) {
@@ -46,8 +45,7 @@ __global__ void __launch_bounds__(kMapThreads) map_kernel(Op op, Out out, A a, B
 
 template <typename Op, typename Out, typename A, typename B>
 void launch_map(const char* name, cudaStream_t stream, Op op, Out out, A a, B b, const Extent& extent) {
-  const int64_t groups = std::max<int64_t>(1, extent.groups(Out::kWidth));
-  const int64_t blocks = (groups + kMapThreads * kMapUnroll - 1) / (kMapThreads * kMapUnroll);
+  const int64_t blocks = std::max<int64_t>(1, extent.tiles(Out::kWidth, kMapTile));
   launch(name, map_kernel<Op, Out, A, B>,
          {.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(kMapThreads), .stream = stream}, op, out, a, b,
          extent);

@@ -20,6 +20,8 @@ constexpr int kTileCols = kRun * kWarp;
 constexpr int kRowsAtOnce = 4;  // of a warp: their loads are under way together
 constexpr int kTileThreads = 256;
 constexpr int kTileWarps = kTileThreads / kWarp;
+static_assert(kTileThreads == kTileCols);
+constexpr int kSharedPitch = kWarp + 4;
 constexpr int kFinishRows = 256;                    // rows a thread block of finish_kernel() takes
 constexpr int kFinishCols = 32, kFinishGroups = 8;  // or columns, and threads that share a column
 
@@ -60,21 +62,32 @@ __device__ inline float warp_sums(const float (&sums)[kRowsAtOnce]) {
 }
 __device__ inline int row_of_lane_sum() { return static_cast<int>(threadIdx.x % kWarp) / 8; }
 
-// Eight elements of a row from column `column` on; zeros where there are none.
+// Eight elements from `column` on of kRowsAtOnce rows from `row` on; zeros where the tile or the matrix ends.
 template <typename T>
-__device__ inline void load_columns(float (&x)[kRun], const T* row, int64_t column, int64_t cols, bool aligned) {
-  constexpr int kPack = Pack<T>::kSize;
-  if (aligned && column + kRun <= cols) {
+__device__ inline void load_rows(float (&x)[kRowsAtOnce][kRun], const T* grad, int64_t stride, int64_t row, int64_t end,
+                                 int64_t column, int64_t cols, bool aligned) {
+  constexpr int kPack = Pack<T>::kSize, kPacks = kRun / kPack;
+  const T* const first = grad + row * stride + column;
+  if (aligned && column + kRun <= cols && row + kRowsAtOnce <= end) {
+    Pack<T> packs[kRowsAtOnce][kPacks];  // all loads before the first use
 #pragma unroll
-    for (int part = 0; part < kRun / kPack; ++part) {
-      const Pack<T> pack = load128(row + column + part * kPack);
+    for (int k = 0; k < kRowsAtOnce; ++k) {
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) x[part * kPack + i] = to_float(pack.v[i]);
+      for (int part = 0; part < kPacks; ++part) packs[k][part] = load128(first + k * stride + part * kPack);
+    }
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; ++k) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) x[k][i] = to_float(packs[k][i / kPack].v[i % kPack]);
     }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) x[i] = column + i < cols ? to_float(row[column + i]) : 0.0f;
+  for (int k = 0; k < kRowsAtOnce; ++k) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      x[k][i] = row + k < end && column + i < cols ? to_float(first[k * stride + i]) : 0.0f;
+  }
 }
 
 // Sums of squares of one tile: row_sums[tile][row], column_sums[chunk][column of the range].
@@ -83,7 +96,7 @@ __global__ void __launch_bounds__(kTileThreads)
     squares_kernel(const T* grad, int64_t stride, bool aligned, Tiling tiling, int64_t first_tile, int64_t range,
                    float* row_sums, float* column_sums, const StepScalars* scalars) {
   if (scalars->gate == 0) return;
-  float* const shared = shared_memory<float>();  // [kTileWarps][kTileCols]
+  float* const shared = shared_memory<float>();  // [kTileWarps][kRun][kSharedPitch]
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t tile = blockIdx.x, chunk = blockIdx.y;
   const int64_t column = (first_tile + tile) * kTileCols + lane * kRun;
@@ -92,9 +105,7 @@ __global__ void __launch_bounds__(kTileThreads)
   float columns[kRun] = {};
   for (int64_t row = begin + warp * kRowsAtOnce; row < end; row += kTileWarps * kRowsAtOnce) {
     float x[kRowsAtOnce][kRun], sums[kRowsAtOnce];
-#pragma unroll
-    for (int k = 0; k < kRowsAtOnce; ++k)
-      load_columns(x[k], grad + (row + k) * stride, row + k < end ? column : tiling.cols, tiling.cols, aligned);
+    load_rows(x, grad, stride, row, end, column, tiling.cols, aligned);
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
       sums[k] = 0.0f;
@@ -108,13 +119,14 @@ __global__ void __launch_bounds__(kTileThreads)
     const int64_t sum_row = row + row_of_lane_sum();
     if (lane % 8 == 0 && sum_row < end) row_sums[tile * tiling.rows + sum_row] = sum;
   }
-  float* const own = shared + warp * kTileCols + lane * kRun;
+  // Element i of a lane goes to row i of kRun: neither these stores nor the loads after them meet in a bank.
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) own[i] = columns[i];
+  for (int i = 0; i < kRun; ++i) shared[(warp * kRun + i) * kSharedPitch + lane] = columns[i];
   __syncthreads();
   float total = 0.0f;
+  const int from = static_cast<int>(threadIdx.x % kRun * kSharedPitch + threadIdx.x / kRun);
 #pragma unroll
-  for (int k = 0; k < kTileWarps; ++k) total += shared[k * kTileCols + threadIdx.x];
+  for (int k = 0; k < kTileWarps; ++k) total += shared[k * kRun * kSharedPitch + from];
   column_sums[(chunk * range + tile) * kTileCols + threadIdx.x] = total;
 }
 
@@ -340,7 +352,7 @@ void CudaBackend::factored_second_moment(Tensor row_state, Tensor col_state, Ten
       launch("squares", squares_kernel<T>,
              {.grid = dim3(static_cast<unsigned>(here), static_cast<unsigned>(tiling.chunks)),
               .block = kTileThreads,
-              .shared_bytes = kTileWarps * kTileCols * sizeof(float),
+              .shared_bytes = kTileWarps * kRun * kSharedPitch * sizeof(float),
               .stream = stream_},
              grad.as<T>(), grad.leading_dimension(), aligned, tiling, tile, here, row_sums, column_sums, scalars);
     });
@@ -376,6 +388,7 @@ void CudaBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tenso
               (col_scale.empty() || col_scale.elements() == cols),
           "scale_rows_cols: shapes differ");
   const Timed timed(*this, "scale_rows_cols", 0, static_cast<double>(in.bytes() + out.bytes()));
+  if (in.elements() == 0) return;
   const bool aligned = rows_aligned(out) && rows_aligned(in) && reinterpret_cast<uintptr_t>(col_scale.data) % 16 == 0;
   dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
     const int64_t runs = rows * divide_up(cols, ScaleRun<Out, In>::kElements);

@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int kBlocksPerWarp = 2;
+constexpr int kResidentBlocks = 3;  // thread blocks on a multiprocessor: 80 registers a thread, which is enough
 
 // The new value of a weight: to the master copy where there is one (the weight is then its rounding), else to the
 // weight itself, stochastically if it is bf16.
@@ -43,7 +44,7 @@ double update_bytes(const Tensor& weight, const Tensor& master, const Tensor& gr
   return static_cast<double>(grad.bytes() + 2 * weight.bytes() + (master.empty() ? 0 : 2 * master.bytes()));
 }
 
-__global__ void __launch_bounds__(kStateThreads)
+__global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
     accumulate_kernel(BlockTensor accumulator, BlockTensor in, int64_t elements, RandomStream stream,
                       const uint32_t* counter) {
   Run run[kBlocksPerWarp];
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kStateThreads)
   }
 }
 
-__global__ void __launch_bounds__(kStateThreads)
+__global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
     apply_update_kernel(Destination destination, BlockTensor update, int64_t elements, ApplyOptions options,
                         const float* update_squares, const float* weight_squares, float parameter_elements,
                         const StepScalars* scalars) {
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kStateThreads)
 }
 
 // Without a momentum beta1 is 0 and m.data null.
-__global__ void __launch_bounds__(kStateThreads)
+__global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
     adamw_update_kernel(Destination destination, BlockTensor m, BlockTensor v, BlockTensor grad, int64_t elements,
                         AdamWOptions options, const StepScalars* scalars) {
   const Run run = run_of_lane(block_of_warp(), elements);
@@ -132,39 +133,29 @@ __global__ void __launch_bounds__(kStateThreads)
 }
 
 // Without a momentum m.data is null.
-__global__ void __launch_bounds__(kStateThreads)
+__global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
     sgd_update_kernel(Destination destination, BlockTensor m, BlockTensor grad, int64_t elements, SgdOptions options,
                       const StepScalars* scalars) {
-  Run run[kBlocksPerWarp];
-  RawRun weights[kBlocksPerWarp], gradients[kBlocksPerWarp], momenta[kBlocksPerWarp];
-#pragma unroll
-  for (int k = 0; k < kBlocksPerWarp; ++k) {
-    run[k] = run_of_lane(block_of_warp(kBlocksPerWarp, k), elements);
-    if (run[k].block * kQuantBlock >= elements) continue;
-    weights[k] = fetch(destination.source, run[k]);
-    gradients[k] = fetch(grad, run[k]);
-    if (m.data) momenta[k] = fetch(m, run[k]);
-  }
+  const Run run = run_of_lane(block_of_warp(), elements);
+  if (run.block * kQuantBlock >= elements) return;
+  const RawRun raw_g = fetch(grad, run), raw_w = fetch(destination.source, run);
+  RawRun raw_m = raw_g;
+  if (m.data) raw_m = fetch(m, run);
   if (scalars->gate == 0) return;
   const float lr = scalars->lr, beta1 = options.beta1, decay = options.weight_decay;
-  const uint32_t step = scalars->step;
+  float w[kRun], u[kRun];
+  decode(u, raw_g, grad.dtype);
+  if (m.data) {
+    float old[kRun];
+    decode(old, raw_m, m.dtype);
 #pragma unroll
-  for (int k = 0; k < kBlocksPerWarp; ++k) {
-    if (run[k].block * kQuantBlock >= elements) return;
-    float w[kRun], u[kRun];
-    decode(u, gradients[k], grad.dtype);
-    if (m.data) {
-      float old[kRun];
-      decode(old, momenta[k], m.dtype);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) u[i] = beta1 * old[i] + u[i];
-      store(m, run[k], u);
-    }
-    decode(w, weights[k], destination.source.dtype);
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) w[i] = w[i] - lr * (decay * w[i] + u[i]);
-    destination.put(run[k], w, step);
+    for (int i = 0; i < kRun; ++i) u[i] = beta1 * old[i] + u[i];
+    store(m, run, u);
   }
+  decode(w, raw_w, destination.source.dtype);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) w[i] = w[i] - lr * (decay * w[i] + u[i]);
+  destination.put(run, w, scalars->step);
 }
 
 }  // namespace
@@ -213,6 +204,6 @@ void CudaBackend::sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad
   const Timed timed(*this, "sgd_update", 0,
                     update_bytes(weight, master, grad) + (m.empty() ? 0.0 : 2.0 * static_cast<double>(m.bytes())));
   launch("sgd_update", sgd_update_kernel,
-         {.grid = state_grid(grad.elements(), kBlocksPerWarp), .block = kStateThreads, .stream = stream_},
+         {.grid = state_grid(grad.elements()), .block = kStateThreads, .stream = stream_},
          destination(weight, master, key), block_tensor(m), block_tensor(grad), grad.elements(), options, scalars);
 }

@@ -193,29 +193,32 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- the solve
 
-// Columns of p, `width` of them (1, 2, 4 or 8) a thread block: forward substitution, with the columns in shared memory
-// in fp64 all the time. A thread has one element of a tile of rows; where the block has fewer columns than 8, the
-// neighbours share the sum. Afterwards p = L^-1 p, or unchanged after a failure.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    solve_kernel(T* p, int64_t d, Square factor, FactorScratch scratch, int width) {
+// kWidth columns of p a thread block (1, 2, 4 or 8): forward substitution, with the columns in shared memory in fp64
+// all the time. A thread has one element of a tile of rows; where there are fewer columns than 8, neighbours share the
+// sum. Afterwards p = L^-1 p, or unchanged after a failure.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) solve_kernel(T* p, int64_t d, Square factor, FactorScratch scratch) {
   if (*scratch.failed) return;
   double* const tile = shared_memory<double>();
-  double* const sums = tile + kTileSize;        // [32][width]
-  double* const x = sums + kTile * kPanelCols;  // [r rounded up to 32][width]
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * width;
+  double* const sums = tile + kTileSize;        // [32][kWidth]
+  double* const x = sums + kTile * kPanelCols;  // [r rounded up to 32][kWidth]
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWidth;
   const int64_t tiles = (factor.r + kTile - 1) / kTile;
-  for (int64_t e = threadIdx.x; e < tiles * kTile * width; e += kThreads) {
-    const int64_t i = e / width, j = first + e % width;
+  for (int64_t e = threadIdx.x; e < tiles * kTile * kWidth; e += kThreads) {
+    const int64_t i = e / kWidth, j = first + e % kWidth;
     x[e] = i < factor.r && j < d ? static_cast<double>(to_float(p[i * d + j])) : 0.0;
   }
-  const int i = threadIdx.x / 8, column = threadIdx.x % 8 % width;
-  const int parts = 8 / width, part = threadIdx.x % 8 / width;
+  const int i = threadIdx.x / 8, column = threadIdx.x % 8 % kWidth;
+  constexpr int kParts = 8 / kWidth;
+  const int part = threadIdx.x % 8 / kWidth;
   // The sum over k of tile[i][k] from[k][column], in all lanes of a row that share it.
   const auto row_sum = [&](const double* from) {
     double sum = 0;
-    for (int k = part; k < kTile; k += parts) sum = fma(tile[i * kPitch + k], from[k * width + column], sum);
-    for (int offset = 4; offset >= width; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+#pragma unroll 8
+    for (int k = 0; k < kTile; k += kParts)
+      sum = fma(tile[i * kPitch + k + part], from[(k + part) * kWidth + column], sum);
+#pragma unroll
+    for (int offset = 4; offset >= kWidth; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
     return sum;
   };
   for (int64_t row = 0; row < tiles; ++row) {
@@ -224,19 +227,19 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();  // the last use of the tile is over
       load_tile(tile, factor, row, k);
       __syncthreads();
-      sum += row_sum(x + k * kTile * width);
+      sum += row_sum(x + k * kTile * kWidth);
     }
     __syncthreads();
     const double* const inverse = scratch.inverses + row * kTile * kTile;
     for (int e = threadIdx.x; e < kTile * kTile; e += kThreads) tile[e / kTile * kPitch + e % kTile] = inverse[e];
-    if (part == 0) sums[i * width + column] = x[(row * kTile + i) * width + column] - sum;
+    if (part == 0) sums[i * kWidth + column] = x[(row * kTile + i) * kWidth + column] - sum;
     __syncthreads();
     const double solved = row_sum(sums);
-    if (part == 0) x[(row * kTile + i) * width + column] = solved;
+    if (part == 0) x[(row * kTile + i) * kWidth + column] = solved;
   }
   __syncthreads();
-  for (int64_t e = threadIdx.x; e < factor.r * width; e += kThreads) {
-    const int64_t i = e / width, j = first + e % width;
+  for (int64_t e = threadIdx.x; e < factor.r * kWidth; e += kThreads) {
+    const int64_t i = e / kWidth, j = first + e % kWidth;
     if (j < d) p[i * d + j] = from_float<T>(static_cast<float>(x[e]));
   }
 }
@@ -287,12 +290,20 @@ void CudaBackend::orthonormalize_rows(Tensor p, void* scratch_memory, StepScalar
            {.grid = dim3(left, left), .block = kThreads, .shared_bytes = 4 * kTileBytes, .stream = stream_}, square, k,
            fp64 ? 1e-13 : 1e-6, kept, scalars);
   }
-  dispatch(p.dtype, [&]<typename T>() {
-    launch("solve", solve_kernel<T>,
-           {.grid = dim3(static_cast<unsigned>(divide_up(d, width))),
+  const auto solve = [&]<typename T, int kWidth>() {
+    launch("solve", solve_kernel<T, kWidth>,
+           {.grid = dim3(static_cast<unsigned>(divide_up(d, kWidth))),
             .block = kThreads,
             .shared_bytes = kTileBytes + kTile * kPanelCols * sizeof(double) + panel_bytes,
             .stream = stream_},
-           p.as<T>(), d, square, kept, static_cast<int>(width));
+           p.as<T>(), d, square, kept);
+  };
+  dispatch(p.dtype, [&]<typename T>() {
+    switch (width) {
+      case 8: solve.template operator()<T, 8>(); return;
+      case 4: solve.template operator()<T, 4>(); return;
+      case 2: solve.template operator()<T, 2>(); return;
+      default: solve.template operator()<T, 1>(); return;
+    }
   });
 }

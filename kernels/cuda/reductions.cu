@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int kSumThreads = 256, kSumUnroll = 4;
+constexpr int kSumThreads = 256, kSumUnroll = 4, kSumTile = kSumThreads * kSumUnroll;
 constexpr int kSumRun = 16;              // rounds of loads that are added in fp32 before they join a double
 constexpr int64_t kMaxSumBlocks = 1024;  // partial sums of all elements
 
@@ -32,26 +32,25 @@ struct SumResult {
 };
 
 template <bool kSquare, typename View>
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(View x, Extent extent, double* partials, SumResult result) {
+__global__ void __launch_bounds__(kSumThreads)
+    sum_kernel(View x, Extent extent, int64_t tiles, double* partials, SumResult result) {
   constexpr int kWidth = View::kWidth;
-  const int64_t row_groups = extent.cols / kWidth, groups = extent.rows * row_groups;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kSumThreads;
+  const int64_t row_groups = extent.cols / kWidth;
   double total = 0;
   float sums[kWidth] = {};
   int rounds = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x; first < groups;
-       first += step * kSumUnroll) {
+  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile = tile_of<kWidth, kSumTile>(extent, index);
+    const int64_t first = tile.first + threadIdx.x;
     typename View::Raw raw[kSumUnroll];
 #pragma unroll
     for (int u = 0; u < kSumUnroll; ++u) {
-      const int64_t group = first + u * step;
-      if (group >= groups) continue;
-      const int64_t row = extent.rows == 1 ? 0 : static_cast<int64_t>(static_cast<uint64_t>(group) / row_groups);
-      raw[u] = x.load_again(row, (group - row * row_groups) * kWidth);
+      const int64_t group = first + u * kSumThreads;
+      if (group < row_groups) raw[u] = x.load_again(tile.row, group * kWidth);
     }
 #pragma unroll
     for (int u = 0; u < kSumUnroll; ++u) {
-      if (first + u * step >= groups) continue;
+      if (first + u * kSumThreads >= row_groups) continue;
       float values[kWidth];
       View::unpack(raw[u], values);
 #pragma unroll
@@ -90,15 +89,14 @@ __global__ void __launch_bounds__(kSumThreads) add_sums_kernel(const double* par
 template <bool kSquare, typename View>
 void launch_sum(cudaStream_t stream, View x, const Extent& extent, double* partials, const SumResult& result) {
   constexpr size_t kShared = kSumThreads / kWarp * sizeof(double);
-  constexpr int64_t kPerBlock = kSumThreads * kSumUnroll;
-  const int64_t wanted = (extent.groups(View::kWidth) + kPerBlock - 1) / kPerBlock;
-  const int blocks = static_cast<int>(std::clamp<int64_t>(wanted, 1, kMaxSumBlocks));
+  const int64_t tiles = extent.tiles(View::kWidth, kSumTile);
+  const int blocks = static_cast<int>(std::clamp<int64_t>(tiles, 1, kMaxSumBlocks));
   launch("sum", sum_kernel<kSquare, View>,
          {.grid = dim3(static_cast<unsigned>(blocks)),
           .block = dim3(kSumThreads),
           .shared_bytes = kShared,
           .stream = stream},
-         x, extent, partials, result);
+         x, extent, tiles, partials, result);
   if (blocks == 1) return;
   launch("add_sums", add_sums_kernel, {.block = dim3(kSumThreads), .shared_bytes = kShared, .stream = stream}, partials,
          blocks, result);

@@ -21,10 +21,10 @@ static_assert(kRun * kWarp == kQuantBlock);
 inline constexpr int kStateThreads = 256;
 inline constexpr int kStateWarps = kStateThreads / kWarp;
 
-// Thread blocks for `elements`, when every warp takes `blocks_per_warp` blocks.
+// Thread blocks for `elements`, when every warp takes `blocks_per_warp` blocks; at least one, as a launch needs.
 inline dim3 state_grid(int64_t elements, int blocks_per_warp = 1) {
   const int64_t per_thread_block = kQuantBlock * kStateWarps * blocks_per_warp;
-  return dim3(static_cast<unsigned>((elements + per_thread_block - 1) / per_thread_block));
+  return dim3(static_cast<unsigned>(elements > 0 ? (elements + per_thread_block - 1) / per_thread_block : 1));
 }
 
 // The block of this warp, or the k-th of `blocks_per_warp`; it may lie past the end of the tensor.
@@ -270,12 +270,25 @@ __device__ inline void store_stochastic(const BlockTensor& t, const Run& run, co
   }
   uint32_t random[4];
   rounding_words(random, stream, step, stream.offset + static_cast<uint64_t>(run.first));
-  Pack<uint32_t> pack;
+  float zero = 0.0f;  // NaN as soon as one x is not finite
 #pragma unroll
-  for (int i = 0; i < kRun; i += 2) {
-    const uint32_t low = round_stochastic(x[i], random[i / 2] & 0xffffu).bits;
-    const uint32_t high = round_stochastic(x[i + 1], random[i / 2] >> 16).bits;
-    pack.v[i / 2] = low | (high << 16);
+  for (int i = 0; i < kRun; ++i) zero = fmaf(x[i], 0.0f, zero);
+  Pack<uint32_t> pack;
+  if (zero == 0.0f) {
+    // round_stochastic() of finite numbers, two at a time.
+#pragma unroll
+    for (int i = 0; i < kRun; i += 2) {
+      const uint32_t low = float_to_bits(x[i]) + (random[i / 2] & 0xffffu);
+      const uint32_t high = float_to_bits(x[i + 1]) + (random[i / 2] >> 16);
+      pack.v[i / 2] = (low >> 16) | (high & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; i += 2) {
+      const uint32_t low = round_stochastic(x[i], random[i / 2] & 0xffffu).bits;
+      const uint32_t high = round_stochastic(x[i + 1], random[i / 2] >> 16).bits;
+      pack.v[i / 2] = low | (high << 16);
+    }
   }
   store_bf16_words(t, run, pack);
 }

@@ -189,13 +189,27 @@ inline bool rows_are_aligned(const Tensor& t) {
 // Rows of whole octets.
 inline bool has_octet_rows(const Tensor& t) { return rows_are_aligned(t) && t.cols() % kOctet == 0; }
 
-// How an elementwise operation walks over its tensors: contiguous ones as one long row, strided ones row by row.
+// How an elementwise operation walks over its tensors: contiguous ones as one long row, strided ones row by row. Blocks
+// take tiles of kTile neighbouring vectors of one row, so that only the tile's number has to be divided.
 struct Extent {
   int64_t rows = 0, cols = 0;
   bool aligned = false;  // VectorViews can be used; only a single row may have columns left over
 
-  int64_t groups(int width) const { return rows * (cols / width); }
+  int64_t tiles(int width, int tile) const { return rows * row_tiles(width, tile); }
+  HOST_DEVICE int64_t row_tiles(int width, int tile) const { return (cols / width + tile - 1) / tile; }
 };
+
+struct Tile {
+  int64_t row, first;  // the first of its vectors
+};
+
+template <int kWidth, int kTile>
+__device__ inline Tile tile_of(const Extent& extent, int64_t index) {
+  if (extent.rows == 1) return {0, index * kTile};
+  const uint64_t row_tiles = static_cast<uint64_t>(extent.row_tiles(kWidth, kTile));
+  const uint64_t row = static_cast<uint64_t>(index) / row_tiles;
+  return {static_cast<int64_t>(row), static_cast<int64_t>(static_cast<uint64_t>(index) - row * row_tiles) * kTile};
+}
 
 template <typename... Tensors>
 Extent common_extent(const Tensor& first, const Tensors&... others) {

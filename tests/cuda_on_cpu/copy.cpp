@@ -44,9 +44,11 @@ cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes,
   if (reads_pageable) {
     const auto* begin = static_cast<const unsigned char*>(source);
     const auto staged = std::make_shared<std::vector<unsigned char>>(begin, begin + bytes);
-    enqueue(handle, "copy", [=] { memcpy(destination, staged->data(), bytes); });
+    const auto work = [=] { memcpy(destination, staged->data(), bytes); };
+    enqueue(handle, Operation{"copy", work, {}, {}, {destination}});
   } else {
-    enqueue(handle, "copy", [=] { memmove(destination, source, bytes); });
+    const auto work = [=] { memmove(destination, source, bytes); };
+    enqueue(handle, Operation{"copy", work, {}, {}, {destination, source}});
   }
   if (writes_pageable) drain(*stream);
   return finish(cudaSuccess);
@@ -65,7 +67,8 @@ cudaError_t cudaMemsetAsync(void* destination, int byte, size_t bytes, cudaStrea
   if (device_status() != cudaSuccess) return finish(device_status());
   if (bytes == 0) return finish(cudaSuccess);
   if (!is_device_range(destination, bytes) && !is_pinned(destination)) return finish(cudaErrorInvalidValue);
-  return enqueue(handle, "fill", [=] { memset(destination, byte, bytes); });
+  const auto work = [=] { memset(destination, byte, bytes); };
+  return enqueue(handle, Operation{"fill", work, {}, {}, {destination}});
 }
 
 cudaError_t cudaMemset(void* destination, int byte, size_t bytes) {

@@ -3,9 +3,10 @@
 // when its stream gets there.
 //
 // The algorithms offered differ in what they demand (alignment, workspace, a way to add partial sums) and one of them
-// in its last bits, so that a caller who ignores their conditions fails. To keep tuning by time repeatable every
-// algorithm but one dawdles: the first in the list, or number CUDA_ON_CPU_ALGORITHM; with "fused" all do but the first
-// of those that also compute the gradient of GELU. CUDA_ON_CPU_NO_ALGORITHM=1: the heuristic finds none.
+// in its last bits, so that a caller who ignores their conditions fails. Choices by time must be repeatable here, so
+// every algorithm but one wastes some: all but the first in the list, or but number CUDA_ON_CPU_ALGORITHM, and those
+// that also compute the gradient of GELU; or with CUDA_ON_CPU_ALGORITHM=fused all but the first of these.
+// CUDA_ON_CPU_NO_ALGORITHM=1: the heuristic finds none.
 #include <cublasLt.h>
 
 #include <algorithm>
@@ -21,7 +22,7 @@ struct cublasLtContext {
   int unused = 0;
 };
 
-using namespace cuda_on_cpu;
+using namespace fake_cublaslt;
 
 namespace {
 
@@ -73,11 +74,15 @@ const Algorithm* decode(const cublasLtMatmulAlgo_t& code, uint64_t kind) {
   return nullptr;
 }
 
-bool dawdles(const cublasLtMatmulAlgo_t& code, uint32_t epilogue) {
+// Microseconds that an algorithm wastes. What computes the gradient of GELU, too, must not be chosen by chance instead
+// of two kernels, which need longer for more elements.
+uint64_t wasted_time(const cublasLtMatmulAlgo_t& code, const Product& p) {
   const char* const quick = std::getenv("CUDA_ON_CPU_ALGORITHM");
-  if (!quick) return code.data[4] != 0;
-  if (std::strcmp(quick, "fused") == 0) return code.data[4] != 0 || epilogue != CUBLASLT_EPILOGUE_DGELU;
-  return code.data[4] != std::strtoull(quick, nullptr, 10);
+  const bool prefer_fused = quick && std::strcmp(quick, "fused") == 0;
+  const bool is_fused = p.operation.epilogue == CUBLASLT_EPILOGUE_DGELU;
+  const uint64_t quick_position = quick && !prefer_fused ? std::strtoull(quick, nullptr, 10) : 0;
+  if (is_fused && !prefer_fused) return 1000 + p.d.rows * p.d.cols / 2;
+  return code.data[4] == quick_position && is_fused == prefer_fused ? 0 : 500;
 }
 
 // ---- a product
@@ -158,8 +163,8 @@ cublasStatus_t mistake(const char* what) {
 cublasStatus_t check_memory(const Call& call) {
   const Product& p = call.product;
   const Operation& o = p.operation;
-  if (!is_device_range(call.a, span(p.a)) || !is_device_range(call.b, span(p.b)) ||
-      !is_device_range(call.d, span(p.d))) {
+  if (!cuda_on_cpu::is_device_range(call.a, span(p.a)) || !cuda_on_cpu::is_device_range(call.b, span(p.b)) ||
+      !cuda_on_cpu::is_device_range(call.d, span(p.d))) {
     return mistake("a matrix is not inside device memory");
   }
   if (!address_multiple(call.a, size_of(p.a.type)) || !address_multiple(call.b, size_of(p.b.type)) ||
@@ -167,7 +172,8 @@ cublasStatus_t check_memory(const Call& call) {
     return mistake("a matrix is not aligned to its elements");
   }
   const size_t workspace = call.algorithm.workspace;
-  if (workspace > 0 && (!is_device_range(call.workspace, workspace) || !address_multiple(call.workspace, 16))) {
+  if (workspace > 0 &&
+      (!cuda_on_cpu::is_device_range(call.workspace, workspace) || !address_multiple(call.workspace, 16))) {
     return mistake("the workspace is not inside device memory, or not aligned");
   }
   if (overlap(call.d, span(p.d), call.a, span(p.a)) || overlap(call.d, span(p.d), call.b, span(p.b))) {
@@ -177,11 +183,12 @@ cublasStatus_t check_memory(const Call& call) {
       overlap(call.b, span(p.b), call.workspace, workspace)) {
     return mistake("the workspace overlaps a matrix");
   }
-  if (o.epilogue == CUBLASLT_EPILOGUE_BIAS && !is_device_range(o.bias, p.d.rows * size_of(p.d.type))) {
+  if (o.epilogue == CUBLASLT_EPILOGUE_BIAS && !cuda_on_cpu::is_device_range(o.bias, p.d.rows * size_of(p.d.type))) {
     return mistake("the bias is not inside device memory");
   }
   if (o.epilogue == CUBLASLT_EPILOGUE_DGELU &&
-      !is_device_range(o.aux, ((p.d.cols - 1) * static_cast<size_t>(o.aux_ld) + p.d.rows) * size_of(p.d.type))) {
+      !cuda_on_cpu::is_device_range(o.aux,
+                                    ((p.d.cols - 1) * static_cast<size_t>(o.aux_ld) + p.d.rows) * size_of(p.d.type))) {
     return mistake("the auxiliary matrix is not inside device memory");
   }
   return CUBLAS_STATUS_SUCCESS;
@@ -363,7 +370,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t
                .b = B,
                .d = D,
                .workspace = workspace,
-               .dawdles = dawdles(*algo, of(computeDesc).epilogue)};
+               .wasted_microseconds = 0};
   if (C != D) return mistake("only in place (C == D) on the CPU");
   const Product& product = call.product;
   const cublasStatus_t status = check_product(product, of(Cdesc));
@@ -375,8 +382,9 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t
   }
   if (algorithm->workspace > workspaceSizeInBytes) return CUBLAS_STATUS_INVALID_VALUE;
   call.algorithm = *algorithm;
+  call.wasted_microseconds = wasted_time(*algo, product);
   const cublasStatus_t memory = check_memory(call);
   if (memory != CUBLAS_STATUS_SUCCESS) return memory;
-  const cudaError_t enqueued = enqueue(stream, "cublasLtMatmul", [call] { call.run(); });
+  const cudaError_t enqueued = cuda_on_cpu::enqueue(stream, "cublasLtMatmul", [call] { call.run(); });
   return enqueued == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

@@ -10,7 +10,7 @@
 
 #include "kernels/tensor.h"
 
-namespace cuda_on_cpu {
+namespace fake_cublaslt {
 
 namespace {
 
@@ -87,7 +87,7 @@ void Call::run() const {
       }
     }
   }
-  if (dawdles) std::this_thread::sleep_for(std::chrono::microseconds(500));
+  if (wasted_microseconds > 0) std::this_thread::sleep_for(std::chrono::microseconds(wasted_microseconds));
 }
 
-}  // namespace cuda_on_cpu
+}  // namespace fake_cublaslt

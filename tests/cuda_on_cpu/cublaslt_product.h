@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace cuda_on_cpu {
+namespace fake_cublaslt {
 
 struct Layout : cublasLtMatrixLayoutOpaque_t {
   cudaDataType type = CUDA_R_32F;
@@ -58,7 +58,7 @@ struct Call {
   float alpha, beta;
   const void *a, *b;
   void *d, *workspace;
-  bool dawdles;
+  uint64_t wasted_microseconds;
 
   void run() const;
 
@@ -68,4 +68,4 @@ struct Call {
   std::vector<float> sums() const;
 };
 
-}  // namespace cuda_on_cpu
+}  // namespace fake_cublaslt

@@ -22,55 +22,58 @@ namespace {
 // OS threads that wait for work. Never destroyed: nobody joins them when the program ends.
 class Pool {
  public:
-  explicit Pool(unsigned threads) {
-    for (unsigned i = 1; i < threads; ++i) {
-      std::thread([this] { serve(); }).detach();
-    }
-    helpers_ = threads - 1;
+  explicit Pool(unsigned threads) : helpers_(threads - 1) {
+    for (unsigned i = 0; i < helpers_; ++i) std::thread([this] { serve(); }).detach();
   }
 
+  // Returns when every fn(i) has; a helper that the system does not let run is not waited for.
   void run(uint64_t count, const std::function<void(uint64_t)>& fn) {
+    const auto job = std::make_shared<Job>(count, fn);
     {
       std::lock_guard lock(mutex_);
-      fn_ = &fn;
-      count_ = count;
-      next_ = 0;
-      busy_ = helpers_;
-      ++generation_;
+      job_ = job;
     }
     start_.notify_all();
-    work(fn);
+    work(*job);
     std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    job_ = nullptr;
+    done_.wait(lock, [&] { return job->done == count; });
   }
 
   unsigned helpers() const { return helpers_; }
 
  private:
-  void work(const std::function<void(uint64_t)>& fn) {
-    for (uint64_t i; (i = next_.fetch_add(1)) < count_;) fn(i);
+  struct Job {
+    Job(uint64_t count_, const std::function<void(uint64_t)>& fn_) : count(count_), fn(fn_) {}
+    const uint64_t count;
+    const std::function<void(uint64_t)>& fn;  // gone when all is done
+    std::atomic<uint64_t> next{0}, done{0};
+  };
+
+  void work(Job& job) {
+    uint64_t finished = 0;
+    for (uint64_t i; (i = job.next.fetch_add(1)) < job.count; ++finished) job.fn(i);
+    if (finished == 0 || (job.done += finished) != job.count) return;
+    const std::lock_guard lock(mutex_);
+    done_.notify_one();
   }
 
   void serve() {
-    uint64_t seen = 0;
+    std::shared_ptr<Job> job;
     for (;;) {
-      std::unique_lock lock(mutex_);
-      start_.wait(lock, [&] { return generation_ != seen; });
-      seen = generation_;
-      const auto& fn = *fn_;
-      lock.unlock();
-      work(fn);
-      lock.lock();
-      if (--busy_ == 0) done_.notify_one();
+      {
+        std::unique_lock lock(mutex_);
+        start_.wait(lock, [&] { return job_ != nullptr && job_ != job; });
+        job = job_;
+      }
+      work(*job);
     }
   }
 
+  const unsigned helpers_;
   std::mutex mutex_;
   std::condition_variable start_, done_;
-  const std::function<void(uint64_t)>* fn_ = nullptr;
-  uint64_t count_ = 0, generation_ = 0;
-  std::atomic<uint64_t> next_{0};
-  unsigned busy_ = 0, helpers_ = 0;
+  std::shared_ptr<Job> job_;
 };
 
 std::map<const void*, size_t>& opted_in() {
@@ -78,12 +81,16 @@ std::map<const void*, size_t>& opted_in() {
   return bytes;
 }
 
-// CUDA_ON_CPU_FAIL_LAUNCH: "7" for the seventh kernel that runs, "name" for the first one whose name contains it.
+// CUDA_ON_CPU_FAIL_LAUNCH: "7" for the seventh kernel that runs, "name" for the first one whose name contains it,
+// "name:3" for the third.
 bool is_made_to_fail(uint64_t number, const std::string& name) {
+  static uint64_t matches = 0;
   const std::string what = setting_text("CUDA_ON_CPU_FAIL_LAUNCH");
   if (what.empty()) return false;
-  const bool is_number = what.find_first_not_of("0123456789") == std::string::npos;
-  return is_number ? std::stoull(what) == number : name.find(what) != std::string::npos;
+  if (what.find_first_not_of("0123456789") == std::string::npos) return std::stoull(what) == number;
+  const size_t colon = what.find(':');
+  if (name.find(what.substr(0, colon)) == std::string::npos) return false;
+  return ++matches == (colon == std::string::npos ? 1 : std::stoull(what.substr(colon + 1)));
 }
 
 void execute(Launch launch, const std::string& name) {
@@ -142,7 +149,11 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t& config, const void* function
   watch_for_crashes();
   const std::string name = kernel_name(function);
   Launch launch{function, std::move(kernel), grid, block, config.dynamicSmemBytes, 0};
-  return enqueue(config.stream, name, [launch, name] { execute(launch, name); });
+  const cudaError_t status = enqueue(config.stream, name, [launch, name] { execute(launch, name); });
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(config.stream, &capturing);
+  const bool blocking = setting("CUDA_LAUNCH_BLOCKING", 0) != 0 && capturing == cudaStreamCaptureStatusNone;
+  return status == cudaSuccess && blocking ? cudaStreamSynchronize(config.stream) : status;
 }
 
 }  // namespace cuda_on_cpu

@@ -95,7 +95,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t handle) {
     std::swap(ready[random.below(static_cast<uint32_t>(ready.size()))], ready.back());
     const size_t node = ready.back();
     ready.pop_back();
-    append(*stream, {nodes[node].name, nodes[node].work, {}, {}});
+    append(*stream, nodes[node].operation);
     for (size_t later : before[node]) {
       if (--missing[later] == 0) ready.push_back(later);
     }

@@ -40,6 +40,7 @@ struct Buffer {
   unsigned char* begin;
   size_t bytes;
   uint64_t number;  // of this allocation in the program
+  bool visible;
 
   unsigned char* end() const { return begin + bytes; }
   unsigned char* pages_end() const { return pages + page_bytes; }
@@ -62,7 +63,7 @@ bool hides_memory() {
 }
 
 // The buffer that begins last at or before the address.
-const Buffer* buffer_before(const void* address) {
+Buffer* buffer_before(const void* address) {
   auto it = buffers.upper_bound(static_cast<const unsigned char*>(address));
   return it == buffers.begin() ? nullptr : &std::prev(it)->second;
 }
@@ -127,20 +128,33 @@ void handle_crash(int, siginfo_t* info, void*) {
 
 }  // namespace
 
-DeviceMemoryAccess::DeviceMemoryAccess() {
-  if (access_depth++ != 0) return;
-  for (const auto& [begin, buffer] : buffers) expose(buffer, true);
+DeviceMemoryAccess::DeviceMemoryAccess() { ++access_depth; }
+
+void show_device_memory(const std::vector<const void*>& addresses) {
+  const auto show = [](Buffer& buffer) {
+    if (buffer.visible) return;
+    buffer.visible = true;
+    expose(buffer, true);
+  };
+  for (const void* address : addresses) {
+    if (touches_device_memory(address)) show(*buffer_before(address));
+  }
+  if (addresses.empty()) {
+    for (auto& [begin, buffer] : buffers) show(buffer);
+  }
 }
 
 DeviceMemoryAccess::~DeviceMemoryAccess() {
   if (--access_depth != 0) return;
-  for (const auto& [begin, buffer] : buffers) {
+  for (auto& [begin, buffer] : buffers) {
+    if (!buffer.visible) continue;
     unpoison(buffer);
     if (const unsigned char* damaged = check_canary(buffer)) {
       fail("something wrote outside of device memory: " + describe(buffer, damaged) +
            "\n  found after the operations that ran until this synchronisation");
     }
     poison(buffer);
+    buffer.visible = false;
     expose(buffer, false);
   }
 }
@@ -225,7 +239,8 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
   fill_with_garbage(buffer.begin, std::min(bytes, kMostGarbage));
   memset(buffer.end(), kCanary, static_cast<size_t>(buffer.pages_end() - buffer.end()));
   poison(buffer);
-  expose(buffer, access_depth != 0);
+  buffer.visible = false;
+  expose(buffer, false);
   buffers[buffer.begin] = buffer;
   allocated += bytes;
   *memory = buffer.begin;

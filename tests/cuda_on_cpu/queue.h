@@ -23,12 +23,13 @@ struct Operation {
   std::function<void()> work;      // or
   std::shared_ptr<Record> record;  // to be marked as done, or
   std::shared_ptr<Record> wait;    // to wait for
+  // The buffers that the work is about, by an address in each; none: it may be about any.
+  std::vector<const void*> buffers = {};
 };
 
 struct Graph {
   struct Node {
-    std::string name;
-    std::function<void()> work;
+    Operation operation;
     std::vector<size_t> after;
   };
   std::vector<Node> nodes;
@@ -62,7 +63,10 @@ struct Event {
 // The stream itself, or the one that null stands for. Null when there is no such stream.
 Stream* find_stream(cudaStream_t stream);
 
-// Puts an operation at the end of a stream that is not being captured.
+// Puts an operation with work to do at the end of a stream, or of the graph that it is captured into.
+cudaError_t enqueue(cudaStream_t stream, Operation operation);
+
+// Puts any operation at the end of a stream that is not being captured.
 void append(Stream& stream, Operation operation);
 
 // Runs a stream until it is empty, and of the others what it needs or what chance decides.

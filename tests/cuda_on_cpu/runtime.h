@@ -4,6 +4,7 @@
 #include <functional>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "cuda_runtime.h"
 
@@ -36,14 +37,18 @@ size_t shared_memory_limit(const void* function);
 
 // ---- memory: memory.cpp
 
-// Device memory is out of reach of the host except while the shim executes operations of streams.
+// Device memory is out of reach of the host except while the shim executes operations of streams. While one of these
+// exists, buffers can be shown; then they are checked and hidden again.
 class DeviceMemoryAccess {
  public:
   DeviceMemoryAccess();
-  ~DeviceMemoryAccess();  // checks the gaps between buffers
+  ~DeviceMemoryAccess();
   DeviceMemoryAccess(const DeviceMemoryAccess&) = delete;
   DeviceMemoryAccess& operator=(const DeviceMemoryAccess&) = delete;
 };
+
+// Shows the buffers that these addresses are in, or all if there are none.
+void show_device_memory(const std::vector<const void*>& addresses);
 
 bool touches_device_memory(const void* address);
 

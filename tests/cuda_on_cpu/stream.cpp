@@ -40,7 +40,10 @@ void run_head(Stream& stream) {
   const Operation operation = std::move(stream.queue.front());
   stream.queue.pop_front();
   // After an error the device does nothing more.
-  if (operation.work && !has_sticky_error()) operation.work();
+  if (operation.work && !has_sticky_error()) {
+    show_device_memory(operation.buffers);
+    operation.work();
+  }
   if (operation.record) {
     operation.record->done = true;
     operation.record->seconds = now();
@@ -121,17 +124,21 @@ void append(Stream& stream, Operation operation) {
 }
 
 cudaError_t enqueue(cudaStream_t handle, std::string name, std::function<void()> work) {
+  return enqueue(handle, Operation{std::move(name), std::move(work), {}, {}});
+}
+
+cudaError_t enqueue(cudaStream_t handle, Operation operation) {
   const std::lock_guard lock(api_mutex());
   if (device_status() != cudaSuccess) return finish(device_status());
   Stream* stream = find_stream(handle);
   if (stream == nullptr) return finish(cudaErrorInvalidResourceHandle);
   if (stream->capture == nullptr) {
-    append(*stream, {std::move(name), std::move(work), {}, {}});
+    append(*stream, std::move(operation));
     return cudaSuccess;  // even if it has run already and failed: that is reported later
   }
   if (stream->capture->invalid) return finish(cudaErrorStreamCaptureInvalidated);
   auto& nodes = stream->capture->graph.nodes;
-  nodes.push_back({std::move(name), std::move(work), stream->last_nodes});
+  nodes.push_back({std::move(operation), stream->last_nodes});
   stream->last_nodes = {nodes.size() - 1};
   return finish(cudaSuccess);
 }

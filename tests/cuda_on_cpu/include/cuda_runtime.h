@@ -3,7 +3,7 @@
 // which a GPU answers with wrong numbers stop the program with a report that names kernel, block, thread and place.
 //
 // Reported: accesses outside of device or shared memory (outside by less than a page: writes only, and only when the
-// operations are over; with AddressSanitizer everything at once), to freed memory, to device memory by the host, to
+// operations are over; with AddressSanitizer the 4 KB beside a buffer at once), to freed memory, to device memory by the host, to
 // host memory by pointers given to a kernel; misaligned wide accesses; barriers in divergent branches; lanes that wait
 // in different operations, with different masks or for lanes that have exited; shuffles from outside the mask;
 // deadlocks; asynchronous copies never waited for; stack overflows. Refused as by the real runtime: launches beyond the
@@ -28,9 +28,9 @@
 //   CUDA_ON_CPU_PROTECT=1         0: the host can touch device memory (saves time for each synchronisation)
 //   CUDA_ON_CPU_DEVICES=1         0: no device
 //   CUDA_ON_CPU_DRIVER_TOO_OLD=0  1: a driver older than the runtime
-//   CUDA_ON_CPU_FAIL_LAUNCH=      the kernel that ends with an illegal address: "7" for the seventh that runs, or a
-//   part
-//                                 of its name
+//   CUDA_ON_CPU_FAIL_LAUNCH=      the kernel that ends with an illegal address: "7" for the seventh that runs, "name"
+//                                 for the first one whose name contains it, "name:3" for the third
+//   CUDA_LAUNCH_BLOCKING=0        1: a launch waits for the kernel and returns its error
 #pragma once
 
 #include <math.h>
