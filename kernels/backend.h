@@ -29,7 +29,7 @@ struct StepScalars {
   uint32_t step = 0;                   // t = 1, 2, ...
   uint32_t projection_index = 0;       // floor((t - 1) / kappa): the projection the stored momentum is in
   uint32_t next_projection_index = 0;  // floor(t / kappa): the projection the momentum is in after this step
-  uint32_t gate = 1;  // 0: a loss or gradient was not finite, every update leaves weights and state alone
+  uint32_t gate = 1;              // 0: a loss or gradient was not finite, every update leaves weights and state alone
   uint32_t rounding_counter = 0;  // of accumulate(): micro-batches since the start of the run
 };
 
@@ -110,8 +110,9 @@ class Backend {
   virtual void wait(int event, Stream stream) = 0;
   virtual void synchronize_event(int event) = 0;  // the host waits
 
-  // A sequence of operations on the compute stream, recorded once and replayed at the cost of one call. While capturing,
-  // operations are recorded and not run; nothing that makes the host wait is allowed. Graph ids are small integers.
+  // A sequence of operations on the compute stream, recorded once and replayed at the cost of one call. While
+  // capturing, operations are recorded and not run; nothing that makes the host wait is allowed. Graph ids are small
+  // integers.
   virtual bool can_capture() const { return false; }
   virtual void begin_capture() {}
   virtual int end_capture() { return -1; }

@@ -82,8 +82,8 @@ class Gpt2 {
   Activations activations_;
   Tensor inputs_, targets_;  // [B, T], [B*T] of the batch at hand
   TokenGroups groups_;
-  int32_t* batch_memory_ = nullptr;     // all of the batch, one part after another
-  int32_t* staging_memory_ = nullptr;   // kStagingSlots of them in host memory
-  int staging_events_[kStagingSlots];   // the slot has been copied to the device
+  int32_t* batch_memory_ = nullptr;    // all of the batch, one part after another
+  int32_t* staging_memory_ = nullptr;  // kStagingSlots of them in host memory
+  int staging_events_[kStagingSlots];  // the slot has been copied to the device
   int staging_slot_ = 0;
 };

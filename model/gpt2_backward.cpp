@@ -3,8 +3,8 @@
 #include "model/gpt2.h"
 #include "model/gpt2_layer.h"
 
-// d_input = d_output W^T, times gelu'(gelu_input) where the input is a GELU's output; dW = input^T d_output, db = column
-// sums of d_output.
+// d_input = d_output W^T, times gelu'(gelu_input) where the input is a GELU's output; dW = input^T d_output, db =
+// column sums of d_output.
 void Gpt2::linear_backward(GradientSink& sink, const Parameter& weight_parameter, const Parameter& bias_parameter,
                            Tensor d_input, Tensor input, Tensor d_output, Tensor gelu_input) {
   backend_.matmul(d_input, d_output, weight(weight_parameter), {.transpose_b = true, .gelu_input = gelu_input});

@@ -113,9 +113,8 @@ class TestDevice {
       if (t.dtype == DType::kBF16) store(target, from_float<bf16>(static_cast<float>(values[i])));
       if (t.dtype == DType::kI32) store(target, static_cast<int32_t>(values[i]));
     }
-    for_each_piece(t, [&](char* piece, size_t begin, size_t count) {
-      backend_->copy(piece, bytes.data() + begin, count);
-    });
+    for_each_piece(
+        t, [&](char* piece, size_t begin, size_t count) { backend_->copy(piece, bytes.data() + begin, count); });
     backend_->synchronize();
   }
 

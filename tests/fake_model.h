@@ -152,6 +152,11 @@ class FakeModel {
     std::memcpy(&scalars, bits_of(scalars_, sizeof scalars).data(), sizeof scalars);
     return scalars;
   }
+  float gradient_squares() const {
+    float value;
+    std::memcpy(&value, bits_of(sink_->gradient_squares(), sizeof value).data(), sizeof value);
+    return value;
+  }
   // What lies in the device's memory.
   std::vector<uint8_t> bits_of(const void* memory, size_t bytes) const {
     std::vector<uint8_t> bits(bytes);

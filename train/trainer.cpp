@@ -239,8 +239,8 @@ void Trainer::run() {
       result = train_step(t);
     } catch (const std::runtime_error& error) {
       progress_.finish();
-      throw std::runtime_error("step " + std::to_string(t) + ": " + error.what() + "; last checkpoint: " +
-                               (last_checkpoint_.empty() ? "none yet" : last_checkpoint_));
+      throw std::runtime_error("step " + std::to_string(t) + ": " + error.what() +
+                               "; last checkpoint: " + (last_checkpoint_.empty() ? "none yet" : last_checkpoint_));
     }
     const double seconds = seconds_since(start);
     step_seconds += seconds;

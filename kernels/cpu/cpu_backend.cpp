@@ -15,10 +15,10 @@
 
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/blas_core.h"
-#include "kernels/dispatch.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/machine.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/dispatch.h"
 
 namespace {
 

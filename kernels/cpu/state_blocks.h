@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "kernels/backend.h"
-#include "kernels/dispatch.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/dispatch.h"
 #include "kernels/philox.h"
 #include "kernels/tensor.h"
 

@@ -132,8 +132,8 @@ void* CudaBackend::allocate_host(size_t bytes) {
   const cudaError_t status = cudaMallocHost(&memory, std::max<size_t>(bytes, 1));
   if (status != cudaSuccess) {
     cudaGetLastError();
-    throw std::runtime_error("cannot allocate " + std::to_string(bytes) + " bytes of pinned host memory: " +
-                             cudaGetErrorString(status));
+    throw std::runtime_error("cannot allocate " + std::to_string(bytes) +
+                             " bytes of pinned host memory: " + cudaGetErrorString(status));
   }
   host_blocks_[memory] = bytes;
   return memory;

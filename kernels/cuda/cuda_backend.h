@@ -125,7 +125,7 @@ class CudaBackend final : public Backend {
   int device_ = 0;
   int architecture_ = 0;  // 80, 90, ...
   std::string description_;
-  std::string failed_operation_;  // which one failed, when that is known
+  std::string failed_operation_;                           // which one failed, when that is known
   cudaStream_t stream_ = nullptr, copy_stream_ = nullptr;  // of operations, of copies beside them
   std::vector<cudaEvent_t> events_;
   std::vector<cudaGraphExec_t> graphs_;

@@ -14,8 +14,8 @@ inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
 }
 
-// What to say of a launch that failed. Kernels run after their launch has returned, so an error may be an earlier one's,
-// unless the environment makes each launch wait.
+// What to say of a launch that failed. Kernels run after their launch has returned, so an error may be an earlier
+// one's, unless the environment makes each launch wait.
 inline std::runtime_error launch_error(cudaError_t status, const char* name) {
   const char* const blocking = std::getenv("CUDA_LAUNCH_BLOCKING");
   const bool waits = blocking && std::string(blocking) == "1";

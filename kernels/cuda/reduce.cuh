@@ -16,8 +16,7 @@ __device__ inline T warp_sum(T value) {
 
 __device__ inline float warp_max(float value) {
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2)
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
   return value;
 }
 

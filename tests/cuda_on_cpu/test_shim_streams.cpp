@@ -383,7 +383,7 @@ void check_sticky_error(const char* which) {
 }
 
 TEST_F(ShimStreams, AnErrorOfTheDeviceStays) {
-  const char* const message = "CUDA: add: an illegal memory access was encountered";
+  const char* const message = "CUDA: an illegal memory access was encountered in kernel add or an earlier one";
   EXPECT_EXIT(check_sticky_error("2"), testing::ExitedWithCode(0), message);
   EXPECT_EXIT(check_sticky_error("add_kernel"), testing::ExitedWithCode(0), message);
 }

@@ -3,13 +3,13 @@
 // which a GPU answers with wrong numbers stop the program with a report that names kernel, block, thread and place.
 //
 // Reported: accesses outside of device or shared memory (outside by less than a page: writes only, and only when the
-// operations are over; with AddressSanitizer the 4 KB beside a buffer at once), to freed memory, to device memory by the host, to
-// host memory by pointers given to a kernel; misaligned wide accesses; barriers in divergent branches; lanes that wait
-// in different operations, with different masks or for lanes that have exited; shuffles from outside the mask;
-// deadlocks; asynchronous copies never waited for; stack overflows. Refused as by the real runtime: launches beyond the
-// limits, what a capture does not permit, more memory than the device has. Visible as wrong results, under some seed:
-// missing barriers, missing event waits, host buffers reused too early, blocks that rely on each other's order,
-// unwritten memory (NaN), asynchronous copies read before they are waited for.
+// operations are over; with AddressSanitizer the 4 KB beside a buffer at once), to freed memory, to device memory by
+// the host, to host memory by pointers given to a kernel; misaligned wide accesses; barriers in divergent branches;
+// lanes that wait in different operations, with different masks or for lanes that have exited; shuffles from outside
+// the mask; deadlocks; asynchronous copies never waited for; stack overflows. Refused as by the real runtime: launches
+// beyond the limits, what a capture does not permit, more memory than the device has. Visible as wrong results, under
+// some seed: missing barriers, missing event waits, host buffers reused too early, blocks that rely on each other's
+// order, unwritten memory (NaN), asynchronous copies read before they are waited for.
 //
 // Stricter than a GPU: a barrier or warp operation must be the same line of code for all threads that meet there; a
 // mask may not name lanes that have exited or that the block does not have; a thread that passed one barrier passes
