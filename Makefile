@@ -3,6 +3,9 @@
 # make test             installs what is missing, builds, runs every test, ends with "N passed, N failed"
 # make test-cuda-on-cpu the CUDA backend's part of it: its kernels and its host code, run on this CPU
 # make test-gpu         the same tests on the GPU of this machine; SANITIZE=1: under compute-sanitizer
+# make gpu-report       builds, tests and measures everything on the GPU of this machine, into docs/results/; PARTS, TIME_LIMIT,
+#                       DATA, LLMC, OUT, DRY_RUN=1: see scripts/gpu_report.py
+# make bundle           collects what a build needs into .bundle/, for a machine without a network
 # make bench            speed of a training step and of each operation, as ratios of what this machine can do
 # make format           clang-format over all sources;  make lint checks it
 # make clean
@@ -10,13 +13,17 @@
 # Where nvcc is, ./train_gpt2 holds the CUDA backend, too, for CUDA_ARCHS: "80 86 89 90a 100 120", by default what the GPU
 # here is, without a GPU 80 (which newer ones run, compiled anew at the first start). CUDA=0 leaves it out.
 #
+# BUNDLE=folder builds with what `make bundle` collected, without a BLAS, on a machine that has g++, make, python3 and the
+# CUDA Toolkit.
+#
 # Variables: CXX, BLAS (name of a CBLAS library; none: a plain one of our own), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...),
 # PYTHON (of tests and plots), V=1. Objects do not depend on the
 # flags: give another BUILD with another SANITIZE or CXX.
 
 CXX      ?= g++
 CPU_ARCH ?= native
-BLAS     ?= openblas
+BUNDLE   ?=
+BLAS     ?= $(if $(BUNDLE),none,openblas)
 PYTHON   ?= .venv/bin/python
 BUILD    ?= build
 # make V=1 shows the commands.
@@ -32,6 +39,12 @@ ifeq ($(BLAS),none)
   CXXFLAGS += -Ikernels/cpu/no_blas
 else
   LDLIBS   := -l$(BLAS) $(LDLIBS)
+endif
+GTEST    := -lgtest -lgtest_main
+ifneq ($(BUNDLE),)
+  CXXFLAGS += -I$(BUNDLE)/include
+  LDFLAGS  += -L$(BUNDLE)/lib
+  GTEST    := $(BUILD)/googletest/gtest-all.o $(BUILD)/googletest/gtest_main.o
 endif
 ifneq ($(SANITIZE),)
   CXXFLAGS += -fsanitize=$(SANITIZE) -fno-omit-frame-pointer
@@ -65,10 +78,7 @@ CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=$(BUILD)/%.o)
 
 # ---- sources
 
-LIB_SOURCES  := $(wildcard kernels/*.cpp kernels/cpu/*.cpp flora/*.cpp model/*.cpp train/*.cpp data/*.cpp)
-ifeq ($(BLAS),none)
-  LIB_SOURCES += kernels/cpu/no_blas/no_blas.cpp
-endif
+LIB_SOURCES  := $(wildcard kernels/*.cpp kernels/cpu/*.cpp kernels/cpu/no_blas/*.cpp flora/*.cpp model/*.cpp train/*.cpp data/*.cpp)
 ifeq ($(CUDA),1)
   LIB_SOURCES := $(filter-out kernels/without_cuda.cpp,$(LIB_SOURCES))
 endif
@@ -100,6 +110,11 @@ $(BUILD)/%.o: %.cpp | $(BUILD)/.packages
 	@echo "  CXX   $<"
 	$(Q)$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -o $@ $<
 
+$(BUILD)/googletest/%.o: $(BUNDLE)/googletest/src/%.cc
+	@mkdir -p $(@D)
+	@echo "  CXX   $<"
+	$(Q)$(CXX) -std=c++20 -O1 -I$(BUNDLE)/include -I$(BUNDLE)/googletest -c -o $@ $<
+
 # The objects are made anew when the architectures change.
 $(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu $(BUILD)/.cuda-archs | $(BUILD)/.packages
 	@mkdir -p $(@D)
@@ -110,9 +125,9 @@ $(BUILD)/.cuda-archs: always
 	@mkdir -p $(@D)
 	@[ "$$(cat $@ 2>/dev/null)" = "$(CUDA_ARCHS)" ] || echo "$(CUDA_ARCHS)" >$@
 
-$(TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(LIB)
+$(TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(filter %.o,$(GTEST)) $(LIB)
 	@echo "  LINK  $@"
-	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $(filter %.o %.a,$^) $(filter -l%,$(GTEST)) $(LDLIBS)
 
 # ---- the CUDA backend on the CPU: the same sources, compiled by g++ against the shim of tests/cuda_on_cpu/
 
@@ -130,7 +145,7 @@ OWN_BINARIES    := $(SHIM_OWN_TESTS:%=$(SHIM)/tests/test_%)
 SANITIZED_BINARIES := $(OPERATION_TESTS:%=$(SANITIZED)/tests/test_%)
 # Loads that a kernel leaves out at the edge of a tensor look uninitialised to GCC.
 SHIM_FLAGS      := $(filter-out -O3 -I.,$(CXXFLAGS)) -Wno-unknown-pragmas -Wno-maybe-uninitialized -Itests/cuda_on_cpu/include -I.
-SHIM_LDLIBS     := -lboost_context -lgtest -lgtest_main $(LDLIBS)
+SHIM_LDLIBS     := -lboost_context $(GTEST) $(LDLIBS)
 
 $(SANITIZED)/%.o: SHIM_FLAGS += -O1 -fsanitize=address,undefined -fno-omit-frame-pointer
 $(SHIM)/%.o: SHIM_FLAGS += -O2
@@ -177,7 +192,7 @@ shim-tests: $(MODEL_BINARIES) $(OWN_BINARIES) $(SANITIZED_BINARIES) $(SHIM)/trai
 
 # Names what a build needs and this machine lacks; costs one run of the preprocessor, once.
 $(BUILD)/.packages:
-	@scripts/setup.sh --check build
+	@$(if $(BUNDLE),test -d $(BUNDLE)/include || { echo "BUNDLE=$(BUNDLE): no such folder; make bundle makes one" >&2; exit 1; },scripts/setup.sh --check build)
 	@mkdir -p $(@D) && touch $@
 
 # The two commands of the README use all cores unless -j says otherwise.
@@ -203,6 +218,19 @@ test-gpu:
 	+$(MAKE) $(PARALLEL) SANITIZE= train_gpt2 tests
 	$(PYTHON) tests/run.py --suite gpu $(if $(SANITIZE),--compute-sanitizer)
 
+bundle:
+	scripts/setup.sh --check test
+	scripts/bundle.sh $(if $(BUNDLE),$(BUNDLE),.bundle)
+
+# What cannot be built or run is said in the report.
+REPORT_PYTHON := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+REPORT_FLAGS  := $(if $(PARTS),--parts $(PARTS)) $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(if $(DATA),--data '$(DATA)') \
+                 $(if $(LLMC),--llmc $(LLMC)) $(if $(OUT),--out $(OUT)) $(if $(DRY_RUN),--dry-run)
+gpu-report:
+	-+$(MAKE) -k $(PARALLEL) $(if $(DRY_RUN),$(SHIM)/train_gpt2 $(SHIM)/bench_kernels,train_gpt2 $(BUILD)/bench/kernels \
+	  $(if $(filter tests sanitizer,$(or $(PARTS),tests)),tests))
+	$(REPORT_PYTHON) scripts/gpu_report.py $(REPORT_FLAGS)
+
 bench:
 	scripts/setup.sh --check bench
 	+$(MAKE) $(PARALLEL) train_gpt2 $(BUILD)/bench/operations
@@ -222,7 +250,7 @@ lint:
 clean:
 	rm -rf $(BUILD) train_gpt2
 
-.PHONY: all tests shim-tests demo test test-cuda-on-cpu test-gpu bench format lint clean always
+.PHONY: all tests shim-tests demo test test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean always
 .SECONDARY:
 
 -include $(LIB_OBJECTS:.o=.d) $(TEST_SOURCES:%.cpp=$(BUILD)/%.d) $(BUILD)/train_gpt2.d $(wildcard $(BUILD)/bench/*.d)

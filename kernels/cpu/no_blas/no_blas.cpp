@@ -4,7 +4,7 @@
 // sgemm packs kDepth x kPanelCols of op(B) and kDepth x kTileRows of op(A), so that the innermost loop reads both one
 // after another, and keeps a tile of kTileRows x kTileCols of C in 24 vector registers of 16 floats' worth (GCC splits
 // the vectors where the machine's are shorter). Edges are padded with zeros while packing.
-#include <cblas.h>
+#include "kernels/cpu/no_blas/cblas.h"
 
 #include <algorithm>
 #include <cstdio>
