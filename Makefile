@@ -59,7 +59,12 @@ CUDA         ?= $(if $(NVCC),1,0)
 ifeq ($(CUDA),1)
   # The toolkit that this nvcc belongs to.
   CUDA_ROOT  := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
-  GPU_ARCH   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
+  # nvidia-smi reports its failures on stdout, too: only a number counts. What this nvcc does not know, or what is older
+  # than sm_80, is left to the default.
+  GPU_ARCH   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+                  sed -n '1s/^\([0-9][0-9]*\)\.\([0-9]\)$$/\1\2/p')
+  GPU_ARCH   := $(filter-out 50 52 53 60 61 62 70 72 75,\
+                  $(filter $(GPU_ARCH),$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch))))
   # Hopper's own instructions need the target sm_90a.
   CUDA_ARCHS ?= $(if $(GPU_ARCH),$(GPU_ARCH:90=90a),80)
   # Machine code for each, and for the last one that newer GPUs can take, PTX.
@@ -70,7 +75,8 @@ ifeq ($(CUDA),1)
   NVCCFLAGS  := -std=c++20 -O3 -fmad=false -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-restrict,-Werror \
                 -diag-suppress 1675 -Werror all-warnings -lineinfo -I. $(GENCODE)
   CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
-  LDLIBS     += -L$(CUDA_ROOT)/lib64 -lcudart_static -ldl -lrt
+  CUDART     := $(firstword $(wildcard $(foreach d,lib64 lib targets/x86_64-linux/lib,$(CUDA_ROOT)/$(d)/libcudart_static.a)))
+  LDLIBS     += -L$(or $(dir $(CUDART)),$(CUDA_ROOT)/lib64) -lcudart_static -ldl -lrt
 else
   CUDA_SOURCES :=
 endif
@@ -187,8 +193,12 @@ $(SHIM)/train_gpt2: $(BUILD)/train_gpt2.o $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB)
 	@echo "  LINK  $@"
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(SHIM_LDLIBS)
 
+$(SHIM)/bench_kernels: $(BUILD)/bench/kernels.o $(BUILD)/bench/kernel_cases.o $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB)
+	@echo "  LINK  $@"
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(SHIM_LDLIBS)
+
 tests: $(TESTS)
-shim-tests: $(MODEL_BINARIES) $(OWN_BINARIES) $(SANITIZED_BINARIES) $(SHIM)/train_gpt2
+shim-tests: $(MODEL_BINARIES) $(OWN_BINARIES) $(SANITIZED_BINARIES) $(SHIM)/train_gpt2 $(SHIM)/bench_kernels
 
 # Names what a build needs and this machine lacks; costs one run of the preprocessor, once.
 $(BUILD)/.packages:
@@ -236,6 +246,11 @@ bench:
 	+$(MAKE) $(PARALLEL) train_gpt2 $(BUILD)/bench/operations
 	$(BUILD)/bench/operations
 	python3 scripts/bench_steps.py --python $(PYTHON)
+
+# Needs no Google Benchmark, unlike the one of operations.
+$(BUILD)/bench/kernels: $(BUILD)/bench/kernels.o $(BUILD)/bench/kernel_cases.o $(LIB)
+	@echo "  LINK  $@"
+	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
 $(BUILD)/bench/%: $(BUILD)/bench/%.o $(LIB)
 	@echo "  LINK  $@"

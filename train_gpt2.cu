@@ -115,6 +115,7 @@ std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, Run
   if (options.model.empty()) throw UsageError("--model is needed: a checkpoint or another directory with weights");
   setup = resolve(options, backend.name(), vocabulary, false);
   if (!setup.source.has_weights) throw UsageError("--model " + options.model + " has no weights");
+  backend.end_tuning();  // too short to gain from it, and the same numbers each time
   auto engine = std::make_unique<Engine>(setup.engine, backend);
   engine->allocate();
   load_weights(setup.source, engine->store(), backend);

@@ -84,7 +84,7 @@ class Backend {
 
   virtual std::string name() const = 0;         // "cpu" or "cuda"
   virtual std::string description() const = 0;  // for the banner: model of the device, threads, BLAS
-  virtual size_t memory_available() const = 0;  // bytes the device could still give
+  virtual size_t memory_available() const = 0;  // bytes a plan may take, what the runtime itself will need set aside
   virtual double
   measure_peak_flops() = 0;  // FLOP/s of a large fp32 (CPU) or bf16 (CUDA) matmul on random data, measured now
 
@@ -123,6 +123,8 @@ class Backend {
   // another run of the same device choose the same, and so give the same bits. Ignores what does not fit.
   virtual std::string tuning() const { return ""; }
   virtual void set_tuning(const std::string& /*tuning*/) {}
+  // From now on nothing is measured any more: what is new takes the first choice, which is the same in every run.
+  virtual void end_tuning() {}
 
   Profiler* profiler = nullptr;  // when set, every operation is timed (the device is synchronized around it)
 

@@ -97,14 +97,29 @@ def test_a_signal_leaves_a_checkpoint(data, model, tmp_path):
 
 
 def test_autotuning_is_remembered(train, model, tmp_path):
-    """The algorithms chosen are part of the checkpoint, so that a resumed run gives the same bits."""
+    """The algorithms chosen are part of the checkpoint, so that a resumed run gives the same bits. Products that come
+    later, here those of a change of projection, are not measured in either run."""
     tuned = [flag for flag in model if flag != "--no-autotune"]
-    whole = train("whole", *tuned, "--rank", 16, "--checkpoint-every", 4, "--keep-checkpoints", 0, steps=8)
-    first = json.loads((whole / "step_00000004/trainer_state.json").read_text())["tuning"]
-    assert first
-    succeed("--resume", whole / "step_00000004", "--out", tmp_path / "rest")
-    assert json.loads((tmp_path / "rest/latest/trainer_state.json").read_text())["tuning"] == first
+    whole = train("whole", *tuned, "--rank", 16, "--kappa", 5, "--checkpoint-every", 4, "--keep-checkpoints", 0,
+                  steps=8)
+
+    def tuning(run):
+        return json.loads((run / "trainer_state.json").read_text())["tuning"]
+
+    assert tuning(whole / "step_00000004")
+    text = succeed("--resume", whole / "step_00000004", "--out", tmp_path / "rest")
+    assert "chosen anew" not in text
+    assert tuning(tmp_path / "rest/latest") == tuning(whole / "latest")
     assert same_state(whole, tmp_path / "rest")
+
+
+@on_shim
+def test_another_gpu_chooses_anew_and_says_so(train, model, tmp_path):
+    tuned = [flag for flag in model if flag != "--no-autotune"]
+    run = train("run", *tuned, "--rank", 16, "--checkpoint-every", 2, "--keep-checkpoints", 0, steps=3)
+    text = succeed("--resume", run / "step_00000002", "--out", tmp_path / "rest",
+                   env=with_environment(CUDA_ON_CPU_ARCH=80))
+    assert "chosen anew" in text
 
 
 def test_the_losses_are_those_of_the_cpu(train, model):

@@ -93,6 +93,13 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
   if (!checkpoint.empty()) {
     load_checkpoint(checkpoint, engine_);
     backend_.set_tuning(state.tuning);
+    const bool remembered = !backend_.tuning().empty();
+    if (remembered) backend_.end_tuning();  // as in the run it goes on from, which measured in its first step only
+    if (!state.tuning.empty() && !remembered) {
+      progress_.message(
+          "the checkpoint's matmul algorithms are another GPU's or another cuBLASLt's: chosen anew, the losses may "
+          "differ in their last digits");
+    }
     loader_.seek(state.position);
     first_step_ = state.step + 1;
     skipped_ = state.skipped;
@@ -242,6 +249,7 @@ void Trainer::run() {
       throw std::runtime_error("step " + std::to_string(t) + ": " + error.what() +
                                "; last checkpoint: " + (last_checkpoint_.empty() ? "none yet" : last_checkpoint_));
     }
+    backend_.end_tuning();
     const double seconds = seconds_since(start);
     step_seconds += seconds;
     const bool updated = finite_or_skipped(t, result);

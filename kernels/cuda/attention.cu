@@ -9,6 +9,7 @@
 // dP are computed twice, 7 matrix products instead of 5.
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"

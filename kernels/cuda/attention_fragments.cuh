@@ -7,6 +7,8 @@
 // address of an unrolled loop one register plus a constant.
 #pragma once
 
+#include <cmath>
+
 #include "kernels/cuda/attention_tiles.h"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/reduce.cuh"

@@ -11,6 +11,8 @@
 // there are not eight copies of every kernel.
 #pragma once
 
+#include <cmath>
+
 #include "kernels/cuda/attention_tiles.h"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/reduce.cuh"

@@ -3,6 +3,8 @@
 // so a sum is the same on every device.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/views.cuh"
 

@@ -3,6 +3,7 @@
 #include "kernels/cuda/cuda_backend.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +14,7 @@
 namespace {
 
 constexpr int kOldestArchitecture = 80;
+constexpr size_t kRuntimeReserve = size_t{384} << 20;
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
@@ -50,11 +52,15 @@ std::string device_problem() {
            " (Ampere) or newer";
   }
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel)) != cudaSuccess) {
-    cudaGetLastError();
-    return "this program holds no code for " + device + ": build with CUDA_ARCHS=" + std::to_string(architecture);
+  const cudaError_t probed = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel));
+  if (probed == cudaSuccess) return "";
+  cudaGetLastError();
+  // The first call that needs the device itself: it may also be busy, or its memory full.
+  if (probed != cudaErrorInvalidDeviceFunction && probed != cudaErrorNoKernelImageForDevice &&
+      probed != cudaErrorUnsupportedPtxVersion) {
+    return device + " cannot be used: " + cudaGetErrorString(probed);
   }
-  return "";
+  return "this program holds no code for " + device + ": build with CUDA_ARCHS=" + std::to_string(architecture);
 }
 
 }  // namespace
@@ -101,7 +107,9 @@ std::string CudaBackend::description() const { return description_; }
 size_t CudaBackend::memory_available() const {
   size_t free = 0, total = 0;
   check_cuda(cudaMemGetInfo(&free, &total), "asking for the free memory");
-  return free;
+  // Kernels are loaded when they are first used, and graphs live on the device, too.
+  const size_t reserve = std::min(kRuntimeReserve, total / 32);
+  return free > reserve ? free - reserve : 0;
 }
 
 void* CudaBackend::allocate(size_t bytes) {
@@ -228,6 +236,7 @@ void CudaBackend::replay(int graph) {
 
 std::string CudaBackend::tuning() const { return matmul_->tuning(); }
 void CudaBackend::set_tuning(const std::string& tuning) { matmul_->set_tuning(tuning); }
+void CudaBackend::end_tuning() { matmul_->end_tuning(); }
 
 CudaBackend::Timed::Timed(CudaBackend& backend, const char* operation, double flops, double bytes)
     : backend_(backend), operation_(operation), idle_(backend), scope_(backend.profiler, operation, flops, bytes) {}

@@ -45,6 +45,7 @@ class CudaBackend final : public Backend {
   void replay(int graph) override;
   std::string tuning() const override;
   void set_tuning(const std::string& tuning) override;
+  void end_tuning() override;
 
   void convert(Tensor out, Tensor in) override;
   void add(Tensor out, Tensor a, Tensor b) override;

@@ -4,6 +4,8 @@
 // positions of a batch come grouped by token id, and who adds what in which order depends on the lengths of the groups
 // alone. dout is read twice, once along the groups and once along the batch; of dwte only the rows of tokens that occur
 // are read and written (without `accumulate` all are written).
+#include <algorithm>
+
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/map.cuh"
 #include "kernels/cuda/reduce.cuh"

@@ -39,9 +39,14 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "as many arguments as the kernel has parameters");
   constexpr size_t kWithoutOptIn = 48 << 10;
   if (shape.shared_bytes > kWithoutOptIn) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
-               name);
+    const auto function = reinterpret_cast<const void*>(kernel);
+    const int bytes = static_cast<int>(shape.shared_bytes);
+    cudaFuncAttributes attributes;
+    cudaError_t status = cudaFuncGetAttributes(&attributes, function);
+    // Never less than before: a graph may hold a launch that needs more than this one.
+    if (status == cudaSuccess && attributes.maxDynamicSharedSizeBytes < bytes)
+      status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) throw launch_error(status, name);
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;

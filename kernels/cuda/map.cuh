@@ -3,6 +3,8 @@
 // it computes anything, at most 16 loads of 16 bytes, so that a quarter of an SM's threads keep the memory busy.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/views.cuh"
 

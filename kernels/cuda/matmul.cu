@@ -301,6 +301,8 @@ void CudaMatmul::set_tuning(const std::string& tuning) {
   for (const auto& plan : state_->plans) state_->recall(*plan.second);
 }
 
+void CudaMatmul::end_tuning() { state_->options.autotune = false; }
+
 // ---- the backend's operations
 
 void CudaBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options) {

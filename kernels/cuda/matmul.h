@@ -33,6 +33,7 @@ class CudaMatmul {
   // GPU is ignored.
   std::string tuning() const;
   void set_tuning(const std::string& tuning);
+  void end_tuning();  // from now on the library's first choice, where nothing else is remembered
 
  private:
   struct State;

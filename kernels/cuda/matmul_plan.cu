@@ -126,15 +126,16 @@ MatmulPlan::MatmulPlan(cublasLtHandle_t handle, const MatmulKey& key)
     set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, static_cast<int32_t>(data_type(key.result)));
     set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, key.ld_extra);
   }
+  // What judges an algorithm looks at this pointer's alignment. accepts() comes before the first product brings one.
+  set_extra(reinterpret_cast<const void*>(static_cast<uintptr_t>(key.align_extra)));
 }
 
-void MatmulPlan::set_pointers(const MatmulOperands& operands) {
+void MatmulPlan::set_extra(const void* extra) {
   if (key_.epilogue == MatmulEpilogue::kNone) return;
   const cublasLtMatmulDescAttributes_t pointer = key_.epilogue == MatmulEpilogue::kBias
                                                      ? CUBLASLT_MATMUL_DESC_BIAS_POINTER
                                                      : CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER;
-  const cublasStatus_t status =
-      cublaslt().operation_set(operation_.get(), pointer, &operands.extra, sizeof operands.extra);
+  const cublasStatus_t status = cublaslt().operation_set(operation_.get(), pointer, &extra, sizeof extra);
   if (status != CUBLAS_STATUS_SUCCESS) check_cublaslt(status, "the epilogue of " + key_.text());
 }
 
@@ -155,7 +156,7 @@ std::vector<MatmulAlgorithm> MatmulPlan::candidates(int count, const MatmulOpera
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key_.align_d);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key_.align_d);
 
-  set_pointers(operands);  // their alignment matters, too
+  set_extra(operands.extra);
   cublasLtMatmulHeuristicResult_t results[kMostCandidates] = {};
   int found = 0;
   status = cublaslt().heuristic(handle_, operation_.get(), b_.get(), a_.get(), d_.get(), d_.get(), preference.get(),
@@ -181,7 +182,7 @@ bool MatmulPlan::accepts(const MatmulAlgorithm& algorithm) const {
 }
 
 cublasStatus_t MatmulPlan::launch(const MatmulAlgorithm& algorithm, const MatmulOperands& operands) {
-  set_pointers(operands);
+  set_extra(operands.extra);
   const float beta = key_.accumulate ? 1.0f : 0.0f;
   return cublaslt().matmul(handle_, operation_.get(), &operands.alpha, operands.b, b_.get(), operands.a, a_.get(),
                            &beta, operands.d, d_.get(), operands.d, d_.get(), &algorithm.code, operands.workspace,

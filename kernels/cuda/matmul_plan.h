@@ -91,7 +91,7 @@ class MatmulPlan {
   using Preference = std::unique_ptr<cublasLtMatmulPreferenceOpaque_t, Destroy>;
 
   static Layout make_layout(DType dtype, int64_t rows, int64_t cols, int64_t leading_dimension);
-  void set_pointers(const MatmulOperands& operands);
+  void set_extra(const void* extra);  // the epilogue's pointer, where there is one
 
   cublasLtHandle_t handle_;
   MatmulKey key_;

@@ -11,6 +11,7 @@
 #include "kernels/cuda/state_blocks.cuh"
 
 #include <algorithm>
+#include <utility>
 
 namespace {
 

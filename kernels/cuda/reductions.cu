@@ -3,6 +3,8 @@
 // shape alone. Sums of all elements: fp32 over short runs, joined in double. Sums of columns: a block owns a chunk of
 // rows and as many columns as its 32 lanes load at once, a lane keeps its columns' sums in registers, and the warps'
 // sums meet in shared memory.
+#include <algorithm>
+
 #include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"

@@ -123,6 +123,9 @@ cublasStatus_t check_product(const Product& p, const Layout& c) {
   const uint64_t cols = o.transpose_b == CUBLAS_OP_N ? p.b.cols : p.b.rows;
   const uint64_t depth = o.transpose_b == CUBLAS_OP_N ? p.b.rows : p.b.cols;
   if (rows != p.d.rows || cols != p.d.cols || depth != p.depth()) return CUBLAS_STATUS_INVALID_VALUE;
+  // "Routines that don't dereference this pointer depend on its value to determine expected pointer alignment."
+  if (o.epilogue == CUBLASLT_EPILOGUE_BIAS && !o.bias) return CUBLAS_STATUS_INVALID_VALUE;
+  if (o.epilogue == CUBLASLT_EPILOGUE_DGELU && !o.aux) return CUBLAS_STATUS_INVALID_VALUE;
   return check_types(p);
 }
 

@@ -57,8 +57,11 @@ const char* cudaGetErrorName(cudaError_t error) {
     NAME(cudaErrorInitializationError);
     NAME(cudaErrorInvalidConfiguration);
     NAME(cudaErrorInsufficientDriver);
+    NAME(cudaErrorInvalidDeviceFunction);
     NAME(cudaErrorNoDevice);
     NAME(cudaErrorInvalidDevice);
+    NAME(cudaErrorNoKernelImageForDevice);
+    NAME(cudaErrorUnsupportedPtxVersion);
     NAME(cudaErrorInvalidResourceHandle);
     NAME(cudaErrorNotReady);
     NAME(cudaErrorIllegalAddress);
@@ -85,8 +88,11 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInitializationError: return "initialization error";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorInvalidDeviceFunction: return "invalid device function";
     case cudaErrorNoDevice: return "no CUDA-capable device is detected";
     case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+    case cudaErrorUnsupportedPtxVersion: return "the provided PTX was compiled with an unsupported toolchain.";
     case cudaErrorInvalidResourceHandle: return "invalid resource handle";
     case cudaErrorNotReady: return "device not ready";
     case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
