@@ -223,23 +223,23 @@ test-cuda-on-cpu:
 	+$(MAKE) $(PARALLEL) shim-tests
 	$(PYTHON) tests/run.py --suite cuda-on-cpu
 
-# Needs no network where GoogleTest and the Python packages are there.
+# What runs on machines where nothing can be installed takes the Python that is there.
+PYTHON_HERE := $(if $(wildcard $(PYTHON)),$(PYTHON),python3)
 test-gpu:
 	+$(MAKE) $(PARALLEL) SANITIZE= train_gpt2 tests
-	$(PYTHON) tests/run.py --suite gpu $(if $(SANITIZE),--compute-sanitizer)
+	$(PYTHON_HERE) tests/run.py --suite gpu $(if $(SANITIZE),--compute-sanitizer)
 
 bundle:
 	scripts/setup.sh --check test
 	scripts/bundle.sh $(if $(BUNDLE),$(BUNDLE),.bundle)
 
 # What cannot be built or run is said in the report.
-REPORT_PYTHON := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 REPORT_FLAGS  := $(if $(PARTS),--parts $(PARTS)) $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(if $(DATA),--data '$(DATA)') \
                  $(if $(LLMC),--llmc $(LLMC)) $(if $(OUT),--out $(OUT)) $(if $(DRY_RUN),--dry-run)
 gpu-report:
 	-+$(MAKE) -k $(PARALLEL) $(if $(DRY_RUN),$(SHIM)/train_gpt2 $(SHIM)/bench_kernels,train_gpt2 $(BUILD)/bench/kernels \
 	  $(if $(filter tests sanitizer,$(or $(PARTS),tests)),tests))
-	$(REPORT_PYTHON) scripts/gpu_report.py $(REPORT_FLAGS)
+	$(PYTHON_HERE) scripts/gpu_report.py $(REPORT_FLAGS)
 
 bench:
 	scripts/setup.sh --check bench

@@ -16,6 +16,7 @@ Reports go to build/tests/ (JSON of GoogleTest, JUnit XML of pytest, summary.jso
 Slow tests, left out by --fast, have "Slow" in their GoogleTest name or pytest's mark `slow`.
 """
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -234,8 +235,13 @@ def run_gpu(arguments, total):
     prefix = ("compute-sanitizer", "--error-exitcode", "99") if arguments.compute_sanitizer else ()
     for path in binaries_in(REPORTS):
         total.add(run_binary(path, arguments, {"TEST_BACKENDS": "cuda"}, " (gpu)", prefix))
-    if not arguments.compute_sanitizer:
-        total.add(run_pytest(arguments, {"TEST_BACKENDS": "cuda"}, " (gpu)", "cuda"))
+    if arguments.compute_sanitizer:
+        return
+    missing = [name for name in ("pytest", "numpy") if importlib.util.find_spec(name) is None]
+    if missing:
+        total.skipped.append(("the end-to-end tests (gpu)", f"{' and '.join(missing)} not installed"))
+        return
+    total.add(run_pytest(arguments, {"TEST_BACKENDS": "cuda"}, " (gpu)", "cuda"))
 
 
 def write_summary(total, seconds):
