@@ -3,8 +3,9 @@
 # make test             installs what is missing, builds, runs every test, ends with "N passed, N failed"
 # make test-cuda-on-cpu the CUDA backend's part of it: its kernels and its host code, run on this CPU
 # make test-gpu         the same tests on the GPU of this machine; SANITIZE=1: under compute-sanitizer
-# make gpu-report       builds, tests and measures everything on the GPU of this machine, into docs/results/; PARTS, TIME_LIMIT,
-#                       DATA, LLMC, OUT, DRY_RUN=1: see scripts/gpu_report.py
+# make gpu-report       builds, tests and measures everything on the GPU of this machine, into docs/results/, in parts of at
+#                       most 9 minutes: PARTS="tests kernels", TIME_LIMIT=seconds, DATA=shards, LLMC=checkout, OUT=folder;
+#                       DRY_RUN=1 OUT=folder: at toy size without a GPU. scripts/gpu_report.py says more
 # make bundle           collects what a build needs into .bundle/, for a machine without a network
 # make bench            speed of a training step and of each operation, as ratios of what this machine can do
 # make format           clang-format over all sources;  make lint checks it
@@ -237,8 +238,8 @@ bundle:
 REPORT_FLAGS  := $(if $(PARTS),--parts $(PARTS)) $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(if $(DATA),--data '$(DATA)') \
                  $(if $(LLMC),--llmc $(LLMC)) $(if $(OUT),--out $(OUT)) $(if $(DRY_RUN),--dry-run)
 gpu-report:
-	-+$(MAKE) -k $(PARALLEL) $(if $(DRY_RUN),$(SHIM)/train_gpt2 $(SHIM)/bench_kernels,train_gpt2 $(BUILD)/bench/kernels \
-	  $(if $(filter tests sanitizer,$(or $(PARTS),tests)),tests))
+	-+$(MAKE) -k $(PARALLEL) $(if $(DRY_RUN),$(SHIM)/train_gpt2 $(SHIM)/bench_kernels $(SANITIZED)/tests/test_philox,train_gpt2 $(BUILD)/bench/kernels \
+	  $(if $(filter tests sanitizer all,$(or $(PARTS),tests)),tests))
 	$(PYTHON_HERE) scripts/gpu_report.py $(REPORT_FLAGS)
 
 bench:
