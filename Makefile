@@ -238,9 +238,10 @@ bundle:
 REPORT_FLAGS  := $(if $(PARTS),--parts $(PARTS)) $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(if $(DATA),--data '$(DATA)') \
                  $(if $(LLMC),--llmc $(LLMC)) $(if $(OUT),--out $(OUT)) $(if $(DRY_RUN),--dry-run)
 gpu-report:
+	@mkdir -p $(BUILD) && touch $(BUILD)/.report-began
 	-+$(MAKE) -k $(PARALLEL) $(if $(DRY_RUN),$(SHIM)/train_gpt2 $(SHIM)/bench_kernels $(SANITIZED)/tests/test_philox,train_gpt2 $(BUILD)/bench/kernels \
 	  $(if $(filter tests sanitizer all,$(or $(PARTS),tests)),tests))
-	$(PYTHON_HERE) scripts/gpu_report.py $(REPORT_FLAGS)
+	$(PYTHON_HERE) scripts/gpu_report.py --spent $$(( $$(date +%s) - $$(stat -c %Y $(BUILD)/.report-began) )) $(REPORT_FLAGS)
 
 bench:
 	scripts/setup.sh --check bench

@@ -67,6 +67,8 @@ def parse_arguments():
                         "memory learning sanitizer; default: all but sanitizer")
     parser.add_argument("--time-limit", type=seconds, default=None, metavar="SECONDS", help="of this call; what would "
                         "not fit is skipped (default: none; each part has nine minutes)")
+    parser.add_argument("--spent", type=seconds, default=None, metavar="SECONDS", help="what the build before this call "
+                        "took: counts as part of the limit and of the first part")
     parser.add_argument("--data", default="", metavar="PATH", help="training shards for `learning`: a folder or a glob")
     parser.add_argument("--llmc", default="", metavar="PATH", help="a checkout of llm.c to measure beside")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, without a GPU; needs --out")
@@ -113,7 +115,8 @@ def measure(arguments):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, too
     data = ",".join(str(Path(glob).absolute()) for glob in arguments.data.split(",") if glob)
     session = Session(sizes, results, dry_run=arguments.dry_run, time_limit=arguments.time_limit, data=data,
-                      llmc=str(Path(arguments.llmc).resolve()) if arguments.llmc else "", missing=arguments.missing)
+                      llmc=str(Path(arguments.llmc).resolve()) if arguments.llmc else "", missing=arguments.missing,
+                      spent=arguments.spent or 0.0)
     try:
         parts = parts_of(session, sizes)
         for part in chosen(names, parts):

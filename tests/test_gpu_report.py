@@ -196,6 +196,15 @@ def test_the_time_limit_marks_what_was_skipped(tmp_path):
 
 
 @needs_emulation
+def test_the_time_of_the_build_belongs_to_the_first_part(tmp_path):
+    """A part ends within nine minutes of the call of make."""
+    dry_run(tmp_path, "--parts", "memory learning", "--spent", "600")
+    parts = parts_in(tmp_path)
+    assert all(status.startswith("skipped: needs about") for status in statuses(parts["memory"]).values())
+    assert "ok" in statuses(parts["learning"]).values()
+
+
+@needs_emulation
 def test_a_signal_leaves_no_process_and_keeps_the_results(tmp_path):
     (tmp_path / "tmp").mkdir()
     process = subprocess.Popen([sys.executable, str(SCRIPT), "--dry-run", "--out", str(tmp_path), "--parts", "right"],

@@ -67,11 +67,14 @@ def say(text):
 
 
 class Session:
-    def __init__(self, sizes, results, *, dry_run, time_limit, data, llmc, missing, part_seconds=PART_SECONDS):
+    def __init__(self, sizes, results, *, dry_run, time_limit, data, llmc, missing, spent=0.0,
+                 part_seconds=PART_SECONDS):
+        """spent: seconds that the build before this call has taken of the time limit and of the first part's time."""
         self.sizes, self.results, self.dry_run = sizes, results, dry_run
         self.data, self.llmc, self.missing, self.part_seconds = data, llmc, missing, part_seconds
-        self.end = time.monotonic() + time_limit if time_limit else float("inf")
-        self.part_end = time.monotonic() + part_seconds
+        self.spent = spent
+        self.end = time.monotonic() + time_limit - spent if time_limit else float("inf")
+        self.part_end = time.monotonic() + part_seconds - spent
         self.commit = machine.commit()
         self.folder = Path(tempfile.mkdtemp(prefix="gpu_report."))
         self.commands = []  # of the item that is being measured
@@ -94,7 +97,8 @@ class Session:
 
     def run_part(self, part, items):
         """Measures a part's items one after the other, each within what is left of the part's and the call's time."""
-        self.part_end = time.monotonic() + self.part_seconds
+        self.part_end = time.monotonic() + self.part_seconds - self.spent
+        self.spent = 0.0
         say(f"== {part}")
         for item in items:
             before = self.results.get(part, item.name)
