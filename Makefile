@@ -76,6 +76,8 @@ ifeq ($(CUDA),1)
   NVCCFLAGS  := -std=c++20 -O3 -fmad=false -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-restrict,-Werror \
                 -diag-suppress 1675 -Werror all-warnings -lineinfo -I. $(GENCODE)
   CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
+  # The objects are made anew when the architectures change: this file then does.
+  $(shell mkdir -p $(BUILD); [ "$$(cat $(BUILD)/.cuda-archs 2>/dev/null)" = "$(CUDA_ARCHS)" ] || echo "$(CUDA_ARCHS)" >$(BUILD)/.cuda-archs)
   CUDART     := $(firstword $(wildcard $(foreach d,lib64 lib targets/x86_64-linux/lib,$(CUDA_ROOT)/$(d)/libcudart_static.a)))
   LDLIBS     += -L$(or $(dir $(CUDART)),$(CUDA_ROOT)/lib64) -lcudart_static -ldl -lrt
 else
@@ -122,15 +124,12 @@ $(BUILD)/googletest/%.o: $(BUNDLE)/googletest/src/%.cc
 	@echo "  CXX   $<"
 	$(Q)$(CXX) -std=c++20 -O1 -I$(BUNDLE)/include -I$(BUNDLE)/googletest -c -o $@ $<
 
-# The objects are made anew when the architectures change.
 $(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu $(BUILD)/.cuda-archs | $(BUILD)/.packages
 	@mkdir -p $(@D)
 	@echo "  NVCC  $<"
 	$(Q)scripts/nvcc.sh $@ $(NVCC) $(NVCCFLAGS) -MMD -MP -c $<
 
-$(BUILD)/.cuda-archs: always
-	@mkdir -p $(@D)
-	@[ "$$(cat $@ 2>/dev/null)" = "$(CUDA_ARCHS)" ] || echo "$(CUDA_ARCHS)" >$@
+$(BUILD)/.cuda-archs: ;
 
 $(TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(filter %.o,$(GTEST)) $(LIB)
 	@echo "  LINK  $@"
@@ -267,7 +266,7 @@ lint:
 clean:
 	rm -rf $(BUILD) train_gpt2
 
-.PHONY: all tests shim-tests demo test test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean always
+.PHONY: all tests shim-tests demo test test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
 .SECONDARY:
 
 -include $(LIB_OBJECTS:.o=.d) $(TEST_SOURCES:%.cpp=$(BUILD)/%.d) $(BUILD)/train_gpt2.d $(wildcard $(BUILD)/bench/*.d)
