@@ -76,8 +76,10 @@ ifeq ($(CUDA),1)
   NVCCFLAGS  := -std=c++20 -O3 -fmad=false -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-restrict,-Werror \
                 -diag-suppress 1675 -Werror all-warnings -lineinfo -I. $(GENCODE)
   CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
-  # The objects are made anew when the architectures change: this file then does.
+  # The objects are made anew when the architectures change: this file then does (but not under make -n).
+  ifeq (,$(findstring n,$(firstword -$(MAKEFLAGS))))
   $(shell mkdir -p $(BUILD); [ "$$(cat $(BUILD)/.cuda-archs 2>/dev/null)" = "$(CUDA_ARCHS)" ] || echo "$(CUDA_ARCHS)" >$(BUILD)/.cuda-archs)
+  endif
   CUDART     := $(firstword $(wildcard $(foreach d,lib64 lib targets/x86_64-linux/lib,$(CUDA_ROOT)/$(d)/libcudart_static.a)))
   LDLIBS     += -L$(or $(dir $(CUDART)),$(CUDA_ROOT)/lib64) -lcudart_static -ldl -lrt
 else
