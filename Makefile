@@ -236,8 +236,8 @@ bundle:
 	scripts/bundle.sh $(if $(BUNDLE),$(BUNDLE),.bundle)
 
 # What cannot be built or run is said in the report.
-REPORT_FLAGS  := $(if $(PARTS),--parts $(PARTS)) $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(if $(DATA),--data '$(DATA)') \
-                 $(if $(LLMC),--llmc $(LLMC)) $(if $(OUT),--out $(OUT)) $(if $(DRY_RUN),--dry-run)
+REPORT_FLAGS  := $(if $(PARTS),--parts '$(PARTS)') $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(if $(DATA),--data '$(DATA)') \
+                 $(if $(LLMC),--llmc '$(LLMC)') $(if $(OUT),--out '$(OUT)') $(if $(DRY_RUN),--dry-run)
 gpu-report:
 	@mkdir -p $(BUILD) && touch $(BUILD)/.report-began
 	-+$(MAKE) -k $(PARALLEL) $(if $(DRY_RUN),$(SHIM)/train_gpt2 $(SHIM)/bench_kernels $(SANITIZED)/tests/test_philox,train_gpt2 $(BUILD)/bench/kernels \

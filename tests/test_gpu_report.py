@@ -3,6 +3,7 @@ one: parts add up, a failure costs one item, time that is over is said, the page
 import json
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -420,3 +421,16 @@ def test_the_shard_of_random_tokens(tmp_path):
 def test_llmc_fits_by_its_own_arithmetic():
     xl = next(model for model in REAL.models if model.name == "1558M")
     assert 90e9 < peers.llmc_bytes(xl, 16) < 130e9 and peers.llmc_bytes(xl, 4) < 80e9
+
+
+def test_make_passes_its_variables_on(tmp_path):
+    """`make gpu-report` with every variable of the README, which would run the script with them."""
+    result = subprocess.run(["make", "-n", "gpu-report", "PARTS=right kernels", "TIME_LIMIT=500", "DATA=a_*.bin,b",
+                             f"LLMC={tmp_path}/llm c", "DRY_RUN=1", f"OUT={tmp_path}/out", f"BUILD={tmp_path}/build"],
+                            cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    (command,) = [line for line in result.stdout.splitlines() if "scripts/gpu_report.py" in line]
+    words = shlex.split(command)
+    assert words[words.index("--parts") + 1] == "right kernels" and words[words.index("--time-limit") + 1] == "500"
+    assert words[words.index("--data") + 1] == "a_*.bin,b" and words[words.index("--llmc") + 1] == f"{tmp_path}/llm c"
+    assert words[words.index("--out") + 1] == f"{tmp_path}/out" and "--dry-run" in words and "--spent" in words
