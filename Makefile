@@ -5,7 +5,7 @@
 # make test-gpu         the same tests on the GPU of this machine; SANITIZE=1: under compute-sanitizer
 # make gpu-report       builds, tests and measures everything on the GPU of this machine, into docs/results/, in parts of at
 #                       most 9 minutes: PARTS="tests kernels", TIME_LIMIT=seconds, DATA=shards, LLMC=checkout, OUT=folder;
-#                       DRY_RUN=1 OUT=folder: at toy size without a GPU. scripts/gpu_report.py says more
+#                       DRY_RUN=1: at toy size without a GPU, into build/gpu-report. scripts/gpu_report.py says more
 # make bundle           collects what a build needs into .bundle/, for a machine without a network
 # make bench            speed of a training step and of each operation, as ratios of what this machine can do
 # make format           clang-format over all sources;  make lint checks it
@@ -237,7 +237,7 @@ bundle:
 
 # What cannot be built or run is said in the report.
 REPORT_FLAGS  := $(if $(PARTS),--parts '$(PARTS)') $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(if $(DATA),--data '$(DATA)') \
-                 $(if $(LLMC),--llmc '$(LLMC)') $(if $(OUT),--out '$(OUT)') $(if $(DRY_RUN),--dry-run)
+                 $(if $(LLMC),--llmc '$(LLMC)') $(if $(DRY_RUN),--dry-run) $(if $(OUT)$(DRY_RUN),--out '$(or $(OUT),$(BUILD)/gpu-report)')
 gpu-report:
 	@mkdir -p $(BUILD) && touch $(BUILD)/.report-began
 	-+$(MAKE) -k $(PARALLEL) $(if $(DRY_RUN),$(SHIM)/train_gpt2 $(SHIM)/bench_kernels $(SANITIZED)/tests/test_philox,train_gpt2 $(BUILD)/bench/kernels \
