@@ -17,8 +17,8 @@
 # BUNDLE=folder builds with what `make bundle` collected, without a BLAS, on a machine that has g++, make, python3 and the
 # CUDA Toolkit.
 #
-# Variables: CXX, BLAS (name of a CBLAS library; none: a plain one of our own), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...),
-# PYTHON (of tests and plots), V=1. Objects do not depend on the
+# Variables: CXX, BLAS (name of a CBLAS library; none: a plain one of our own), CPU_ARCH (-march), BUILD (folder),
+# SANITIZE (address,undefined, ...), PYTHON (of tests and plots), V=1 (shows the commands). Objects do not depend on the
 # flags: give another BUILD with another SANITIZE or CXX.
 
 CXX      ?= g++
@@ -27,7 +27,6 @@ BUNDLE   ?=
 BLAS     ?= $(if $(BUNDLE),none,openblas)
 PYTHON   ?= .venv/bin/python
 BUILD    ?= build
-# make V=1 shows the commands.
 Q        := $(if $(V),,@)
 SANITIZE ?=
 
@@ -97,6 +96,7 @@ LIB_OBJECTS  := $(LIB_SOURCES:%.cpp=$(BUILD)/%.o) $(CUDA_OBJECTS)
 TEST_SOURCES := $(wildcard tests/test_*.cpp)
 TESTS        := $(TEST_SOURCES:tests/%.cpp=$(BUILD)/tests/%)
 LIB          := $(BUILD)/libtrain_gpt2.a
+KERNEL_BENCH := $(patsubst %,$(BUILD)/bench/%.o,kernels kernel_cases model_cases optimizer_cases)
 # Options, files and tests gain nothing from -O3 and compile twice as fast without it.
 $(BUILD)/train/%.o $(BUILD)/train_gpt2.o $(BUILD)/tests/%.o: OPTIMIZE := -O1
 
@@ -144,9 +144,11 @@ SHIM_SOURCES := $(filter-out tests/cuda_on_cpu/test_%,$(wildcard tests/cuda_on_c
 SHIM_OBJECTS := $(SHIM_KERNELS:%.cu=%.o) $(SHIM_SOURCES:%.cpp=%.o)
 SHIM         := $(BUILD)/cuda_on_cpu
 SANITIZED    := $(BUILD)/cuda_on_cpu_sanitized
-# Tests of operations and of the shim itself run under the sanitizers, those of whole models without.
-OPERATION_TESTS := attention classifier elementwise embedding layernorm matmul optimizer_ops quantize philox projection
-MODEL_TESTS     := flora flora_reference adamw sinks gpt2 gpt2_reference training
+# Tests of operations run under the sanitizers; those of whole models would take too long with them, and the shim's own
+# are built plain, too.
+OPERATION_TESTS := attention classifier device_memory elementwise embedding layernorm matmul optimizer_ops quantize philox \
+                   projection same_bits weight_codes
+MODEL_TESTS     := layer_stream flora flora_reference adamw sinks gpt2 gpt2_reference training offload
 SHIM_OWN_TESTS  := $(patsubst tests/cuda_on_cpu/test_%.cpp,%,$(wildcard tests/cuda_on_cpu/test_*.cpp))
 MODEL_BINARIES  := $(MODEL_TESTS:%=$(SHIM)/tests/test_%)
 OWN_BINARIES    := $(SHIM_OWN_TESTS:%=$(SHIM)/tests/test_%)
@@ -156,27 +158,24 @@ SHIM_FLAGS      := $(filter-out -O3 -I.,$(CXXFLAGS)) -Wno-unknown-pragmas -Wno-m
 SHIM_LDLIBS     := -lboost_context $(GTEST) $(LDLIBS)
 
 $(SANITIZED)/%.o: SHIM_FLAGS += -O1 -fsanitize=address,undefined -fno-omit-frame-pointer
+$(SANITIZED)/%.o: SHIM_KIND := shim, sanitizers
 $(SHIM)/%.o: SHIM_FLAGS += -O2
+$(SHIM)/%.o: SHIM_KIND := shim
+
+define COMPILE_FOR_SHIM
+@mkdir -p $(@D)
+@echo "  CXX   $< ($(SHIM_KIND))"
+$(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -x c++ -o $@ $<
+endef
 
 $(SHIM)/%.o: %.cu | $(BUILD)/.packages
-	@mkdir -p $(@D)
-	@echo "  CXX   $< (shim)"
-	$(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -x c++ -o $@ $<
-
+	$(COMPILE_FOR_SHIM)
 $(SHIM)/%.o: %.cpp | $(BUILD)/.packages
-	@mkdir -p $(@D)
-	@echo "  CXX   $< (shim)"
-	$(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -o $@ $<
-
+	$(COMPILE_FOR_SHIM)
 $(SANITIZED)/%.o: %.cu | $(BUILD)/.packages
-	@mkdir -p $(@D)
-	@echo "  CXX   $< (shim, sanitizers)"
-	$(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -x c++ -o $@ $<
-
+	$(COMPILE_FOR_SHIM)
 $(SANITIZED)/%.o: %.cpp | $(BUILD)/.packages
-	@mkdir -p $(@D)
-	@echo "  CXX   $< (shim, sanitizers)"
-	$(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -o $@ $<
+	$(COMPILE_FOR_SHIM)
 
 # The shim's own tests are compiled against it, all others see nothing but a Backend.
 $(OWN_BINARIES): $(SHIM)/tests/%: $(SHIM)/tests/cuda_on_cpu/%.o
@@ -195,7 +194,7 @@ $(SHIM)/train_gpt2: $(BUILD)/train_gpt2.o $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB)
 	@echo "  LINK  $@"
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(SHIM_LDLIBS)
 
-$(SHIM)/bench_kernels: $(BUILD)/bench/kernels.o $(BUILD)/bench/kernel_cases.o $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB)
+$(SHIM)/bench_kernels: $(KERNEL_BENCH) $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB)
 	@echo "  LINK  $@"
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(SHIM_LDLIBS)
 
@@ -251,7 +250,7 @@ bench:
 	python3 scripts/bench_steps.py --python $(PYTHON)
 
 # Needs no Google Benchmark, unlike the one of operations.
-$(BUILD)/bench/kernels: $(BUILD)/bench/kernels.o $(BUILD)/bench/kernel_cases.o $(LIB)
+$(BUILD)/bench/kernels: $(KERNEL_BENCH) $(LIB)
 	@echo "  LINK  $@"
 	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 

@@ -22,6 +22,7 @@
 #include "bench/kernel_cases.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/thread_waiting.h"
+#include "kernels/graph_cache.h"
 
 namespace {
 
@@ -80,15 +81,7 @@ class Batch {
   Batch(Backend& backend, const std::vector<Call>& calls, int64_t count)
       : backend_(backend), calls_(calls), recorded_(std::min(count, rounded(kMostCallsInGraph))) {
     repeats_ = (count + recorded_ - 1) / recorded_;
-    if (!backend_.can_capture()) return;
-    backend_.begin_capture();
-    try {
-      issue();
-    } catch (...) {
-      backend_.abandon_capture();
-      throw;
-    }
-    graph_ = backend_.end_capture();
+    if (backend_.can_capture()) graph_ = record_graph(backend_, [this] { issue(); });
   }
 
   int64_t calls() const { return recorded_ * repeats_; }

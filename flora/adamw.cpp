@@ -6,30 +6,14 @@
 #include "flora/optimizer_state.h"
 
 AdamW::AdamW(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
-    : config_(config), backend_(backend) {
-  require_indexed(parameters);
-  for (const Parameter& parameter : parameters) slots_.push_back({.parameter = parameter});
-}
-
-void AdamW::declare(MemoryPlan& plan) const {
-  for (const Slot& slot : slots_) {
-    const Parameter& p = slot.parameter;
-    if (config_.beta1 > 0)
-      plan.add_tensor(p.name + ".momentum", Category::kOptimizerState, momentum_dtype(config_.state_dtype, p),
-                      p.elements());
-    plan.add_tensor(p.name + ".second_moment", Category::kOptimizerState, second_moment_dtype(config_.state_dtype, p),
-                    p.elements());
-  }
-}
-
-void AdamW::bind(Arena& arena) {
-  for (Slot& slot : slots_) {
-    const Parameter& p = slot.parameter;
-    if (config_.beta1 > 0)
-      slot.momentum = bind_state(arena, backend_, p.name + ".momentum", momentum_dtype(config_.state_dtype, p),
-                                 p.matrix, p.rows, p.cols);
-    slot.second_moment = bind_state(arena, backend_, p.name + ".second_moment",
-                                    second_moment_dtype(config_.state_dtype, p), p.matrix, p.rows, p.cols);
+    : Optimizer(config, parameters, backend) {
+  for (const Parameter& p : parameters) {
+    Slot slot;
+    if (config.beta1 > 0)
+      slot.momentum = states_.add(p, "momentum", momentum_dtype(config.state_dtype, p), p.matrix, p.rows, p.cols);
+    slot.second_moment =
+        states_.add(p, "second_moment", second_moment_dtype(config.state_dtype, p), p.matrix, p.rows, p.cols);
+    slots_.push_back(slot);
   }
 }
 
@@ -41,20 +25,28 @@ void AdamW::begin_step(uint32_t step, StepScalars& scalars) {
 }
 
 void AdamW::update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) {
-  const Slot& slot = slots_.at(static_cast<size_t>(parameter.index));
-  backend_.adamw_update(weight, master, slot.momentum, slot.second_moment, gradient,
-                        {.beta1 = config_.beta1,
-                         .beta2 = config_.beta2,
-                         .eps = config_.eps,
-                         .weight_decay = parameter.decay ? config_.weight_decay : 0.0f},
-                        rounding_key(config_.seed, parameter), scalars);
+  update_rows(parameter, weight, master, gradient, {}, scalars);
 }
 
-std::vector<StateTensor> AdamW::state() const {
-  std::vector<StateTensor> tensors;
-  for (const Slot& slot : slots_) {
-    if (slot.momentum) tensors.push_back({slot.parameter.name + ".momentum", slot.momentum});
-    tensors.push_back({slot.parameter.name + ".second_moment", slot.second_moment});
-  }
-  return tensors;
+void AdamW::update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master, const BlockedGradient& gradient,
+                             StepScalars* scalars) {
+  gradient.pass([&](int64_t begin, Tensor rows) {
+    update_rows(parameter, weight, master, rows, {begin, rows.rows()}, scalars);
+  });
+}
+
+// `gradient` holds these rows only, everything else is whole.
+void AdamW::update_rows(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, const RowRange& rows,
+                        StepScalars* scalars) {
+  states_.hold(parameter.layer, Access::kUpdate);
+  const Slot& slot = slots_.at(static_cast<size_t>(parameter.index));
+  const Tensor m = rows.of(states_.get(slot.momentum)), v = rows.of(states_.get(slot.second_moment));
+  pieces_.update(
+      parameter, rows.of(weight), rows.of(master), rounding(parameter, rows.begin), scalars,
+      [&](const Tensor& w, const Tensor& copy, const RowRange& piece, const RandomKey& key) {
+        backend_.adamw_update(
+            w, copy, piece.of(m), piece.of(v), piece.of(gradient),
+            {.beta1 = config_.beta1, .beta2 = config_.beta2, .eps = config_.eps, .weight_decay = decay_of(parameter)},
+            key, scalars);
+      });
 }

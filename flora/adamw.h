@@ -2,7 +2,6 @@
 // states and weight, 28 bytes a parameter in fp32.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "flora/optimizer.h"
@@ -11,20 +10,17 @@ class AdamW final : public Optimizer {
  public:
   AdamW(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend);
 
-  void declare(MemoryPlan& plan) const override;
-  void bind(Arena& arena) override;
   void begin_step(uint32_t step, StepScalars& scalars) override;
   void update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) override;
-  std::vector<StateTensor> state() const override;
-  std::vector<std::string> compressed_parameters() const override { return {}; }
+  void update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master, const BlockedGradient& gradient,
+                        StepScalars* scalars) override;
 
  private:
-  struct Slot {
-    Parameter parameter;
-    Tensor momentum = {}, second_moment = {};  // momentum stays empty with beta1 = 0
-  };
+  void update_rows(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, const RowRange& rows,
+                   StepScalars* scalars);
 
-  OptimizerConfig config_;
-  Backend& backend_;
+  struct Slot {
+    int momentum = -1, second_moment = -1;  // numbers in states_; no momentum with beta1 = 0
+  };
   std::vector<Slot> slots_;  // by Parameter::index
 };

@@ -23,31 +23,41 @@ class Flora final : public Optimizer {
   void begin_step(uint32_t step, StepScalars& scalars) override;
   uint32_t variant() const override { return transfer_due_ ? 1 : 0; }
   void update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) override;
-  std::vector<StateTensor> state() const override;
+  void update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master, const BlockedGradient& gradient,
+                        StepScalars* scalars) override;
   std::vector<std::string> compressed_parameters() const override;
 
  private:
-  // What one parameter keeps from step to step. Tensors that it does not need stay empty.
+  // What one parameter keeps from step to step, as numbers in states_; -1 for what it does not need.
   struct Slot {
     Parameter parameter;
     bool factored = false;    // row and col instead of second_moment
     bool compressed = false;  // momentum is [r, m] or [n, r]
-    Tensor momentum, row, col, second_moment;
+    int momentum = -1, row = -1, col = -1, second_moment = -1;
   };
 
   bool has_momentum() const { return config_.beta1 > 0; }
   Compression compression(const Slot& slot) const { return {slot.parameter, config_.rank}; }
-  ProjectionId projection(const Slot& slot, const uint32_t* index) const;
+  void add_states(Slot& slot);
+  void reserve_scratch(const Slot& slot);
+  void project_with(const Slot& slot, Tensor p, const uint32_t* index, StepScalars* scalars);
+  Tensor projection_of(const Slot& slot, const Scratch& scratch) const;
+  Tensor compressed_of(const Slot& slot, const Scratch& scratch) const;
+  Tensor decoded_momentum(const Slot& slot);
 
   // gradient <- D, the update before clipping; the momentum moves on.
-  void normalise(Slot& slot, Tensor gradient, StepScalars* scalars);
-  void compressed_momentum(Slot& slot, Tensor gradient, StepScalars* scalars);
-  void project_scaled(const Slot& slot, Tensor out, Tensor gradient, Tensor p, Tensor scaled, Tensor row_scale,
-                      Tensor col_scale);
-  void change_projection(Slot& slot, Tensor momentum, Tensor p_old, Tensor p_new);
+  void normalise(const Slot& slot, Tensor gradient, StepScalars* scalars);
+  void compressed_momentum(const Slot& slot, Tensor gradient, StepScalars* scalars);
+  void change_projection(const Slot& slot, Tensor momentum, Tensor p_old, Tensor p_new);
 
-  OptimizerConfig config_;
-  Backend& backend_;
+  // The same for rows of a gradient in blocks, whose scales are known and whose projections are made.
+  void prepare_compressed(const Slot& slot, StepScalars* scalars);
+  void finish_compressed(const Slot& slot, StepScalars* scalars);
+  void to_update(const Slot& slot, Tensor gradient, int64_t begin, bool keep_momentum, StepScalars* scalars);
+  Tensor copied_momentum(Tensor rows);
+
+  void apply(const Slot& slot, Tensor weight, Tensor master, Tensor update, const RowRange& rows, StepScalars* scalars);
+
   std::vector<Slot> slots_;  // by Parameter::index
   bool transfer_due_ = false;
 
@@ -55,8 +65,9 @@ class Flora final : public Optimizer {
   Scratch row_scale_, col_scale_;     // fp32
   Scratch projection_, projection2_;  // [r, d], the gradient's dtype
   Scratch compressed_;                // S, fp32
-  Scratch decoded_momentum_, moved_;  // fp32, as large as a compressed momentum: of int8 states; of a transfer
+  Scratch decoded_momentum_, moved_;  // as large as a compressed momentum: of int8 states; of a transfer, fp32
   Scratch square_;                    // [r, r] of a transfer, fp32
   Scratch factor_;                    // r*r doubles of an orthonormal projection, as fp32 pairs
+  Scratch copied_momentum_;           // a block's rows of an uncompressed momentum, in its dtype
   Tensor squares_;                    // [4]: of the update, of the weight, of the momentum before and after a transfer
 };

@@ -2,6 +2,8 @@
 // the gradient memory is the largest matrix, one layer's vectors and the long-lived gradients; with several the sums
 // are kept, in full or compressed, and the update happens in the last one.
 //
+// A gradient in blocks of rows is computed once for each pass that its update needs, and never kept.
+//
 // Clipping needs the norm before the first update: a first pass over the micro-batches (set_norm_pass) measures it, the
 // second updates.
 #include "flora/sink_base.h"
@@ -47,6 +49,29 @@ class FusedSink final : public SinkBase {
     if (norm_pass_) return;
     clip(gradient);
     update(parameter, gradient);
+  }
+
+  bool wants_blocks(const Parameter& parameter) const override { return storage_.block_rows(parameter) > 0; }
+
+  void from_rows(const Parameter& parameter, const Rows& rows) override {
+    if (!wants_blocks(parameter)) {
+      SinkBase::from_rows(parameter, rows);
+      return;
+    }
+    bool first_pass = norm_pass_ || !clips();
+    const BlockedGradient gradient(parameter.rows, storage_.block_rows(parameter), [&](int64_t begin, int64_t count) {
+      const Tensor block = storage_.block(parameter, count);
+      rows(block, begin, false);
+      if (first_pass) add_squares(block);
+      if (begin + count == parameter.rows) first_pass = false;
+      if (!norm_pass_) clip(block);
+      return block;
+    });
+    if (norm_pass_) {
+      gradient.pass([](int64_t, const Tensor&) {});
+    } else {
+      update(parameter, gradient);
+    }
   }
 
   void end_step() override {}

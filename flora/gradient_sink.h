@@ -8,9 +8,12 @@
 // Between target(p) and ready(p) the gradients of 1-D parameters and of long_lived parameters may be open at the same
 // time as p; two other matrices may not. ready() is called once per parameter and micro-batch; by then the model has
 // computed everything it needs from the parameter's old value, so the sink may change the weight.
+// A matrix may come through from_rows() instead, where the sink asks for the rows it wants, as often as it wants; one
+// for which wants_blocks() must.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "flora/parameter.h"
 #include "kernels/backend.h"
@@ -39,6 +42,16 @@ class GradientSink {
   virtual void begin_micro_batch(int index, bool is_last) = 0;
   virtual Target target(const Parameter& parameter) = 0;
   virtual void ready(const Parameter& parameter) = 0;
+
+  // rows(out, begin, accumulate): writes, or adds, rows [begin, begin + out.rows()) of a gradient to `out`.
+  using Rows = std::function<void(Tensor out, int64_t begin, bool accumulate)>;
+  virtual bool wants_blocks(const Parameter&) const { return false; }
+  virtual void from_rows(const Parameter& parameter, const Rows& rows) {
+    const Target whole = target(parameter);
+    rows(whole.tensor, 0, whole.accumulate);
+    ready(parameter);
+  }
+
   virtual void end_step() = 0;
 
   // Device scalar (fp32): sum of squares of the whole gradient of the step, valid after end_step().

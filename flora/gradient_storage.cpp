@@ -45,14 +45,22 @@ GradientStorage::GradientStorage(const SinkConfig& config, const std::vector<Par
   reserve_slots();
 }
 
+// Elements of a matrix's slot: a block, or everything.
+int64_t GradientStorage::slot_elements(const Parameter& parameter) const {
+  const int64_t rows = block_rows(parameter);
+  return rows > 0 ? rows * parameter.cols : parameter.padded_elements();
+}
+
 // Sizes of the shared slots: the largest matrix, the vectors of the largest layer, those outside the layers.
 void GradientStorage::reserve_slots() {
   std::map<int, int64_t> vectors;  // elements by layer
   for (Entry& e : entries_) {
     if (uses_shared_matrix(e)) {
-      matrix_elements_ = std::max(matrix_elements_, e.parameter.padded_elements());
+      matrix_elements_ = std::max(matrix_elements_, slot_elements(e.parameter));
       matrix_phases_ |= gradient_phases(e.parameter) | slot_phases_;
     }
+    if (e.parameter.long_lived && block_rows(e.parameter) > 0)
+      long_lived_block_elements_ = std::max(long_lived_block_elements_, slot_elements(e.parameter));
     if (uses_vectors(e)) {
       int64_t& used = vectors[e.parameter.layer];
       e.vector_offset = used;
@@ -86,12 +94,14 @@ void GradientStorage::declare(MemoryPlan& plan) const {
     if (e.keep == Keep::kCompressed)
       plan.add_tensor(p.name + ".accumulator", kGradients, config_.accumulation_dtype,
                       compression(e).compressed_elements(), kept_phases(e));
-    if (e.has_slot && p.long_lived)
+    if (e.has_slot && p.long_lived && block_rows(p) == 0)
       plan.add_tensor(p.name + ".gradient", kGradients, DType::kF32, p.padded_elements(),
                       gradient_phases(p) | slot_phases_);
   }
   const DType dtype = config_.gradient_dtype;
   if (matrix_elements_ > 0) plan.add_tensor("gradient.matrix", kGradients, dtype, matrix_elements_, matrix_phases_);
+  if (long_lived_block_elements_ > 0)
+    plan.add_tensor("gradient.rows", kGradients, DType::kF32, long_lived_block_elements_, kPhaseBackward);
   if (layer_vector_elements_ > 0)
     plan.add_tensor("gradient.vectors", kGradients, dtype, layer_vector_elements_, kPhaseBackward | slot_phases_);
   if (top_vector_elements_ > 0)
@@ -106,6 +116,9 @@ void GradientStorage::bind(Arena& arena) {
     return elements > 0 ? arena.tensor(name, dtype, {elements}).as<char>() : nullptr;
   };
   char* const matrix = shared("gradient.matrix", matrix_elements_);
+  void* const rows = long_lived_block_elements_ > 0
+                         ? arena.tensor("gradient.rows", DType::kF32, {long_lived_block_elements_}).data
+                         : nullptr;
   char* const vectors = shared("gradient.vectors", layer_vector_elements_);
   char* const top_vectors = shared("gradient.top_vectors", top_vector_elements_);
   for (Entry& e : entries_) {
@@ -115,7 +128,9 @@ void GradientStorage::bind(Arena& arena) {
     if (e.keep == Keep::kCompressed)
       e.sum = arena.tensor(p.name + ".accumulator", config_.accumulation_dtype,
                            {compression(e).compressed_rows(), compression(e).compressed_cols()});
-    if (e.has_slot && p.long_lived) {
+    if (p.long_lived && block_rows(p) > 0) {
+      e.slot = view_of(rows, DType::kF32, p);
+    } else if (e.has_slot && p.long_lived) {
       e.slot = view_of(arena.tensor(p.name + ".gradient", DType::kF32, {p.padded_elements()}).data, DType::kF32, p);
     } else if (uses_shared_matrix(e)) {
       e.slot = view_of(matrix, dtype, p);

@@ -4,7 +4,8 @@
 // A gradient is written either straight into the sum of its step (`kFull`) or into a slot that other parameters use,
 // too: one matrix, the vectors of one layer, the vectors outside the layers; a long-lived gradient has a slot of its
 // own. A slot is then used up at once (`kSlot`), added to a full sum with stochastic rounding (a bf16 sum), or
-// projected and added to a compressed one (`kCompressed`).
+// projected and added to a compressed one (`kCompressed`). Of a gradient in blocks the slot holds one block: the matrix
+// slot, or for long-lived ones a slot that they share, in fp32.
 #pragma once
 
 #include <cstdint>
@@ -46,6 +47,10 @@ class GradientStorage {
   // The kept sum as it is: compressed, or in full.
   Tensor sum(const Parameter& parameter) const;
 
+  // Of a gradient in blocks: rows in each (0: it is whole), and the memory of `rows` rows.
+  int64_t block_rows(const Parameter& parameter) const { return gradient_block_rows(parameter, config_.blocks); }
+  Tensor block(const Parameter& parameter, int64_t rows) { return entry(parameter).slot.slice(0, rows); }
+
  private:
   struct Entry {
     Parameter parameter;
@@ -61,6 +66,7 @@ class GradientStorage {
   bool uses_vectors(const Entry& e) const { return e.has_slot && !e.parameter.long_lived && !e.parameter.matrix; }
   DType full_dtype(const Parameter& parameter) const;
   uint32_t kept_phases(const Entry& e) const;
+  int64_t slot_elements(const Parameter& parameter) const;
   Compression compression(const Entry& e) const { return {e.parameter, config_.accumulation_rank}; }
   void reserve_slots();
   Tensor generate(const Entry& e);
@@ -70,7 +76,7 @@ class GradientStorage {
   Backend& backend_;
   std::vector<Entry> entries_;  // by Parameter::index
   uint32_t slot_phases_, matrix_phases_ = 0, compressed_phases_ = 0;
-  int64_t matrix_elements_ = 0, layer_vector_elements_ = 0, top_vector_elements_ = 0;
+  int64_t long_lived_block_elements_ = 0, matrix_elements_ = 0, layer_vector_elements_ = 0, top_vector_elements_ = 0;
   Scratch projection_, projected_, factor_;
   StepScalars* scalars_ = nullptr;
 };

@@ -6,7 +6,31 @@
 
 #include "flora/adamw.h"
 #include "flora/flora.h"
+#include "flora/optimizer_state.h"
 #include "flora/sgd.h"
+
+Optimizer::Optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
+    : config_(config), backend_(backend), states_(parameters, config.streamed_layers, backend), pieces_(backend) {
+  require_indexed(parameters);
+  for (const Parameter& parameter : parameters) pieces_.reserve(parameter);
+}
+
+void Optimizer::declare(MemoryPlan& plan) const {
+  states_.declare(plan);
+  pieces_.declare(plan, kUpdatePhases);
+}
+
+void Optimizer::bind(Arena& arena) {
+  states_.bind(arena);
+  pieces_.bind(arena);
+}
+
+RandomKey Optimizer::rounding(const Parameter& parameter, int64_t begin) const {
+  return {.seed = config_.seed,
+          .purpose = RandomPurpose::kWeightRounding,
+          .tensor = parameter.hash(),
+          .offset = static_cast<uint64_t>(begin * parameter.cols)};
+}
 
 bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embeddings, ProjectionKind projection) {
   constexpr int64_t kLargestRatio = 4;

@@ -6,7 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "flora/blocked_gradient.h"
 #include "flora/parameter.h"
+#include "flora/state_store.h"
+#include "flora/weight_pieces.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
 
@@ -39,19 +42,18 @@ struct OptimizerConfig {
   bool compress_embeddings = false;
   ProjectionKind projection = ProjectionKind::kGaussian;
   TransferKind transfer = TransferKind::kReencode;
-};
 
-// Moments of one parameter as a checkpoint stores them, in their own dtype (int8 with scales).
-struct StateTensor {
-  std::string name;  // "<parameter>.<what>", e.g. "h.0.mlp.c_fc.weight.momentum"
-  Tensor tensor;     // in device memory
+  // Memory
+  int streamed_layers = 0;  // > 0: states of the blocks are in host memory, so many layers at a time on the device
+  GradientBlocks blocks = GradientBlocks::kWhole;  // which gradients come in blocks of rows
 };
 
 class Optimizer {
  public:
+  Optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend);
   virtual ~Optimizer() = default;
-  virtual void declare(MemoryPlan& plan) const = 0;
-  virtual void bind(Arena& arena) = 0;  // state starts as zeros
+  virtual void declare(MemoryPlan& plan) const;
+  virtual void bind(Arena& arena);  // state starts as zeros
 
   // Writes the step's scalars this optimizer needs (beta2, bias corrections, projection indices; lr when it has a
   // schedule of its own) into the host-side struct; called once per step, before any update().
@@ -65,11 +67,27 @@ class Optimizer {
   // Both are views of the unpadded parameter. `scalars` is in device memory.
   virtual void update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient,
                       StepScalars* scalars) = 0;
+  // The same from a gradient in blocks; equal but for the rounding of sums.
+  virtual void update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master,
+                                const BlockedGradient& gradient, StepScalars* scalars) = 0;
 
-  virtual std::vector<StateTensor> state() const = 0;
+  // All states, in the order of the parameters; those of streamed layers without their memory.
+  const std::vector<StateTensor>& state() const { return states_.list(); }
+  StateStore& states() { return states_; }
 
   // Parameters whose momentum is compressed; empty for optimizers that compress nothing (a reason to warn).
-  virtual std::vector<std::string> compressed_parameters() const = 0;
+  virtual std::vector<std::string> compressed_parameters() const { return {}; }
+
+ protected:
+  bool in_blocks(const Parameter& parameter) const { return gradient_block_rows(parameter, config_.blocks) > 0; }
+  // The key of a parameter's rounding, from row `begin` on.
+  RandomKey rounding(const Parameter& parameter, int64_t begin = 0) const;
+  float decay_of(const Parameter& parameter) const { return parameter.decay ? config_.weight_decay : 0.0f; }
+
+  OptimizerConfig config_;
+  Backend& backend_;
+  StateStore states_;
+  WeightPieces pieces_;
 };
 
 // True when a gradient or momentum of this shape is held in a projection of rank r (docs/design.md, section Flora).

@@ -11,20 +11,9 @@ DType second_moment_dtype(DType state_dtype, const Parameter& parameter) {
   return state_dtype == DType::kI8 && parameter.matrix ? DType::kU8 : DType::kF32;
 }
 
-Tensor bind_state(Arena& arena, Backend& backend, const std::string& name, DType dtype, bool matrix, int64_t rows,
-                  int64_t cols) {
-  const Tensor state = matrix ? arena.tensor(name, dtype, {rows, cols}) : arena.tensor(name, dtype, {rows * cols});
-  zero_state(backend, state);
-  return state;
-}
-
 void zero_state(Backend& backend, const Tensor& state) {
   backend.fill(state.data, 0, state.bytes());
   if (state.scales) backend.fill(state.scales, 0, static_cast<size_t>(quant_blocks(state.elements())) * sizeof(float));
-}
-
-RandomKey rounding_key(uint64_t seed, const Parameter& parameter) {
-  return {.seed = seed, .purpose = RandomPurpose::kWeightRounding, .tensor = parameter.hash()};
 }
 
 uint32_t gradient_phases(const Parameter& parameter) {

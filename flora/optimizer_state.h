@@ -5,7 +5,6 @@
 #include <string>
 #include <vector>
 
-#include "flora/optimizer.h"
 #include "flora/parameter.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
@@ -15,15 +14,8 @@
 DType momentum_dtype(DType state_dtype, const Parameter& parameter);
 DType second_moment_dtype(DType state_dtype, const Parameter& parameter);
 
-// The declared state `name`, set to zeros: [rows, cols] of a matrix, else [rows * cols].
-Tensor bind_state(Arena& arena, Backend& backend, const std::string& name, DType dtype, bool matrix, int64_t rows,
-                  int64_t cols);
-
 // Elements and, of an 8-bit state, scales become 0.
 void zero_state(Backend& backend, const Tensor& state);
-
-// The random numbers that round this parameter's updates.
-RandomKey rounding_key(uint64_t seed, const Parameter& parameter);
 
 // Where a parameter's gradient is alive within a micro-batch: a block's in the backward pass, those outside the blocks
 // from the head on, but for an embedding that has no part in the head.

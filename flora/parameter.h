@@ -17,6 +17,7 @@ struct Parameter {
   bool matrix = false;      // 2-D
   bool decay = false;       // weight decay applies
   bool embedding = false;   // a table indexed by ids (token or position embedding)
+  bool quantized = false;   // stored as 8-bit codes
   bool long_lived =
       false;  // its gradient is summed from pieces while others come and go (embedding, head): fp32, own buffer
 

@@ -49,6 +49,12 @@ void project_down(Backend& backend, Tensor out, Tensor g, Tensor p, const Compre
 void project_up(Backend& backend, Tensor out, Tensor m, Tensor p, const Compression& shape, float alpha,
                 bool accumulate);
 
+// Parts of them, for rows [begin, begin + g.rows()) of the parameter: out is all of down(), to which such a part is
+// added or whose rows it is; g (+)= these rows of alpha * up(m).
+void project_rows_down(Backend& backend, Tensor out, Tensor g, Tensor p, const Compression& shape, int64_t begin);
+void project_rows_up(Backend& backend, Tensor g, Tensor m, Tensor p, const Compression& shape, int64_t begin,
+                     float alpha, bool accumulate);
+
 // out = down'(up(m)): from projection p_old to p_new without decoding, through the r x r matrix P' P^T in `square`
 // (fp32). out may not be m.
 void transfer(Backend& backend, Tensor out, Tensor m, Tensor p_old, Tensor p_new, Tensor square,
@@ -65,14 +71,16 @@ class Scratch {
     if (elements_ > 0) plan.add_tensor(name_, Category::kWorkspace, dtype_, elements_, phases);
   }
   void bind(Arena& arena) {
-    if (elements_ > 0) memory_ = arena.tensor(name_, dtype_, {elements_}).data;
+    if (elements_ > 0) memory_ = arena.tensor(name_, dtype_, {elements_});
   }
-  Tensor tensor(std::initializer_list<int64_t> shape) const { return Tensor::of(memory_, dtype_, shape); }
-  void* data() const { return memory_; }
+  Tensor tensor(std::initializer_list<int64_t> shape) const {
+    return Tensor::of(memory_.data, dtype_, shape, memory_.scales);
+  }
+  void* data() const { return memory_.data; }
 
  private:
   const char* name_ = nullptr;
   DType dtype_ = DType::kF32;
   int64_t elements_ = 0;
-  void* memory_ = nullptr;
+  Tensor memory_;
 };

@@ -4,37 +4,32 @@
 #include "flora/optimizer_state.h"
 
 Sgd::Sgd(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
-    : config_(config), backend_(backend) {
-  require_indexed(parameters);
-  for (const Parameter& parameter : parameters) slots_.push_back({.parameter = parameter});
-}
-
-void Sgd::declare(MemoryPlan& plan) const {
-  if (config_.beta1 == 0) return;
-  for (const Slot& slot : slots_)
-    plan.add_tensor(slot.parameter.name + ".momentum", Category::kOptimizerState,
-                    momentum_dtype(config_.state_dtype, slot.parameter), slot.parameter.elements());
-}
-
-void Sgd::bind(Arena& arena) {
-  if (config_.beta1 == 0) return;
-  for (Slot& slot : slots_) {
-    const Parameter& p = slot.parameter;
-    slot.momentum = bind_state(arena, backend_, p.name + ".momentum", momentum_dtype(config_.state_dtype, p), p.matrix,
-                               p.rows, p.cols);
-  }
+    : Optimizer(config, parameters, backend) {
+  for (const Parameter& p : parameters)
+    momentum_.push_back(
+        config.beta1 > 0 ? states_.add(p, "momentum", momentum_dtype(config.state_dtype, p), p.matrix, p.rows, p.cols)
+                         : -1);
 }
 
 void Sgd::update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) {
-  const Slot& slot = slots_.at(static_cast<size_t>(parameter.index));
-  backend_.sgd_update(weight, master, slot.momentum, gradient,
-                      {.beta1 = config_.beta1, .weight_decay = parameter.decay ? config_.weight_decay : 0.0f},
-                      rounding_key(config_.seed, parameter), scalars);
+  update_rows(parameter, weight, master, gradient, {}, scalars);
 }
 
-std::vector<StateTensor> Sgd::state() const {
-  std::vector<StateTensor> tensors;
-  for (const Slot& slot : slots_)
-    if (slot.momentum) tensors.push_back({slot.parameter.name + ".momentum", slot.momentum});
-  return tensors;
+void Sgd::update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master, const BlockedGradient& gradient,
+                           StepScalars* scalars) {
+  gradient.pass([&](int64_t begin, Tensor rows) {
+    update_rows(parameter, weight, master, rows, {begin, rows.rows()}, scalars);
+  });
+}
+
+// `gradient` holds these rows only, everything else is whole.
+void Sgd::update_rows(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, const RowRange& rows,
+                      StepScalars* scalars) {
+  states_.hold(parameter.layer, Access::kUpdate);
+  const Tensor m = rows.of(states_.get(momentum_.at(static_cast<size_t>(parameter.index))));
+  pieces_.update(parameter, rows.of(weight), rows.of(master), rounding(parameter, rows.begin), scalars,
+                 [&](const Tensor& w, const Tensor& copy, const RowRange& piece, const RandomKey& key) {
+                   backend_.sgd_update(w, copy, piece.of(m), piece.of(gradient),
+                                       {.beta1 = config_.beta1, .weight_decay = decay_of(parameter)}, key, scalars);
+                 });
 }

@@ -2,7 +2,6 @@
 // pass over gradient and weight.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "flora/optimizer.h"
@@ -11,20 +10,14 @@ class Sgd final : public Optimizer {
  public:
   Sgd(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend);
 
-  void declare(MemoryPlan& plan) const override;
-  void bind(Arena& arena) override;
   void begin_step(uint32_t, StepScalars&) override {}
   void update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) override;
-  std::vector<StateTensor> state() const override;
-  std::vector<std::string> compressed_parameters() const override { return {}; }
+  void update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master, const BlockedGradient& gradient,
+                        StepScalars* scalars) override;
 
  private:
-  struct Slot {
-    Parameter parameter;
-    Tensor momentum = {};  // empty with beta1 = 0
-  };
+  void update_rows(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, const RowRange& rows,
+                   StepScalars* scalars);
 
-  OptimizerConfig config_;
-  Backend& backend_;
-  std::vector<Slot> slots_;  // by Parameter::index
+  std::vector<int> momentum_;  // numbers in states_, by Parameter::index; -1 with beta1 = 0
 };

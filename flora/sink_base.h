@@ -37,12 +37,14 @@ class SinkBase : public UpdatingSink {
 
   // Runs the optimizer on one parameter; its layer need not be acquired.
   void update(const Parameter& parameter, Tensor gradient);
+  void update(const Parameter& parameter, const BlockedGradient& gradient);
 
-  // f(parameter) for all parameters, layer by layer, each layer acquired once and released as changed.
+  // f(parameter) for all parameters, layer by layer in the order of the backward pass, each layer acquired once and
+  // released as changed.
   template <typename F>
   void for_each_layer(F&& f) {
     for (int layer : layers_) {
-      store_.acquire(layer);
+      store_.acquire(layer, Access::kUpdate);
       for (const Parameter& parameter : parameters())
         if (parameter.layer == layer) f(parameter);
       store_.release(layer, true);
@@ -57,7 +59,7 @@ class SinkBase : public UpdatingSink {
  private:
   Optimizer& optimizer_;
   ParameterStore& store_;
-  std::vector<int> layers_;  // in the order of their first parameter
+  std::vector<int> layers_;  // the last one first, -1 at the end
   Tensor squares_;           // [1]
   bool squares_written_ = false;
   StepScalars* scalars_ = nullptr;

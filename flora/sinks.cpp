@@ -14,8 +14,9 @@ SinkBase::SinkBase(const SinkConfig& config, Optimizer& optimizer, ParameterStor
       storage_(config, store.parameters(), keep, slot_phases, backend),
       optimizer_(optimizer),
       store_(store) {
-  for (const Parameter& parameter : store.parameters())
-    if (std::find(layers_.begin(), layers_.end(), parameter.layer) == layers_.end()) layers_.push_back(parameter.layer);
+  for (const Parameter& parameter : store.parameters()) layers_.push_back(parameter.layer);
+  std::sort(layers_.rbegin(), layers_.rend());
+  layers_.erase(std::unique(layers_.begin(), layers_.end()), layers_.end());
 }
 
 void SinkBase::declare(MemoryPlan& plan) const {
@@ -63,8 +64,14 @@ void SinkBase::clip(Tensor gradient) {
 }
 
 void SinkBase::update(const Parameter& parameter, Tensor gradient) {
-  store_.acquire(parameter.layer);
-  optimizer_.update(parameter, store_.weight(parameter), store_.master(parameter), gradient, scalars_);
+  store_.acquire(parameter.layer, Access::kUpdate);
+  optimizer_.update(parameter, store_.stored(parameter), store_.master(parameter), gradient, scalars_);
+  store_.release(parameter.layer, true);
+}
+
+void SinkBase::update(const Parameter& parameter, const BlockedGradient& gradient) {
+  store_.acquire(parameter.layer, Access::kUpdate);
+  optimizer_.update_in_blocks(parameter, store_.stored(parameter), store_.master(parameter), gradient, scalars_);
   store_.release(parameter.layer, true);
 }
 
@@ -81,6 +88,8 @@ std::vector<GradientStorage::Keep> keep_compressed(const SinkConfig& config, con
 std::unique_ptr<UpdatingSink> make_sink(const SinkConfig& config, Optimizer& optimizer, ParameterStore& store,
                                         Backend& backend) {
   if (config.micro_batches < 1) throw std::invalid_argument("a step has at least one micro-batch");
+  if (config.blocks != GradientBlocks::kWhole && (config.kind != SinkKind::kFused || config.micro_batches > 1))
+    throw std::invalid_argument("gradients in blocks need a fused sink and one micro-batch");
   switch (config.kind) {
     case SinkKind::kDense: return make_dense_sink(config, optimizer, store, backend);
     case SinkKind::kFused: return make_fused_sink(config, optimizer, store, backend);

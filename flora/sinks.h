@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "flora/blocked_gradient.h"
 #include "flora/gradient_sink.h"
 #include "flora/optimizer.h"
 #include "flora/parameter_store.h"
@@ -20,6 +21,7 @@ struct SinkConfig {
   bool compress_embeddings = false;
   float clip_norm = 0;  // 0: off. Fused: needs two backward passes, see needs_norm_pass()
   uint64_t seed = 0;    // the run's seed
+  GradientBlocks blocks = GradientBlocks::kWhole;
 };
 
 // A sink that also reports what the trainer needs to know.

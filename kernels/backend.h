@@ -85,13 +85,22 @@ class Backend {
   virtual std::string name() const = 0;         // "cpu" or "cuda"
   virtual std::string description() const = 0;  // for the banner: model of the device, threads, BLAS
   virtual size_t memory_available() const = 0;  // bytes a plan may take, what the runtime itself will need set aside
+  // Bytes of the device's memory that the runtime takes beside allocate(), measured now. CPU: what of the process is
+  // resident and was not given out. CUDA: what is in use and was not given out, at most 1 GiB of it (others may use the
+  // device, too), and what kernels and graphs will still take.
+  virtual size_t runtime_bytes() const = 0;
+  virtual size_t host_memory_available() const = 0;  // bytes that allocate_host() can still give
+  // What a user should know about memory that allocate_host() gave out, as one line; empty when all is well.
+  virtual std::string host_memory_note() const { return ""; }
   virtual double
   measure_peak_flops() = 0;  // FLOP/s of a large fp32 (CPU) or bf16 (CUDA) matmul on random data, measured now
 
   // Device memory. allocate() throws std::runtime_error naming the bytes when the device has no more.
   virtual void* allocate(size_t bytes) = 0;
   virtual void release(void* memory) = 0;
-  virtual void* allocate_host(size_t bytes) = 0;  // pinned where the device can copy from it asynchronously
+  // Pinned where the device can copy from it asynchronously; where the system refuses that, pageable:
+  // host_memory_note().
+  virtual void* allocate_host(size_t bytes) = 0;
   virtual void release_host(void* memory) = 0;
   virtual size_t allocated_bytes() const = 0;  // device memory given out by allocate() and not yet released
 
@@ -155,10 +164,11 @@ class Backend {
   // out[b,t,:] =
   // wte[tokens[b,t],:] + wpe[t,:].   out [B,T,C], tokens [B,T] int32, wte [>=V,C], wpe [>=T,C]
   virtual void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) = 0;
-  // dwte[id,:] (+)= sum of dout over the positions of id; dwpe[t,:] (+)= sum over b of dout[b,t,:]. Without
-  // `accumulate` the rows that get no gradient are set to 0.
+  // dwte[id - first_row,:] (+)= sum of dout over the positions of id; dwpe[t,:] (+)= sum over b of dout[b,t,:]. Without
+  // `accumulate` the rows that get no gradient are set to 0. dwte is rows first_row .. first_row + dwte.rows() - 1 of
+  // the table's gradient: ids outside of it are skipped. One of dwte and dwpe may be empty: that half is left out.
   virtual void embedding_backward(Tensor dwte, bool accumulate_wte, Tensor dwpe, bool accumulate_wpe, Tensor dout,
-                                  const TokenGroups& groups) = 0;
+                                  const TokenGroups& groups, int64_t first_row = 0) = 0;
 
   // LayerNorm of each row: out = (in - mean) * rstd * weight + bias, rstd = 1/sqrt(var + 1e-5), biased variance.
   // in, out [..., C]; mean, rstd fp32, one per row; weight, bias [C].
@@ -188,9 +198,14 @@ class Backend {
 
   // One chunk of tokens through softmax and cross-entropy. logits [n, Vp], only the first `vocabulary` columns count;
   // targets [n] int32, losses [n] fp32: losses[i] = -log softmax(logits[i])[targets[i]]. With write_gradient the logits
-  // become gradient_scale * (softmax - onehot), 0 in the padding. A target of -1 has loss 0 and gradient 0.
+  // become gradient_scale * (softmax - onehot), 0 in the padding. A target of -1 has loss 0 and gradient 0. lse [n]
+  // fp32, unless empty: log-sum-exp of each row, 0 where the target is -1.
   virtual void classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
-                          bool write_gradient) = 0;
+                          bool write_gradient, Tensor lse = {}) = 0;
+  // The gradient of some columns, from logits that were computed again: logits [n, k] are columns first .. first + k -
+  // 1 of all and become gradient_scale * (exp(logit - lse) - onehot), 0 in the padding and in rows with a target of -1.
+  virtual void classifier_gradient(Tensor logits, Tensor targets, Tensor lse, int64_t first, int64_t vocabulary,
+                                   float gradient_scale) = 0;
 
   // ---- optimizers
 
@@ -210,6 +225,14 @@ class Backend {
   // beta2 is scalars->beta2.
   virtual void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
                                       Tensor grad, float eps1, const StepScalars* scalars) = 0;
+  // The same in pieces, for a gradient that is never whole. First for each piece, some rows [k, m] of the matrix:
+  // row_squares[i] = mean_j(g^2 + eps1) of these rows [k], col_squares[j] = or += sum_i(g^2 + eps1) over them [m]. All
+  // fp32.
+  virtual void factored_squares(Tensor row_squares, Tensor col_squares, Tensor grad, float eps1, bool accumulate) = 0;
+  // Then once: row_scale [n] holds all row means, col_scale [m] the column sums over all n rows. row_state <- beta2
+  // row_state + (1-beta2) row_scale, col_state <- beta2 col_state + (1-beta2) col_scale / n, and the scales as above.
+  virtual void factored_scales(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
+                               const StepScalars* scalars) = 0;
   // V <- beta2 V + (1-beta2) (g^2 + eps1), then grad <- grad * rsqrt(V). V fp32 or uint8, as long as grad.
   virtual void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) = 0;
   // out[i,j] = factor * in[i,j] * row_scale[i] * col_scale[j]; an empty scale counts as ones; out may be in.
@@ -240,6 +263,16 @@ class Backend {
   // Power laws, because a linear map rounds most second moments to zero; a positive one never becomes zero.
   virtual void quantize(Tensor out, Tensor in) = 0;    // `in` fp32 contiguous
   virtual void dequantize(Tensor out, Tensor in) = 0;  // out fp32 or bf16, in int8, uint8, fp32 or bf16
+
+  // 8-bit weights: int8 codes, value = scale * code, |code| <= 127, blocks of kQuantBlock elements. `in` fp32, both
+  // contiguous. With s the block's largest magnitude:
+  //   scalars null:  scale = 1.125 s / 127, code = x / scale, rounded to nearest even. 0 in a block of zeros.
+  //   else (update): the old scale stays where 0.5 < s / (127 scale) <= 1, or else is made anew as above; code =
+  //                  floor(x / scale + u), at most 127; u uniform in (0, 1), 16 bits of (key, step) for each element.
+  // A scale that stays keeps weights that hardly moved from being rounded at random again: x / scale is then a whole
+  // number, which has no other rounding. A number that is not finite makes its whole block NaN.
+  virtual void quantize_weight(Tensor out, Tensor in, RandomKey key, const StepScalars* scalars) = 0;
+  virtual void dequantize_weight(Tensor out, Tensor in) = 0;  // out fp32 or bf16, contiguous
 };
 
 struct CpuOptions {
@@ -247,6 +280,11 @@ struct CpuOptions {
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options = {});
+
+// Stands for a CUDA device that is not here, to plan a run on it: name() and workspace_bytes() are the CUDA backend's,
+// memory_available() is 0 (unknown), runtime_bytes() an assumption (512 MiB for a context, 384 MiB for kernels and
+// graphs). Throws std::runtime_error when asked to allocate or to measure.
+std::unique_ptr<Backend> make_planning_backend();
 
 struct CudaOptions {
   bool tf32 = false;     // fp32 matmuls may round their inputs to 10 bits of mantissa

@@ -1,10 +1,8 @@
-// dispatch.h: from a run-time dtype to a template, and the fixed-size chunks that parallel sums are made of.
+// dispatch.h: from a run-time dtype to a template parameter, and the check of what an operation demands.
 #pragma once
 
-#include <algorithm>
 #include <stdexcept>
-#include <type_traits>
-#include <vector>
+#include <string>
 
 #include "kernels/tensor.h"
 

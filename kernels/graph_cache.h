@@ -9,6 +9,19 @@
 
 #include "kernels/backend.h"
 
+// Records what `operations` issue, which does not run; returns the graph for Backend::replay().
+template <typename Operations>
+int record_graph(Backend& backend, Operations&& operations) {
+  backend.begin_capture();
+  try {
+    operations();
+  } catch (...) {
+    backend.abandon_capture();
+    throw;
+  }
+  return backend.end_capture();
+}
+
 class GraphCache {
  public:
   // Without `enabled`, or on a backend that cannot capture, operations are always issued as they come.
@@ -25,16 +38,7 @@ class GraphCache {
       operations();
       return;
     }
-    if (entry->second == kNotRecorded) {
-      backend_.begin_capture();
-      try {
-        operations();
-      } catch (...) {
-        backend_.abandon_capture();
-        throw;
-      }
-      entry->second = backend_.end_capture();
-    }
+    if (entry->second == kNotRecorded) entry->second = record_graph(backend_, operations);
     backend_.replay(entry->second);
   }
 

@@ -19,7 +19,7 @@
 enum class DType : uint8_t {
   kF32,
   kBF16,
-  kI8,   // block-wise quantized, signed code map (momentum); see Backend::quantize
+  kI8,   // block-wise quantized: momentum (Backend::quantize) or weights (Backend::quantize_weight)
   kU8,   // block-wise quantized, unsigned code map (second moments); see Backend::quantize
   kI32,  // token ids and indices
 };
@@ -147,11 +147,17 @@ struct Tensor {
     return t;
   }
 
-  // Rows [begin, begin + count) of the first dimension.
+  // Rows [begin, begin + count) of the first dimension. Of a tensor with block scales they must begin where a block
+  // does.
   Tensor slice(int64_t begin, int64_t count) const {
     if (begin < 0 || count < 0 || begin + count > shape[0]) throw std::logic_error("slice: out of range");
     Tensor t = *this;
-    t.data = static_cast<char*>(data) + static_cast<size_t>(begin * stride[0]) * dtype_size(dtype);
+    const int64_t first = begin * stride[0];
+    t.data = static_cast<char*>(data) + static_cast<size_t>(first) * dtype_size(dtype);
+    if (scales) {
+      if (first % kQuantBlock != 0) throw std::logic_error("slice: begins inside of a block that shares a scale");
+      t.scales = scales + first / kQuantBlock;
+    }
     t.shape[0] = count;
     return t;
   }

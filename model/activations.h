@@ -9,12 +9,14 @@
 //   block       x                                                        =  1    the whole block but its last matmul
 // clang-format on
 //
-// What is not kept exists once and is shared by all layers.
+// What is not kept exists once and is shared by all layers. x can be kept in host memory.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "kernels/layer_stream.h"
 #include "kernels/memory_plan.h"
 #include "kernels/tensor.h"
 #include "model/config.h"
@@ -26,7 +28,9 @@ struct ActivationShapes {
   int64_t head_chunk = 1;           // tokens whose logits exist at a time
   DType dtype = DType::kF32;
   Recompute recompute = Recompute::kNone;
-  bool training = true;  // false: forward passes only, nothing is kept
+  bool training = true;      // false: forward passes only, nothing is kept
+  bool head_blocks = false;  // the head's weight gets its gradient in blocks of rows, after the backward pass
+  int streamed_layers = 0;   // > 0: x of all layers is in host memory, of one more than so many on the device
 };
 
 // One layer's tensors, for the B and T of the batch at hand (at most the planned ones).
@@ -42,13 +46,18 @@ struct LayerActivations {
 
 class Activations {
  public:
-  Activations(const Gpt2Config& config, const ActivationShapes& shapes);
+  Activations(const Gpt2Config& config, const ActivationShapes& shapes, Backend& backend);
 
   void declare(MemoryPlan& plan) const;
   void bind(Arena& arena);
   // Makes views of B sequences of T tokens. Throws std::logic_error when they are more than planned.
   void resize(int64_t batch, int64_t sequence);
 
+  // x of a layer is valid between acquire() and release(), which nest; `kept`: it was written and is needed again.
+  void acquire(int64_t index, Access access);
+  void release(int64_t index, bool kept);
+
+  // The layer's x has to be acquired, here and in residual().
   LayerActivations layer(int64_t index) const;
   Tensor residual(int64_t index) const;       // x of layer `index`; index L: the stream after the last block
   Tensor final_norm, final_mean, final_rstd;  // [B,T,C], [B*T], [B*T]
@@ -58,6 +67,10 @@ class Activations {
   Tensor d_qkv;                               // [B,T,3C], the same memory as d_wide
   Tensor logits;                              // [head_chunk, Vp]
   Tensor losses;                              // [B*T] fp32
+  Tensor head_lse;                            // [B*T] fp32, log-sum-exp of the logits; only with head_blocks
+
+  // The logits' memory as [tokens, columns], as many tokens as fit.
+  Tensor logits_block(int64_t columns) const;
 
  private:
   struct Buffer {
@@ -89,6 +102,7 @@ class Activations {
     kDResidual,
     kDWide,
     kLosses,
+    kHeadLse,
     kSlots
   };
 
@@ -98,5 +112,6 @@ class Activations {
   ActivationShapes shapes_;
   std::vector<Buffer> buffers_;
   void* logits_memory_ = nullptr;
+  std::unique_ptr<LayerStream> stream_;  // of x
   int64_t batch_ = 0, sequence_ = 0;
 };

@@ -9,7 +9,7 @@
 #include "model/gpt2_layer.h"
 
 Gpt2::Gpt2(const Gpt2Config& config, const ActivationShapes& shapes, ParameterStore& store, Backend& backend)
-    : config_(config), shapes_(shapes), store_(store), backend_(backend), activations_(config, shapes) {
+    : config_(config), shapes_(shapes), store_(store), backend_(backend), activations_(config, shapes, backend) {
   if (shapes.sequence > config.positions) throw std::logic_error("the sequence is longer than the model's positions");
 }
 
@@ -45,24 +45,24 @@ const Parameter& Gpt2::parameter(const std::string& name) const {
 
 void Gpt2::initialize(uint64_t seed) {
   const float residual_scale = 1.0f / std::sqrt(2.0f * static_cast<float>(config_.layers));
+  HeldLayer<ParameterStore> held(store_);
   for (const Parameter& parameter : store_.parameters()) {
-    store_.acquire(parameter.layer);
+    held.hold(parameter.layer, Access::kOverwrite);
     const auto ends_with = [&](const std::string& suffix) {
       return parameter.name.size() >= suffix.size() &&
              parameter.name.compare(parameter.name.size() - suffix.size(), suffix.size(), suffix) == 0;
     };
-    const RandomKey key{seed, RandomPurpose::kInit, parameter.hash()};
-    const auto set = [&](Tensor tensor) {
-      if (!tensor) return;
+    const auto set = [&](Tensor rows, int64_t begin) {
       if (!parameter.matrix) {
-        backend_.fill_constant(tensor, ends_with(".weight") ? 1.0f : 0.0f);
-      } else {
-        backend_.fill_normal(tensor, 0.0f, 0.02f * (ends_with("c_proj.weight") ? residual_scale : 1.0f), key);
+        backend_.fill_constant(rows, ends_with(".weight") ? 1.0f : 0.0f);
+        return;
       }
+      const RandomKey key{seed, RandomPurpose::kInit, parameter.hash(), static_cast<uint64_t>(begin * parameter.cols)};
+      backend_.fill_normal(rows, 0.0f, 0.02f * (ends_with("c_proj.weight") ? residual_scale : 1.0f), key);
     };
-    set(store_.weight(parameter));
-    set(store_.master(parameter));
-    store_.release(parameter.layer, true);
+    store_.assign(parameter, set);
+    const Tensor master = store_.master(parameter);
+    if (master) set(master, 0);
   }
 }
 
@@ -123,8 +123,9 @@ void Gpt2::mlp_hidden(int64_t index, const LayerActivations& a) {
   backend_.gelu_forward(a.gelu, a.fch);
 }
 
-void Gpt2::forward_block(int64_t index) {
+void Gpt2::forward_block(int64_t index, bool training) {
   const Gpt2Layer layer(store_.parameters(), index);
+  activations_.acquire(index, Access::kRead);
   const LayerActivations a = activations_.layer(index);
   attention_branch(index, a);
   mlp_hidden(index, a);
@@ -132,33 +133,42 @@ void Gpt2::forward_block(int64_t index) {
   // The next block's first LayerNorm is fused into this residual add, so its weights are acquired here.
   const int next = index + 1 < config_.layers ? static_cast<int>(index + 1) : -1;
   store_.acquire(next);
+  activations_.acquire(index + 1, Access::kOverwrite);
   norm_into(index + 1, a.x2, activations_.branch);
+  activations_.release(index + 1, training);
+  activations_.release(index, false);
   store_.release(next, false);
 }
 
-void Gpt2::forward() {
+void Gpt2::forward(bool training) {
   store_.acquire(-1);
-  const Tensor x = activations_.residual(0);
-  backend_.embedding_forward(x, inputs_, weight(parameter("wte.weight")), weight(parameter("wpe.weight")));
+  activations_.acquire(0, Access::kOverwrite);
+  backend_.embedding_forward(activations_.residual(0), inputs_, weight(parameter("wte.weight")),
+                             weight(parameter("wpe.weight")));
+  activations_.release(0, training);
   store_.release(-1, false);
   for (int64_t l = 0; l < config_.layers; ++l) {
     store_.acquire(static_cast<int>(l));
     if (l == 0) {
       const Gpt2Layer layer(store_.parameters(), 0);
+      activations_.acquire(0, Access::kRead);
       const LayerActivations a = activations_.layer(0);
       backend_.layernorm_forward(a.ln1, a.mean1, a.rstd1, a.x, weight(layer.ln1_weight), weight(layer.ln1_bias));
+      activations_.release(0, false);
     }
-    forward_block(l);
+    forward_block(l, training);
     store_.release(static_cast<int>(l), false);
   }
 }
 
-// Walks over chunks of tokens: logits, loss, and with a sink the gradients of the head's weight and input (into
-// branch).
+// Walks over chunks of tokens: logits, loss, and with a sink the gradients of the head's weight (unless that comes in
+// blocks, later) and input (into branch).
 void Gpt2::head(GradientSink* sink, float gradient_scale) {
   store_.acquire(-1);
-  const Parameter& head = parameter(config_.tied_head ? "wte.weight" : "lm_head.weight");
+  const Parameter& head = head_parameter();
   const Tensor head_weight = store_.padded_weight(head);
+  const bool blocks = sink && sink->wants_blocks(head);
+  head_gradient_scale_ = gradient_scale;
   const int64_t tokens = targets_.elements(), C = config_.channels, V = config_.vocabulary;
   const Tensor norm = activations_.final_norm.view({tokens, C});
   const Tensor d_norm = activations_.branch.view({tokens, C});
@@ -168,9 +178,10 @@ void Gpt2::head(GradientSink* sink, float gradient_scale) {
     const Tensor in = norm.slice(begin, count);
     backend_.matmul(logits, in, head_weight, {.transpose_b = true});
     backend_.classifier(activations_.losses.slice(begin, count), logits, targets_.slice(begin, count), V,
-                        gradient_scale, sink != nullptr);
+                        gradient_scale, sink != nullptr, blocks ? activations_.head_lse.slice(begin, count) : Tensor{});
     if (!sink) continue;
     backend_.matmul(d_norm.slice(begin, count), logits, head_weight);
+    if (blocks) continue;
     const GradientSink::Target target = sink->target(head);
     Tensor d_logits = logits;
     d_logits.shape[1] = V;
@@ -179,8 +190,24 @@ void Gpt2::head(GradientSink* sink, float gradient_scale) {
   store_.release(-1, false);
 }
 
+// Rows [begin, ...) of the gradient of the head's weight, from logits computed again: those of these rows only.
+void Gpt2::head_gradient_rows(Tensor out, int64_t begin, bool accumulate) {
+  const int64_t rows = out.rows(), tokens = targets_.elements();
+  const Tensor logits = activations_.logits_block(rows);
+  const Tensor norm = activations_.final_norm.view({tokens, config_.channels});
+  const Tensor head_weight = store_.stored(head_parameter()).slice(begin, rows);
+  for (int64_t first = 0; first < tokens; first += logits.rows()) {
+    const int64_t count = std::min(logits.rows(), tokens - first);
+    const Tensor chunk = logits.slice(0, count), in = norm.slice(first, count);
+    backend_.matmul(chunk, in, head_weight, {.transpose_b = true});
+    backend_.classifier_gradient(chunk, targets_.slice(first, count), activations_.head_lse.slice(first, count), begin,
+                                 config_.vocabulary, head_gradient_scale_);
+    backend_.matmul(out, chunk, in, {.transpose_a = true, .accumulate = accumulate || first > 0});
+  }
+}
+
 void Gpt2::train_loaded(GradientSink& sink, Tensor loss, bool accumulate_loss, float loss_scale, StepScalars* scalars) {
-  forward();
+  forward(true);
   const float per_token = loss_scale / static_cast<float>(targets_.elements());
   head(&sink, per_token);
   backend_.sum(loss, activations_.losses, per_token, accumulate_loss);
@@ -190,7 +217,7 @@ void Gpt2::train_loaded(GradientSink& sink, Tensor loss, bool accumulate_loss, f
 
 void Gpt2::evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, float loss_scale) {
   load(batch);
-  forward();
+  forward(false);
   head(nullptr, 0.0f);
   backend_.sum(loss, activations_.losses, loss_scale / static_cast<float>(batch.batch * batch.sequence),
                accumulate_loss);
@@ -198,9 +225,9 @@ void Gpt2::evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, f
 
 Tensor Gpt2::logits(const int32_t* tokens, int64_t count, int64_t rows) {
   load({.batch = 1, .sequence = count, .inputs = tokens});
-  forward();
+  forward(false);
   store_.acquire(-1);
-  const Parameter& head = parameter(config_.tied_head ? "wte.weight" : "lm_head.weight");
+  const Parameter& head = head_parameter();
   const Tensor out = activations_.logits.slice(0, rows);
   backend_.matmul(out, activations_.final_norm.view({count, config_.channels}).slice(count - rows, rows),
                   store_.padded_weight(head), {.transpose_b = true});

@@ -59,14 +59,17 @@ class Gpt2 {
   const Parameter& parameter(const std::string& name) const;
 
  private:
-  void forward();
+  void forward(bool training);
   int64_t batch_elements(int64_t tokens) const;
-  void forward_block(int64_t layer);
+  void forward_block(int64_t layer, bool training);
   void recompute_block(int64_t layer);
   void attention_branch(int64_t layer, const LayerActivations& a);
   void mlp_hidden(int64_t layer, const LayerActivations& a);
   void norm_into(int64_t next_layer, Tensor a, Tensor b);
   void head(GradientSink* sink, float gradient_scale);
+  const Parameter& head_parameter() const { return parameter(config_.tied_head ? "wte.weight" : "lm_head.weight"); }
+  void head_gradient_rows(Tensor out, int64_t begin, bool accumulate);
+  void embeddings_backward(GradientSink& sink);
   void backward(GradientSink& sink);
   void backward_block(int64_t layer, GradientSink& sink);
   void linear_backward(GradientSink& sink, const Parameter& weight, const Parameter& bias, Tensor d_input, Tensor input,
@@ -81,6 +84,7 @@ class Gpt2 {
   Backend& backend_;
   Activations activations_;
   Tensor inputs_, targets_;  // [B, T], [B*T] of the batch at hand
+  float head_gradient_scale_ = 0;
   TokenGroups groups_;
   int32_t* batch_memory_ = nullptr;    // all of the batch, one part after another
   int32_t* staging_memory_ = nullptr;  // kStagingSlots of them in host memory

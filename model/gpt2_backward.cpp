@@ -3,14 +3,25 @@
 #include "model/gpt2.h"
 #include "model/gpt2_layer.h"
 
+namespace {
+
+// Columns [begin, begin + count) of every row.
+Tensor columns(Tensor t, int64_t begin, int64_t count) {
+  t.data = static_cast<char*>(t.data) + static_cast<size_t>(begin) * dtype_size(t.dtype);
+  t.shape[static_cast<size_t>(t.rank) - 1] = count;
+  return t;
+}
+
+}  // namespace
+
 // d_input = d_output W^T, times gelu'(gelu_input) where the input is a GELU's output; dW = input^T d_output, db =
 // column sums of d_output.
 void Gpt2::linear_backward(GradientSink& sink, const Parameter& weight_parameter, const Parameter& bias_parameter,
                            Tensor d_input, Tensor input, Tensor d_output, Tensor gelu_input) {
   backend_.matmul(d_input, d_output, weight(weight_parameter), {.transpose_b = true, .gelu_input = gelu_input});
-  const GradientSink::Target d_weight = sink.target(weight_parameter);
-  backend_.matmul(d_weight.tensor, input, d_output, {.transpose_a = true, .accumulate = d_weight.accumulate});
-  sink.ready(weight_parameter);
+  sink.from_rows(weight_parameter, [&](Tensor out, int64_t begin, bool accumulate) {
+    backend_.matmul(out, columns(input, begin, out.rows()), d_output, {.transpose_a = true, .accumulate = accumulate});
+  });
   const GradientSink::Target d_bias = sink.target(bias_parameter);
   backend_.bias_backward(d_bias.tensor, d_output, d_bias.accumulate);
   sink.ready(bias_parameter);
@@ -69,23 +80,49 @@ void Gpt2::backward_block(int64_t index, GradientSink& sink) {
 void Gpt2::backward(GradientSink& sink) {
   store_.acquire(-1);
   // An untied head has had all its gradient; only now has the gate seen the loss.
-  if (!config_.tied_head) sink.ready(parameter("lm_head.weight"));
+  if (!config_.tied_head) {
+    const Parameter& head = head_parameter();
+    if (sink.wants_blocks(head)) {
+      sink.from_rows(head, [&](Tensor out, int64_t begin, bool add) { head_gradient_rows(out, begin, add); });
+    } else {
+      sink.ready(head);
+    }
+  }
   backend_.fill(activations_.d_residual.data, 0, activations_.d_residual.bytes());
+  activations_.acquire(config_.layers, Access::kRead);
   norm_backward(sink, parameter("ln_f.weight"), parameter("ln_f.bias"), activations_.branch,
                 activations_.residual(config_.layers), activations_.final_mean, activations_.final_rstd);
+  activations_.release(config_.layers, false);
   for (int64_t l = config_.layers - 1; l >= 0; --l) {
     store_.acquire(static_cast<int>(l));
+    activations_.acquire(l, Access::kRead);
     recompute_block(l);
     backward_block(l, sink);
-    store_.release(static_cast<int>(l), true);
+    activations_.release(l, false);
+    store_.release(static_cast<int>(l), false);
   }
-  // The tied embedding got the head's gradient first and gets the lookup's last; only now is it complete.
+  embeddings_backward(sink);
+  store_.release(-1, false);
+}
+
+// The tied embedding got the head's gradient first and gets the lookup's last; only now is it complete. In blocks it
+// gets both now.
+void Gpt2::embeddings_backward(GradientSink& sink) {
   const Parameter& wte = parameter("wte.weight");
   const Parameter& wpe = parameter("wpe.weight");
-  const GradientSink::Target d_wte = sink.target(wte), d_wpe = sink.target(wpe);
-  backend_.embedding_backward(d_wte.tensor, d_wte.accumulate, d_wpe.tensor, d_wpe.accumulate, activations_.d_residual,
-                              groups_);
-  sink.ready(wte);
+  const Tensor d_residual = activations_.d_residual;
+  const GradientSink::Target d_wpe = sink.target(wpe);
+  if (!sink.wants_blocks(wte)) {
+    const GradientSink::Target d_wte = sink.target(wte);
+    backend_.embedding_backward(d_wte.tensor, d_wte.accumulate, d_wpe.tensor, d_wpe.accumulate, d_residual, groups_);
+    sink.ready(wte);
+    sink.ready(wpe);
+    return;
+  }
+  backend_.embedding_backward({}, false, d_wpe.tensor, d_wpe.accumulate, d_residual, groups_);
   sink.ready(wpe);
-  store_.release(-1, true);
+  sink.from_rows(wte, [&](Tensor out, int64_t begin, bool accumulate) {
+    if (config_.tied_head) head_gradient_rows(out, begin, accumulate);
+    backend_.embedding_backward(out, accumulate || config_.tied_head, {}, false, d_residual, groups_, begin);
+  });
 }

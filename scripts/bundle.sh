@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bundle.sh FOLDER: collects what a build needs besides a compiler, make and the CUDA Toolkit, for a machine without a
-# network: the headers of CLI11, nlohmann/json and zlib, zlib's static library, and GoogleTest's sources. About 4 MB.
+# network: the headers of CLI11, nlohmann/json and zlib, zlib's static library, and GoogleTest's sources. About 3 MB.
 # There, `make BUNDLE=FOLDER` builds from it (with the CPU backend's own matmul in the place of a BLAS).
 set -euo pipefail
 folder=${1:?usage: scripts/bundle.sh FOLDER}

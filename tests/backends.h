@@ -33,6 +33,13 @@ inline std::vector<std::string> backend_names() {
   return names;
 }
 
+// The same without the CPU: for what only the others have, and for comparisons with the CPU. May be empty.
+inline std::vector<std::string> gpu_backend_names() {
+  std::vector<std::string> names = backend_names();
+  std::erase(names, "cpu");
+  return names;
+}
+
 // For tests of what is built on a backend: they run on one, the first of backend_names().
 inline std::string test_backend_name() { return backend_names().at(0); }
 
@@ -71,7 +78,7 @@ class TestDevice {
   Backend* operator->() const { return backend_.get(); }
   Backend& backend() const { return *backend_; }
 
-  // An uninitialised tensor; rows `pitch` elements apart when that is given.
+  // An uninitialised tensor, an 8-bit one with scales; rows `pitch` elements apart when that is given.
   Tensor poisoned(DType dtype, std::initializer_list<int64_t> shape, int64_t pitch = 0) {
     Tensor t = Tensor::of(nullptr, dtype, shape);
     if (pitch > 0) {
@@ -84,6 +91,7 @@ class TestDevice {
     t.data = static_cast<char*>(buffer.memory) + kGuard;
     buffer.view = t;
     buffers_.push_back(buffer);
+    if (dtype_size(dtype) == 1) t.scales = poisoned(DType::kF32, {quant_blocks(t.elements())}).as<float>();
     return t;
   }
 
@@ -188,20 +196,35 @@ class TestDevice {
   std::vector<Buffer> buffers_;
 };
 
-// Every test of an operation runs on each backend in fp32 and in bf16.
+// What a tensor is in memory: elements and block scales.
+inline void append_bits(const TestDevice& device, std::vector<uint8_t>& bits, const Tensor& t) {
+  const std::vector<uint8_t> elements = device.bits(t);
+  bits.insert(bits.end(), elements.begin(), elements.end());
+  if (t.scales) append_bits(device, bits, Tensor::of(t.scales, DType::kF32, {quant_blocks(t.elements())}));
+}
+
+// A test of an operation on one backend and with one dtype.
 class OperationTest : public ::testing::TestWithParam<std::tuple<std::string, DType>> {
  protected:
   std::string backend() const { return std::get<0>(GetParam()); }
   DType dtype() const { return std::get<1>(GetParam()); }
 };
 
-#define INSTANTIATE_OPERATION_TESTS(suite)                                                                    \
-  INSTANTIATE_TEST_SUITE_P(                                                                                   \
-      All, suite,                                                                                             \
-      ::testing::Combine(::testing::ValuesIn(backend_names()), ::testing::Values(DType::kF32, DType::kBF16)), \
-      [](const auto& info) {                                                                                  \
-        return std::get<0>(info.param) + "_" + std::string(dtype_name(std::get<1>(info.param)));              \
-      })
+inline std::string operation_test_name(const ::testing::TestParamInfo<OperationTest::ParamType>& info) {
+  return std::get<0>(info.param) + "_" + std::string(dtype_name(std::get<1>(info.param)));
+}
+
+#define INSTANTIATE_ON_BACKENDS(suite, names, ...)                                                                     \
+  INSTANTIATE_TEST_SUITE_P(All, suite, ::testing::Combine(::testing::ValuesIn(names), ::testing::Values(__VA_ARGS__)), \
+                           operation_test_name)
+
+// Most operations are tested on each backend in fp32 and in bf16.
+#define INSTANTIATE_OPERATION_TESTS(suite) INSTANTIATE_ON_BACKENDS(suite, backend_names(), DType::kF32, DType::kBF16)
+
+// A suite of what only a GPU has, or of comparisons with the CPU: without a GPU it is empty, and not a pass.
+#define INSTANTIATE_GPU_TESTS(suite, ...)               \
+  GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(suite); \
+  INSTANTIATE_ON_BACKENDS(suite, gpu_backend_names(), __VA_ARGS__)
 
 // The largest relative error allowed in a result of this dtype.
 inline double tolerance(DType dtype) { return dtype == DType::kF32 ? 1e-5 : 1e-2; }

@@ -39,7 +39,7 @@ class FakeStore final : public ParameterStore {
   }
 
   const std::vector<Parameter>& parameters() const override { return parameters_; }
-  void acquire(int layer) override { ++held_.at(static_cast<size_t>(layer + 1)); }
+  void acquire(int layer, Access = Access::kRead) override { ++held_.at(static_cast<size_t>(layer + 1)); }
   void release(int layer, bool changed) override {
     EXPECT_GT(held_.at(static_cast<size_t>(layer + 1))--, 0);
     changed_ += changed;
@@ -49,6 +49,8 @@ class FakeStore final : public ParameterStore {
     return view(p, weights_.at(static_cast<size_t>(p.index)), dtype_);
   }
   Tensor padded_weight(const Parameter& p) override { return weight(p); }
+  Tensor stored(const Parameter& p) override { return weight(p); }
+  DType dtype(const Parameter&) const override { return dtype_; }
   Tensor master(const Parameter& p) override {
     return masters_ ? view(p, master_copies_.at(static_cast<size_t>(p.index)), DType::kF32) : Tensor{};
   }
@@ -225,7 +227,7 @@ class FakeModel {
     hand_over(t, micro_batch, {all[all.size() - 2], all[all.size() - 1]});
     for (int layer = 1; layer >= 0; --layer) {
       const Parameter* block = &all[2 + 8 * static_cast<size_t>(layer)];
-      store_.acquire(layer);
+      store_.acquire(layer, Access::kRead);
       for (int matrix : {7, 6, 4, 5, 2, 3}) hand_over(t, micro_batch, {block[matrix]});
       hand_over(t, micro_batch, {block[0], block[1]});
       store_.release(layer, true);
@@ -263,7 +265,7 @@ class FakeModel {
   }
 
   Tensor weight(const Parameter& p) {
-    store_.acquire(p.layer);
+    store_.acquire(p.layer, Access::kRead);
     const Tensor w = options_.masters ? store_.master(p) : store_.weight(p);
     store_.release(p.layer, false);
     return w;

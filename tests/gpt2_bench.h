@@ -18,7 +18,7 @@
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
 #include "model/gpt2.h"
-#include "model/resident_store.h"
+#include "model/weight_store.h"
 #include "tests/backends.h"
 
 using Floats = std::vector<float>;
@@ -164,7 +164,7 @@ class Gpt2Bench {
  public:
   explicit Gpt2Bench(const BenchOptions& o)
       : backend(make_test_backend()),
-        store(gpt2_parameters(o.config), o.dtype, false),
+        store(gpt2_parameters(o.config), {.dtype = o.dtype}, *backend),
         model(o.config, {o.batch, o.sequence, o.head_chunk, o.dtype, o.recompute, o.training}, store, *backend),
         sink(store.parameters(), o.dtype, *backend) {
     MemoryPlan plan;
@@ -183,7 +183,7 @@ class Gpt2Bench {
     arena_ = std::make_unique<Arena>(*backend, std::move(plan));
     backend->fill(arena_->bytes("workspace", workspace), 0xff, workspace);
     backend->set_workspace(arena_->bytes("workspace", workspace), workspace);
-    store.bind(*arena_, *backend);
+    store.bind(*arena_);
     model.bind(*arena_);
     sink.bind(*arena_);
     loss_ = arena_->tensor("loss", DType::kF32, {1});
@@ -234,7 +234,7 @@ class Gpt2Bench {
   }
 
   std::unique_ptr<Backend> backend;
-  ResidentStore store;
+  WeightStore store;
   Gpt2 model;
   CapturingSink sink;
   StepScalars* scalars = nullptr;

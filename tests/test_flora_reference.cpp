@@ -229,10 +229,12 @@ class OneParameterStore : public ParameterStore {
   OneParameterStore(const Parameter& parameter) : parameters_{parameter} {}
   void set(Tensor weight, Tensor master) { weight_ = weight, master_ = master; }
   const std::vector<Parameter>& parameters() const override { return parameters_; }
-  void acquire(int) override {}
+  void acquire(int, Access) override {}
   void release(int, bool) override {}
   Tensor weight(const Parameter&) override { return weight_; }
   Tensor padded_weight(const Parameter&) override { return weight_; }
+  Tensor stored(const Parameter&) override { return weight_; }
+  DType dtype(const Parameter&) const override { return weight_.dtype; }
   Tensor master(const Parameter&) override { return master_; }
 
  private:

@@ -209,25 +209,6 @@ TEST_P(Matmul, GeluInput) {
   check_gelu_input(device, {.m = 1, .n = 24, .k = 16}, dtype(), dtype(), 3);
 }
 
-// The way that is one kernel, chosen by measuring and then by what was remembered.
-TEST_P(Matmul, FusedGeluInput) {
-  std::string tuning;
-  {
-    const Setting fused("CUDA_ON_CPU_ALGORITHM", "fused");
-    TestDevice device(backend());
-    if (dtype() != DType::kBF16 || backend() == "cpu") return;  // never fused
-    if (!has_fake_cublaslt(device)) GTEST_SKIP() << "needs the fake cuBLASLt";
-    check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .transpose_b = true, .alpha = -0.5f}, dtype(), dtype(), 8);
-    tuning = device->tuning();
-    EXPECT_NE(tuning.find("gelu'"), std::string::npos);
-    EXPECT_EQ(tuning.find("separate"), std::string::npos);
-  }
-  TestDevice device(backend());
-  device->set_tuning(tuning);
-  check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .transpose_b = true, .alpha = -0.5f}, dtype(), dtype(), 8);
-  EXPECT_EQ(device->tuning(), tuning);
-}
-
 TEST_P(Matmul, GeluInputGoesWithNeitherBiasNorAccumulation) {
   TestDevice device(backend());
   const Tensor a = device.random(1, dtype(), {8, 16}), b = device.random(2, dtype(), {16, 8});
@@ -304,10 +285,20 @@ TEST_P(Matmul, ForeignTuningIsIgnored) {
   }
 }
 
-// Nothing can be measured while a graph is recorded. What runs then is what runs when the graph is replayed.
-TEST_P(Matmul, Captured) {
+TEST_P(Matmul, MeasuresItsPeak) {
   TestDevice device(backend());
-  if (!device->can_capture()) return;
+  EXPECT_GT(device->measure_peak_flops(), 1e8);
+}
+
+// ---- what only a GPU has: graphs, and a library with a choice of algorithms
+
+class GpuMatmul : public OperationTest {};
+INSTANTIATE_GPU_TESTS(GpuMatmul, DType::kF32, DType::kBF16);
+
+// Nothing can be measured while a graph is recorded. What runs then is what runs when the graph is replayed.
+TEST_P(GpuMatmul, Captured) {
+  TestDevice device(backend());
+  ASSERT_TRUE(device->can_capture());
   const Case c = {.m = 40, .n = 48, .k = 56, .accumulate = true, .bias = true};
   const Tensor a = device.random(1, dtype(), {c.m, c.k}), b = device.random(2, dtype(), {c.k, c.n});
   const Tensor bias = device.random(3, dtype(), {c.n}), out = device.random(4, dtype(), {c.m, c.n});
@@ -324,13 +315,7 @@ TEST_P(Matmul, Captured) {
   }
 }
 
-TEST_P(Matmul, MeasuresItsPeak) {
-  TestDevice device(backend());
-  EXPECT_GT(device->measure_peak_flops(), 1e8);
-}
-
-TEST_P(Matmul, NoAlgorithm) {
-  if (backend() == "cpu") return;
+TEST_P(GpuMatmul, NoAlgorithm) {
   TestDevice device(backend());
   if (!has_fake_cublaslt(device)) GTEST_SKIP() << "needs the fake cuBLASLt";
   const Setting none("CUDA_ON_CPU_NO_ALGORITHM", "1");
@@ -350,6 +335,29 @@ TEST_P(Matmul, NoAlgorithm) {
   check(backend(), {.m = 17, .n = 19, .k = 23}, same);
 }
 
+class FusedMatmul : public OperationTest {};
+INSTANTIATE_GPU_TESTS(FusedMatmul, DType::kBF16);
+
+// The way that is one kernel, chosen by measuring and then by what was remembered.
+TEST_P(FusedMatmul, GeluInput) {
+  std::string tuning;
+  {
+    const Setting fused("CUDA_ON_CPU_ALGORITHM", "fused");
+    TestDevice device(backend());
+    if (!has_fake_cublaslt(device)) GTEST_SKIP() << "needs the fake cuBLASLt";
+    check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .transpose_b = true, .alpha = -0.5f}, dtype(), dtype(), 8);
+    tuning = device->tuning();
+    EXPECT_NE(tuning.find("gelu'"), std::string::npos);
+    EXPECT_EQ(tuning.find("separate"), std::string::npos);
+  }
+  TestDevice device(backend());
+  device->set_tuning(tuning);
+  check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .transpose_b = true, .alpha = -0.5f}, dtype(), dtype(), 8);
+  EXPECT_EQ(device->tuning(), tuning);
+}
+
+// ---- mixtures of dtypes
+
 class MixedMatmul : public ::testing::TestWithParam<std::string> {};
 INSTANTIATE_TEST_SUITE_P(All, MixedMatmul, ::testing::ValuesIn(backend_names()));
 
@@ -364,6 +372,8 @@ TEST_P(MixedMatmul, EveryMixOfDTypes) {
     }
   }
 }
+
+// ---- bias_backward
 
 class BiasBackward : public OperationTest {};
 INSTANTIATE_OPERATION_TESTS(BiasBackward);

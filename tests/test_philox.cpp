@@ -168,17 +168,6 @@ TEST_P(FillNormal, PartsAreWhatTheyAreInTheWhole) {
   }
 }
 
-TEST_P(FillNormal, GivesTheBitsOfTheCpu) {
-  TestDevice device(backend()), cpu("cpu");
-  for (uint64_t offset : {uint64_t{0}, uint64_t{2}, uint64_t{5}, (uint64_t{1} << 34) - 7}) {
-    const RandomKey key{.seed = 11, .purpose = RandomPurpose::kInit, .tensor = 3, .offset = offset};
-    const Tensor x = device.poisoned(dtype(), {50003}), expected = cpu.poisoned(dtype(), {50003});
-    device->fill_normal(x, 0.5f, 0.02f, key);
-    cpu->fill_normal(expected, 0.5f, 0.02f, key);
-    EXPECT_TRUE(device.bits(x) == cpu.bits(expected)) << offset;
-  }
-}
-
 TEST_P(FillNormal, IsIndependentOfThreads) {
   expect_independent_of_threads(backend(), [&](TestDevice& device) {
     const Tensor x = device.poisoned(dtype(), {100001});

@@ -146,21 +146,6 @@ TEST_P(Projection, IsMadeOrthonormalBehindAClosedGate) {
   EXPECT_EQ(scalars.get().gate, 0u);
 }
 
-TEST_P(Projection, EntriesHaveTheBitsOfTheCpu) {
-  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal}) {
-    TestDevice device(backend()), cpu("cpu");
-    const DeviceValue<uint32_t> index(device, 3), cpu_index(cpu, 3);
-    for (uint64_t offset : {0, 3, 4, 123, 130}) {
-      RandomKey key = kKey;
-      key.offset = offset;
-      const Tensor p = device.poisoned(dtype(), {17, 331}), expected = cpu.poisoned(dtype(), {17, 331});
-      device->generate_projection(p, kind, key, index.data());
-      cpu->generate_projection(expected, kind, key, cpu_index.data());
-      EXPECT_TRUE(device.bits(p) == cpu.bits(expected)) << offset;
-    }
-  }
-}
-
 // ---- compression
 
 TEST_P(Projection, DownUpAndTransferAreTheirFormulas) {

@@ -24,6 +24,12 @@ RUNS = {
     "adamw-master": ["--optimizer", "adamw", "--dtype", "bf16", "--master-weights", "fp32"],
     "adafactor": ["--optimizer", "adafactor", "--no-factored"],
     "sgd": ["--optimizer", "sgd", "--beta1", 0.9, "--gradients", "fused", "--clip-norm", 1],
+    "flora-blocks": ["--rank", 16, "--gradient-blocks", "all"],
+    "flora-offload": ["--rank", 16, "--offload", "activations,state,weights", "--recompute", "block"],
+    "adamw-offload": ["--optimizer", "adamw", "--dtype", "bf16", "--master-weights", "fp32", "--offload", "weights"],
+    "flora-8-bit": ["--rank", 16, "--dtype", "bf16", "--weight-dtype", "int8", "--state-dtype", "int8"],
+    "flora-8-bit-offload": ["--rank", 16, "--dtype", "bf16", "--weight-dtype", "int8", "--state-dtype", "int8",
+                            "--offload", "weights,activations", "--gradient-blocks", "embedding"],
 }
 
 
@@ -59,6 +65,15 @@ def test_an_interrupted_run_goes_on_exactly(train, data, tmp_path, name):
     assert losses(whole) == losses(tmp_path / "parts")
     _, lines = metrics(tmp_path / "parts")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def test_what_is_offloaded_may_change_on_resume_and_changes_no_bit(train, data, tmp_path):
+    whole = train("whole", "--rank", 16, steps=STEPS)
+    process = start(data, tmp_path / "parts", "--rank", 16, "--offload", "weights,activations")
+    stop(process, signal.SIGINT)
+    succeed("--resume", tmp_path / "parts", "--offload", "state", "--layers-in-flight", 3)
+    assert same_state(whole, tmp_path / "parts") and losses(whole) == losses(tmp_path / "parts")
+    assert metrics(tmp_path / "parts")[0]["options"]["offload"]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

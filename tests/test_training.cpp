@@ -7,88 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "tests/backends.h"
-#include "tests/gpt2_bench.h"
-#include "train/engine.h"
+#include "tests/training_run.h"
 
 namespace {
-
-constexpr uint32_t kSteps = 20;
-constexpr int64_t kBatch = 2, kSequence = 33, kVocabulary = 131;
-
-// A head of 64, so that bf16 attention runs on tensor cores.
-EngineConfig small_config(DType dtype) {
-  EngineConfig config;
-  config.model.vocabulary = kVocabulary;
-  config.model.positions = 40;
-  config.model.layers = 2;
-  config.model.heads = 1;
-  config.model.channels = 64;
-  config.shapes = {.batch = kBatch, .sequence = kSequence, .head_chunk = 20, .dtype = dtype};
-  config.weight_dtype = dtype;
-  config.optimizer.seed = config.sink.seed = 5;
-  config.optimizer.state_dtype = dtype;
-  config.optimizer.rank = 8;
-  config.optimizer.kappa = 4;  // five changes of projection
-  config.optimizer.weight_decay = 0.1f;
-  config.sink.gradient_dtype = dtype;
-  return config;
-}
-
-struct Outcome {
-  std::vector<float> losses, norms;
-  std::vector<uint8_t> bits;  // of all weights and optimizer states
-  size_t planned = 0, allocated = 0;
-};
-
-void append(std::vector<uint8_t>& bits, Backend& backend, const Tensor& tensor) {
-  const size_t begin = bits.size();
-  bits.resize(begin + tensor.bytes());
-  backend.copy(&bits[begin], tensor.data, tensor.bytes());
-  backend.synchronize();
-}
-
-// Micro-batch i of step t: a walk over the vocabulary with a little noise, which can be learned. The device takes its
-// copy before the next one is made.
-class Batches {
- public:
-  HostBatch next() {
-    std::vector<std::vector<int32_t>> rows(kBatch);
-    for (auto& row : rows) {
-      int32_t token = static_cast<int32_t>(generator_() % kVocabulary);
-      for (int64_t i = 0; i <= kSequence; ++i) {
-        row.push_back(token);
-        token = static_cast<int32_t>((static_cast<uint32_t>(token) + 1 + generator_() % 2) % kVocabulary);
-      }
-    }
-    batch_ = std::make_unique<BenchBatch>(rows, kVocabulary);
-    return batch_->host();
-  }
-
- private:
-  std::mt19937 generator_{17};
-  std::unique_ptr<BenchBatch> batch_;
-};
-
-Outcome train(const std::string& backend_name, const EngineConfig& config, float lr, uint32_t steps = kSteps) {
-  const std::unique_ptr<Backend> backend = make_test_backend(backend_name);
-  Engine engine(config, *backend);
-  engine.allocate();
-  Outcome outcome;
-  outcome.planned = engine.plan().device_bytes();
-  outcome.allocated = backend->allocated_bytes();
-  engine.model().initialize(3);
-  Batches batches;
-  for (uint32_t t = 1; t <= steps; ++t) {
-    const StepResult result = engine.step(t, lr, [&](int) { return batches.next(); });
-    EXPECT_TRUE(result.applied);
-    outcome.losses.push_back(result.loss);
-    outcome.norms.push_back(result.grad_norm);
-  }
-  for (const Parameter& p : engine.store().parameters()) append(outcome.bits, *backend, engine.store().weight(p));
-  for (const StateTensor& state : engine.optimizer().state()) append(outcome.bits, *backend, state.tensor);
-  return outcome;
-}
 
 float learning_rate_of(OptimizerKind kind) {
   switch (kind) {

@@ -26,11 +26,12 @@ Gpt2Config small_config(bool tied = true) {
 class Weights {
  public:
   explicit Weights(const Gpt2Config& config, DType dtype = DType::kF32, bool master = false)
-      : backend(make_cpu_backend({.threads = 1})), store(gpt2_parameters(config), dtype, master) {
+      : backend(make_cpu_backend({.threads = 1})),
+        store(gpt2_parameters(config), {.dtype = dtype, .master_weights = master}, *backend) {
     MemoryPlan plan;
     store.declare(plan);
     arena_ = std::make_unique<Arena>(*backend, std::move(plan));
-    store.bind(*arena_, *backend);
+    store.bind(*arena_);
   }
 
   void randomize(uint32_t seed) {
@@ -57,7 +58,7 @@ class Weights {
   }
 
   std::unique_ptr<Backend> backend;
-  ResidentStore store;
+  WeightStore store;
 
  private:
   std::unique_ptr<Arena> arena_;

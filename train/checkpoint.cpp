@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <vector>
 
 #include "train/file_io.h"
@@ -32,20 +33,48 @@ std::string dtype_code(DType dtype) {
   return "";
 }
 
-// Optimizer state and master copies, each with its scales as a tensor of its own.
-std::vector<StateTensor> optimizer_tensors(Engine& engine) {
-  std::vector<StateTensor> tensors = engine.optimizer().state();
-  for (const Parameter& parameter : engine.store().parameters()) {
-    const Tensor master = engine.store().master(parameter);
-    if (master) tensors.push_back({parameter.name + ".master", master});
+// A tensor of optimizer.safetensors: its place is asked for when its layer has been acquired.
+struct SavedTensor {
+  std::string name;
+  int layer;
+  Tensor shape;  // dtype and shape
+  std::function<Tensor()> find;
+};
+
+// Optimizer states, then what weights are more exactly than model.safetensors has them: master copies and 8-bit codes;
+// then the scales of them all as tensors of their own.
+std::vector<SavedTensor> optimizer_tensors(Engine& engine) {
+  std::vector<SavedTensor> tensors;
+  StateStore& states = engine.optimizer().states();
+  for (size_t i = 0; i < states.list().size(); ++i) {
+    const StateTensor& state = states.list()[i];
+    tensors.push_back(
+        {state.name, state.layer, state.tensor, [&states, i] { return states.get(static_cast<int>(i)); }});
   }
-  std::vector<StateTensor> scales;
-  for (const StateTensor& state : tensors) {
-    if (!state.tensor.scales) continue;
-    const int64_t blocks = quant_blocks(state.tensor.elements());
-    scales.push_back({state.name + ".scales", Tensor::of(state.tensor.scales, DType::kF32, {blocks})});
+  ParameterStore& store = engine.store();
+  for (const Parameter& parameter : store.parameters()) {
+    const auto shape = [&](DType dtype) {
+      return parameter.matrix ? Tensor::of(nullptr, dtype, {parameter.rows, parameter.cols})
+                              : Tensor::of(nullptr, dtype, {parameter.cols});
+    };
+    if (engine.config().master_weights)
+      tensors.push_back({parameter.name + ".master", parameter.layer, shape(DType::kF32),
+                         [&store, &parameter] { return store.master(parameter); }});
+    if (parameter.quantized)
+      tensors.push_back({parameter.name + ".codes", parameter.layer, shape(DType::kI8),
+                         [&store, &parameter] { return store.stored(parameter); }});
   }
-  tensors.insert(tensors.end(), scales.begin(), scales.end());
+  const size_t count = tensors.size();
+  for (size_t i = 0; i < count; ++i) {
+    const SavedTensor of = tensors[i];
+    if (of.shape.dtype != DType::kI8 && of.shape.dtype != DType::kU8) continue;
+    const Tensor scales = Tensor::of(nullptr, DType::kF32, {quant_blocks(of.shape.elements())});
+    tensors.push_back({of.name + ".scales", of.layer, scales, [of, scales] {
+                         Tensor found = scales;
+                         found.data = of.find().scales;
+                         return found;
+                       }});
+  }
   return tensors;
 }
 
@@ -53,35 +82,41 @@ std::vector<int64_t> shape_of(const Tensor& tensor) {
   return {tensor.shape.begin(), tensor.shape.begin() + tensor.rank};
 }
 
+// f(tensor) for each of them, its layer's weights and states acquired; waits for the device after each.
+template <typename F>
+void for_each_tensor(Engine& engine, const std::vector<SavedTensor>& tensors, Access access, F&& f) {
+  HeldLayer<ParameterStore> held(engine.store());
+  for (const SavedTensor& saved : tensors) {
+    held.hold(saved.layer, access);
+    engine.optimizer().states().hold(saved.layer, access);
+    f(saved, saved.find());
+    engine.backend().synchronize();
+  }
+}
+
 FileSummary save_optimizer(const std::string& path, Engine& engine) {
-  const std::vector<StateTensor> tensors = optimizer_tensors(engine);
+  const std::vector<SavedTensor> tensors = optimizer_tensors(engine);
   std::vector<TensorEntry> entries;
-  for (const StateTensor& state : tensors) {
-    entries.push_back({state.name, dtype_code(state.tensor.dtype), shape_of(state.tensor), nullptr});
+  for (const SavedTensor& saved : tensors) {
+    entries.push_back({saved.name, dtype_code(saved.shape.dtype), shape_of(saved.shape), nullptr});
   }
   SafetensorsWriter writer(path, entries);
-  std::vector<char> host;
-  for (const StateTensor& state : tensors) {
-    host.resize(state.tensor.bytes());
-    engine.backend().copy(host.data(), state.tensor.data, host.size());
-    engine.backend().synchronize();
-    writer.write(host.data(), host.size());
-  }
+  for_each_tensor(engine, tensors, Access::kRead,
+                  [&](const SavedTensor&, const Tensor& tensor) { writer.write(tensor, engine.backend()); });
   return writer.finish();
 }
 
 void load_optimizer(const std::string& path, Engine& engine) {
   const SafetensorsReader reader(path);
-  const std::vector<StateTensor> tensors = optimizer_tensors(engine);
-  for (const StateTensor& state : tensors) {
-    const TensorEntry* entry = reader.find(state.name);
-    if (!entry) throw std::runtime_error(path + ": has no tensor '" + state.name + "'");
-    if (entry->dtype != dtype_code(state.tensor.dtype) || entry->shape != shape_of(state.tensor)) {
-      throw std::runtime_error(path + ": tensor '" + state.name + "' has another type or shape than this run's");
+  const std::vector<SavedTensor> tensors = optimizer_tensors(engine);
+  for_each_tensor(engine, tensors, Access::kUpdate, [&](const SavedTensor& saved, const Tensor& tensor) {
+    const TensorEntry* entry = reader.find(saved.name);
+    if (!entry) throw std::runtime_error(path + ": has no tensor '" + saved.name + "'");
+    if (entry->dtype != dtype_code(saved.shape.dtype) || entry->shape != shape_of(saved.shape)) {
+      throw std::runtime_error(path + ": tensor '" + saved.name + "' has another type or shape than this run's");
     }
-    engine.backend().copy(state.tensor.data, entry->data, state.tensor.bytes());
-  }
-  engine.backend().synchronize();
+    engine.backend().copy(tensor.data, entry->data, tensor.bytes());
+  });
   if (reader.entries().size() != tensors.size()) {
     throw std::runtime_error(path + ": holds " + std::to_string(reader.entries().size()) + " tensors, this run has " +
                              std::to_string(tensors.size()));

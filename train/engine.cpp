@@ -19,17 +19,43 @@ KernelShapes kernel_shapes(const EngineConfig& config) {
   return shapes;
 }
 
+// What follows from the offloading and from gradients in blocks for the parts. What visits the device is copied on a
+// stream of its own from and to memory that changes, so the operations are not the same each time.
+EngineConfig completed(EngineConfig config) {
+  const Offload& offload = config.offload;
+  if (offload.state || offload.weights) config.optimizer.streamed_layers = offload.layers_in_flight;
+  if (offload.activations) config.shapes.streamed_layers = offload.layers_in_flight;
+  if (offload.activations || offload.state || offload.weights) config.graphs = false;
+  config.master_weights = config.master_weights && config.weight_dtype == DType::kBF16;
+  config.optimizer.blocks = config.sink.blocks;
+  config.shapes.head_blocks = config.shapes.training && config.sink.blocks != GradientBlocks::kWhole;
+  return config;
+}
+
+std::vector<Parameter> parameters_of(const EngineConfig& config) {
+  std::vector<Parameter> parameters = gpt2_parameters(config.model);
+  for (Parameter& p : parameters) p.quantized = config.weight_dtype == DType::kI8 && p.matrix && p.layer >= 0;
+  return parameters;
+}
+
+WeightStoreConfig store_config(const EngineConfig& config) {
+  return {.dtype = config.weight_dtype,
+          .plain_dtype = config.shapes.dtype,
+          .master_weights = config.master_weights,
+          .streamed_layers = config.offload.weights ? config.offload.layers_in_flight : 0};
+}
+
 }  // namespace
 
 Engine::Engine(const EngineConfig& config, Backend& backend)
-    : config_(config),
+    : config_(completed(config)),
       backend_(backend),
-      store_(gpt2_parameters(config.model), config.weight_dtype, config.master_weights),
-      model_(config.model, config.shapes, store_, backend),
-      graphs_(backend, config.graphs) {
-  if (!config.shapes.training) return;
-  optimizer_ = make_optimizer(config.optimizer, store_.parameters(), config.sink.gradient_dtype, backend);
-  sink_ = make_sink(config.sink, *optimizer_, store_, backend);
+      store_(parameters_of(config_), store_config(config_), backend),
+      model_(config_.model, config_.shapes, store_, backend),
+      graphs_(backend, config_.graphs) {
+  if (!config_.shapes.training) return;
+  optimizer_ = make_optimizer(config_.optimizer, store_.parameters(), config_.sink.gradient_dtype, backend);
+  sink_ = make_sink(config_.sink, *optimizer_, store_, backend);
 }
 
 MemoryPlan Engine::plan() const {
@@ -47,7 +73,7 @@ MemoryPlan Engine::plan() const {
 
 void Engine::allocate() {
   arena_ = std::make_unique<Arena>(backend_, plan());
-  store_.bind(*arena_, backend_);
+  store_.bind(*arena_);
   if (optimizer_) optimizer_->bind(*arena_);
   if (sink_) sink_->bind(*arena_);
   model_.bind(*arena_);

@@ -11,15 +11,24 @@
 #include "kernels/graph_cache.h"
 #include "kernels/memory_plan.h"
 #include "model/gpt2.h"
-#include "model/resident_store.h"
+#include "model/weight_store.h"
+
+// What stays in host memory and visits the device layer by layer.
+struct Offload {
+  bool activations = false;  // the residual stream between the blocks
+  bool state = false;        // of the optimizer, of the blocks
+  bool weights = false;      // of the blocks; their state comes along
+  int layers_in_flight = 2;  // on the device at a time
+};
 
 struct EngineConfig {
   Gpt2Config model;
-  ActivationShapes shapes;  // shapes.training = false: no optimizer, no sink
-  DType weight_dtype = DType::kF32;
+  ActivationShapes shapes;           // shapes.training = false: no optimizer, no sink
+  DType weight_dtype = DType::kF32;  // kI8: of the blocks' matrices, the rest has the activations' dtype
   bool master_weights = false;
   OptimizerConfig optimizer;
   SinkConfig sink;
+  Offload offload;
   bool graphs = true;  // record a step's operations and replay them, where the backend can
 };
 
@@ -96,7 +105,7 @@ class Engine {
 
   EngineConfig config_;
   Backend& backend_;
-  ResidentStore store_;
+  WeightStore store_;
   Gpt2 model_;
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<UpdatingSink> sink_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <type_traits>
 
 namespace {
@@ -79,6 +80,17 @@ void fraction(double value, const char* flag) {
   if (!(value >= 0.0 && value < 1.0)) throw UsageError(std::string("--") + flag + " must be at least 0 and below 1");
 }
 
+void check_offload(const std::string& offload) {
+  std::istringstream list(offload);
+  for (std::string what; std::getline(list, what, ',');) {
+    if (what != "activations" && what != "state" && what != "weights" && (what != "none" || offload != "none")) {
+      throw UsageError("--offload " + offload + ": '" + what +
+                       "' is none of activations, state, weights; or leave it at none");
+    }
+  }
+  if (offload.empty()) throw UsageError("--offload needs a value: none, or activations,state,weights");
+}
+
 }  // namespace
 
 bool Options::was_given(const std::string& flag) const {
@@ -111,6 +123,8 @@ void check_options(const Options& o) {
   at_least(static_cast<double>(o.micro_batch), o.was_given("micro-batch") ? 1 : 0, "micro-batch");
   at_least(static_cast<double>(o.tokens_per_step), o.was_given("tokens-per-step") ? 1 : 0, "tokens-per-step");
   at_least(static_cast<double>(o.head_chunk), o.was_given("head-chunk") ? 1 : 0, "head-chunk");
+  at_least(static_cast<double>(o.layers_in_flight), 2, "layers-in-flight");
+  check_offload(o.offload);
   at_least(static_cast<double>(o.rank), 1, "rank");
   at_least(static_cast<double>(o.kappa), 1, "kappa");
   at_least(static_cast<double>(o.accumulation_rank), o.was_given("accumulation-rank") ? 1 : 0, "accumulation-rank");
@@ -161,6 +175,7 @@ void check_options(const Options& o) {
            "--relative-step, which has its own schedule");
   only_for({"cooldown-steps"}, o.schedule == "wsd", "--schedule " + o.schedule);
   only_for({"accumulation-rank"}, o.gradients != "dense", "--gradients dense");
+  only_for({"layers-in-flight"}, o.offload != "none" || !o.memory_budget.empty(), "--offload none");
   const std::string weights = o.weight_dtype.empty() ? o.dtype : o.weight_dtype;
   if (o.master_weights == "fp32" && weights == "fp32")
     throw UsageError("--master-weights fp32 contradicts fp32 weights");

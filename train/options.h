@@ -41,8 +41,8 @@ struct Options {
   double clip_norm = -1;
   bool skip_nonfinite = false;
   // memory
-  std::string recompute = "none";
-  int64_t head_chunk = 0;
+  std::string memory_budget, recompute = "none", gradient_blocks = "whole", offload = "none";
+  int64_t head_chunk = 0, layers_in_flight = 2;
   bool plan = false, json = false;
   // run
   int64_t steps = 1000;
@@ -155,9 +155,23 @@ void describe(Options& o, Visitor& v) {
     S{}, fixed);
   v(o.skip_nonfinite, "skip-nonfinite", "", "skip an update with a non-finite loss instead of stopping", S{}, free);
   v.group("memory");
+  v(o.memory_budget, "memory-budget", "BYTES|auto",
+    "choose the fastest micro-batch, recompute, head-chunk, gradient-blocks and offload that fit, among those not "
+    "given; "
+    "as in 24GiB, or auto: what the device has free",
+    S{}, free);
   v(o.recompute, "recompute", "", "activations computed again in the backward pass",
     S{"none", "gelu", "norms+gelu", "attention", "block"}, free);
   v(o.head_chunk, "head-chunk", "tokens", "tokens whose logits exist at a time; default: at most 512", S{}, fixed);
+  v(o.gradient_blocks, "gradient-blocks", "",
+    "gradients that are computed and used block by block, computed again for each pass of the update, instead of "
+    "whole: of embedding and head, or of all large matrices (fused gradients, one micro-batch)",
+    S{"whole", "embedding", "all"}, fixed);
+  v(o.offload, "offload", "LIST",
+    "what stays in host memory and visits the device layer by layer: none, or any of activations (what is kept for "
+    "the backward pass), state (of the optimizer), weights (state comes along), with commas between",
+    S{}, free);
+  v(o.layers_in_flight, "layers-in-flight", "layers", "offload: layers that are on the device at a time", S{}, free);
   v(o.plan, "plan", "", "print the memory plan and exit", S{}, free);
   v(o.json, "json", "", "with plan: as JSON", S{}, free);
   v.group("run");

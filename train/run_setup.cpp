@@ -122,6 +122,14 @@ EngineConfig engine_config(const Options& o, const Gpt2Config& model, bool train
   sink.compress_embeddings = o.compress_embeddings;
   sink.clip_norm = static_cast<float>(o.clip_norm);
   sink.seed = opt.seed;
+  sink.blocks = choice<GradientBlocks>(
+      {{"whole", GradientBlocks::kWhole}, {"embedding", GradientBlocks::kEmbedding}, {"all", GradientBlocks::kAll}},
+      o.gradient_blocks);
+  const auto offloaded = [&](const char* what) { return ("," + o.offload + ",").find(what) != std::string::npos; };
+  engine.offload = {.activations = offloaded(",activations,"),
+                    .state = offloaded(",state,") || offloaded(",weights,"),
+                    .weights = offloaded(",weights,"),
+                    .layers_in_flight = static_cast<int>(o.layers_in_flight)};
   engine.graphs = !o.no_cuda_graph;
   return engine;
 }

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <algorithm>
 
 #include <cerrno>
 #include <cstring>
@@ -105,4 +106,14 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path, const std::vector<
   const uint64_t header_bytes = text.size();
   file_.write(&header_bytes, 8);
   file_.write(text.data(), text.size());
+}
+
+void SafetensorsWriter::write(const Tensor& tensor, Backend& backend) {
+  constexpr size_t kPiece = size_t{8} << 20;
+  for (size_t begin = 0; begin < tensor.bytes(); begin += kPiece) {
+    buffer_.resize(std::min(kPiece, tensor.bytes() - begin));
+    backend.copy(buffer_.data(), static_cast<const char*>(tensor.data) + begin, buffer_.size());
+    backend.synchronize();
+    file_.write(buffer_.data(), buffer_.size());
+  }
 }

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/backend.h"
 #include "train/file_io.h"
 
 struct TensorEntry {
@@ -43,9 +44,12 @@ class SafetensorsReader {
 class SafetensorsWriter {
  public:
   SafetensorsWriter(const std::string& path, const std::vector<TensorEntry>& entries);
+  // From the device's memory, through a small buffer in the host's.
+  void write(const Tensor& tensor, Backend& backend);
   void write(const void* data, size_t bytes) { file_.write(data, bytes); }
   FileSummary finish() { return file_.finish(); }
 
  private:
   FileWriter file_;
+  std::vector<char> buffer_;
 };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
@@ -28,41 +29,57 @@ float half_to_float(uint16_t half) {
   return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
-// Copies `values` to a weight and its master copy, rounding to nearest where the weight is bf16.
-void store_values(const Parameter& parameter, const std::vector<float>& values, ParameterStore& store,
-                  Backend& backend) {
-  store.acquire(parameter.layer);
-  const Tensor weight = store.weight(parameter);
-  const Tensor master = store.master(parameter);
-  if (weight.dtype == DType::kF32) {
-    backend.copy(weight.data, values.data(), weight.bytes());
-  } else {
-    std::vector<bf16> rounded(values.size());
-    std::transform(values.begin(), values.end(), rounded.begin(), [](float value) { return from_float<bf16>(value); });
-    backend.copy(weight.data, rounded.data(), weight.bytes());
+// Elements [begin, begin + count) of a tensor of a file, as floats.
+using ReadValues = std::function<void(float* values, int64_t begin, int64_t count)>;
+
+constexpr int64_t kPiece = int64_t{1} << 21;  // elements in host memory at a time
+
+// Copies a tensor to rows of a weight or its master copy, rounding to nearest where those are bf16.
+void copy_rows(const Parameter& parameter, Tensor rows, int64_t begin, const ReadValues& read, Backend& backend) {
+  std::vector<float> values;
+  std::vector<bf16> rounded;
+  for (int64_t done = 0; done < rows.elements(); done += kPiece) {
+    const int64_t count = std::min(kPiece, rows.elements() - done);
+    values.resize(static_cast<size_t>(count));
+    read(values.data(), begin * parameter.cols + done, count);
+    const void* from = values.data();
+    if (rows.dtype == DType::kBF16) {
+      rounded.resize(values.size());
+      std::transform(values.begin(), values.end(), rounded.begin(), from_float<bf16>);
+      from = rounded.data();
+    }
+    const size_t size = dtype_size(rows.dtype);
+    backend.copy(rows.as<char>() + static_cast<size_t>(done) * size, from, static_cast<size_t>(count) * size);
     backend.synchronize();
   }
-  if (master) backend.copy(master.data, values.data(), master.bytes());
-  backend.synchronize();
-  store.release(parameter.layer, true);
 }
 
-std::vector<float> to_floats(const TensorEntry& entry, const std::string& path) {
-  std::vector<float> values(static_cast<size_t>(entry.elements()));
-  if (entry.dtype == "F32") {
-    std::memcpy(values.data(), entry.data, entry.bytes());
-    return values;
-  }
-  if (entry.dtype != "F16" && entry.dtype != "BF16") {
+// The parameter's layer is acquired.
+void store_values(const Parameter& parameter, const ReadValues& read, ParameterStore& store, Backend& backend) {
+  const auto fill = [&](Tensor rows, int64_t begin) { copy_rows(parameter, rows, begin, read, backend); };
+  store.assign(parameter, fill);
+  const Tensor master = store.master(parameter);
+  if (master) fill(master, 0);
+  backend.synchronize();
+}
+
+ReadValues values_of(const TensorEntry& entry, const std::string& path) {
+  if (entry.dtype != "F32" && entry.dtype != "F16" && entry.dtype != "BF16") {
     throw std::runtime_error(path + ": tensor '" + entry.name + "' is " + entry.dtype +
                              "; F32, F16 and BF16 can be read");
   }
-  for (size_t i = 0; i < values.size(); ++i) {
-    uint16_t bits;
-    std::memcpy(&bits, static_cast<const char*>(entry.data) + 2 * i, 2);
-    values[i] = entry.dtype == "F16" ? half_to_float(bits) : to_float(bf16{bits});
-  }
-  return values;
+  return
+      [data = static_cast<const char*>(entry.data), dtype = entry.dtype](float* values, int64_t begin, int64_t count) {
+        if (dtype == "F32") {
+          std::memcpy(values, data + 4 * begin, static_cast<size_t>(count) * sizeof(float));
+          return;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          uint16_t bits;
+          std::memcpy(&bits, data + 2 * (begin + i), 2);
+          values[i] = dtype == "F16" ? half_to_float(bits) : to_float(bf16{bits});
+        }
+      };
 }
 
 // All safetensors files of a directory, opened once: model.safetensors, or those that the index names.
@@ -112,6 +129,7 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 
 void load_directory(const std::string& directory, ParameterStore& store, Backend& backend) {
   const DirectoryTensors tensors(directory);
+  HeldLayer<ParameterStore> held(store);
   for (const Parameter& parameter : store.parameters()) {
     std::string path = directory;
     const TensorEntry* entry = tensors.find(parameter.name, path);
@@ -122,7 +140,8 @@ void load_directory(const std::string& directory, ParameterStore& store, Backend
       throw std::runtime_error(path + ": tensor '" + entry->name + "' is " + shape_text(entry->shape) +
                                ", config.json asks for " + shape_text(expected));
     }
-    store_values(parameter, to_floats(*entry, path), store, backend);
+    held.hold(parameter.layer, Access::kOverwrite);
+    store_values(parameter, values_of(*entry, path), store, backend);
   }
 }
 
@@ -138,18 +157,13 @@ FileSummary write_shard(const std::string& path, const std::vector<const Paramet
   for (const Parameter* parameter : parameters) {
     std::vector<int64_t> shape = {parameter->cols};
     if (parameter->matrix) shape.insert(shape.begin(), parameter->rows);
-    entries.push_back({file_name(*parameter), dtype_code(store.weight(*parameter).dtype), shape, nullptr});
+    entries.push_back({file_name(*parameter), dtype_code(store.dtype(*parameter)), shape, nullptr});
   }
   SafetensorsWriter writer(path, entries);
-  std::vector<char> host;
+  HeldLayer<ParameterStore> held(store);
   for (const Parameter* parameter : parameters) {
-    store.acquire(parameter->layer);
-    const Tensor weight = store.weight(*parameter);
-    host.resize(weight.bytes());
-    backend.copy(host.data(), weight.data, weight.bytes());
-    backend.synchronize();
-    store.release(parameter->layer, false);
-    writer.write(host.data(), host.size());
+    held.hold(parameter->layer, Access::kRead);
+    writer.write(store.weight(*parameter), backend);
   }
   return writer.finish();
 }
@@ -176,8 +190,13 @@ ModelSource find_model(const std::string& name) {
 
 void load_weights(const ModelSource& source, ParameterStore& store, Backend& backend) {
   if (source.kind == ModelSource::Kind::kLlmcBin) {
+    HeldLayer<ParameterStore> held(store);
     load_llmc(source.path, store.parameters(), [&](const Parameter& parameter, const std::vector<float>& values) {
-      store_values(parameter, values, store, backend);
+      held.hold(parameter.layer, Access::kUpdate);
+      const auto read = [&](float* out, int64_t begin, int64_t count) {
+        std::copy_n(&values[static_cast<size_t>(begin)], count, out);
+      };
+      store_values(parameter, read, store, backend);
     });
   } else {
     load_directory(source.path, store, backend);
@@ -189,7 +208,7 @@ std::map<std::string, FileSummary> save_weights(const std::string& directory, Pa
   std::vector<std::vector<const Parameter*>> shards(1);
   size_t in_shard = 0, total = 0;
   for (const Parameter& parameter : store.parameters()) {
-    const size_t bytes = store.weight(parameter).bytes();
+    const size_t bytes = static_cast<size_t>(parameter.elements()) * dtype_size(store.dtype(parameter));
     if (in_shard > 0 && in_shard + bytes > shard_bytes) {
       shards.emplace_back();
       in_shard = 0;

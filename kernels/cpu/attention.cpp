@@ -13,6 +13,7 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/simd_math.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -20,13 +21,10 @@ constexpr int64_t kQueryTile = 64;
 
 int64_t round_to_vectors(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-struct Shape {
-  int64_t batch, sequence, channels, heads, head_dim;
+int64_t head_floats(const AttentionShape& s) { return round_to_vectors(s.sequence * s.head_dim); }
 
-  int64_t head_floats() const { return round_to_vectors(sequence * head_dim); }
-  // Not a power of two, which would put the rows of a tile into the same few lines of the cache.
-  int64_t score_stride() const { return round_to_vectors(sequence) + 16; }
-};
+// Not a power of two, which would put the rows of a tile into the same few lines of the cache.
+int64_t score_stride(const AttentionShape& s) { return round_to_vectors(s.sequence) + 16; }
 
 // Rows [begin, begin + rows) of one head: `row` is the head's first element in token 0, `stride` from token to token.
 template <typename T>
@@ -73,11 +71,11 @@ RowSum exponentiate_row(float* scores, int64_t width) {
 }
 
 template <typename Out, typename In>
-void head_forward(const Shape& s, Out* out, float* lse, const In* qkv, float* scratch) {
+void head_forward(const AttentionShape& s, Out* out, float* lse, const In* qkv, float* scratch) {
   const int64_t head_dim = s.head_dim, stride = 3 * s.channels;
   float* const k = scratch;
-  float* const v = k + s.head_floats();
-  float* const q = v + s.head_floats();
+  float* const v = k + head_floats(s);
+  float* const q = v + head_floats(s);
   float* const o = q + kQueryTile * head_dim;
   float* const scores = o + kQueryTile * head_dim;
   load_head(k, qkv + s.channels, stride, s.sequence, head_dim);
@@ -86,15 +84,15 @@ void head_forward(const Shape& s, Out* out, float* lse, const In* qkv, float* sc
   for (int64_t begin = 0; begin < s.sequence; begin += kQueryTile) {
     const int64_t rows = std::min(kQueryTile, s.sequence - begin), keys = begin + rows;
     load_head(q, qkv + begin * stride, stride, rows, head_dim, factor);
-    gemm({rows, keys, head_dim, false, true}, 1.0f, q, head_dim, k, head_dim, 0.0f, scores, s.score_stride());
+    gemm({rows, keys, head_dim, false, true}, 1.0f, q, head_dim, k, head_dim, 0.0f, scores, score_stride(s));
     float inverse_sums[kQueryTile];
     for (int64_t i = 0; i < rows; ++i) {
-      float* const score_row = scores + i * s.score_stride();
+      float* const score_row = scores + i * score_stride(s);
       const RowSum row = exponentiate_row(score_row, hide_future(score_row, begin + i + 1, keys));
       lse[begin + i] = row.maximum + std::log(row.sum);
       inverse_sums[i] = 1.0f / row.sum;
     }
-    gemm({rows, head_dim, keys}, 1.0f, scores, s.score_stride(), v, head_dim, 0.0f, o, head_dim);
+    gemm({rows, head_dim, keys}, 1.0f, scores, score_stride(s), v, head_dim, 0.0f, o, head_dim);
     for (int64_t i = 0; i < rows; ++i) {
       Out* const row = out + (begin + i) * s.channels;
 #pragma omp simd
@@ -106,9 +104,9 @@ void head_forward(const Shape& s, Out* out, float* lse, const In* qkv, float* sc
 // With P = softmax(S), S = Q K^T / sqrt(HD): dV = P^T dO, dP = dO V^T, dS = P (dP - delta), delta_i = sum_j dO_ij O_ij,
 // dQ = dS K / sqrt(HD), dK = dS^T Q / sqrt(HD). P comes back from the scores and their log-sum-exp.
 template <typename Grad, typename Out, typename In>
-void head_backward(const Shape& s, Grad* dqkv, const Grad* dout, const Out* out, const float* lse, const In* qkv,
-                   float* scratch) {
-  const int64_t head_dim = s.head_dim, stride = 3 * s.channels, head = s.head_floats(), width = s.score_stride();
+void head_backward(const AttentionShape& s, Grad* dqkv, const Grad* dout, const Out* out, const float* lse,
+                   const In* qkv, float* scratch) {
+  const int64_t head_dim = s.head_dim, stride = 3 * s.channels, head = head_floats(s), width = score_stride(s);
   float *const q = scratch, *const k = q + head, *const v = k + head, *const d = v + head;
   float *const dq = d + head, *const dk = dq + head, *const dv = dk + head;
   float *const p = dv + head, *const ds = p + kQueryTile * width;
@@ -150,30 +148,16 @@ void head_backward(const Shape& s, Grad* dqkv, const Grad* dout, const Out* out,
   store_head(dqkv + 2 * s.channels, stride, dv, s.sequence, head_dim);
 }
 
-Shape check_shape(const Tensor& out, const Tensor& lse, const Tensor& qkv, int heads) {
-  require(out.rank == 3 && qkv.rank == 3 && out.contiguous() && qkv.contiguous(),
-          "attention: out [B,T,C], qkv [B,T,3C]");
-  const Shape s = {out.shape[0], out.shape[1], out.shape[2], heads, heads > 0 ? out.shape[2] / heads : 0};
-  require(heads > 0 && s.head_dim * heads == s.channels, "attention: channels are a multiple of the heads");
-  require(qkv.shape[0] == s.batch && qkv.shape[1] == s.sequence && qkv.shape[2] == 3 * s.channels, "attention: qkv");
-  require(lse.dtype == DType::kF32 && lse.elements() == s.batch * heads * s.sequence, "attention: lse [B,NH,T] fp32");
-  return s;
-}
-
-double score_flops(const Shape& s) {  // of one product of all queries with the keys they see
-  return static_cast<double>(s.batch * s.sequence) * static_cast<double>((s.sequence + 1) * s.channels);
-}
-
 }  // namespace
 
 int64_t attention_scratch_floats(int64_t sequence, int64_t channels, int64_t heads) {
-  const Shape s = {1, sequence, channels, heads, heads > 0 ? channels / heads : channels};
-  return 7 * s.head_floats() + 2 * kQueryTile * s.score_stride() + 2 * kQueryTile * s.head_dim;
+  const AttentionShape s = {1, sequence, channels, heads, heads > 0 ? channels / heads : channels};
+  return 7 * head_floats(s) + 2 * kQueryTile * score_stride(s) + 2 * kQueryTile * s.head_dim;
 }
 
 void CpuBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) {
-  const Shape s = check_shape(out, lse, qkv, heads);
-  const Profiler::Scope scope(profiler, "attention_forward", 2 * score_flops(s),
+  const AttentionShape s = check_attention_forward(out, lse, qkv, heads);
+  const Profiler::Scope scope(profiler, "attention_forward", 2 * s.score_flops(),
                               static_cast<double>(qkv.bytes() + out.bytes()));
   const size_t bytes = static_cast<size_t>(attention_scratch_floats(s.sequence, s.channels, heads)) * sizeof(float);
   thread_scratch(bytes);  // an error must not be thrown inside the parallel loop
@@ -188,11 +172,8 @@ void CpuBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads
 }
 
 void CpuBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) {
-  const Shape s = check_shape(out, lse, qkv, heads);
-  require(dqkv.elements() == qkv.elements() && dqkv.contiguous(), "attention: dqkv");
-  require(dout.elements() == out.elements() && dout.contiguous(), "attention: dout");
-  require(dqkv.dtype == dout.dtype, "attention: dqkv and dout have one dtype");
-  const Profiler::Scope scope(profiler, "attention_backward", 5 * score_flops(s),
+  const AttentionShape s = check_attention_backward(dqkv, dout, out, lse, qkv, heads);
+  const Profiler::Scope scope(profiler, "attention_backward", 5 * s.score_flops(),
                               static_cast<double>(qkv.bytes() + dqkv.bytes() + out.bytes() + dout.bytes()));
   const size_t bytes = static_cast<size_t>(attention_scratch_floats(s.sequence, s.channels, heads)) * sizeof(float);
   thread_scratch(bytes);  // an error must not be thrown inside the parallel loop

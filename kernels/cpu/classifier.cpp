@@ -6,6 +6,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/simd_math.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -33,9 +34,11 @@ float sum_of_exponentials(const T* logits, float maximum, int64_t count) {
 }
 
 template <typename T>
-float classify_row(T* logits, int32_t target, int64_t vocabulary, int64_t padded, float scale, bool write_gradient) {
+float classify_row(T* logits, int32_t target, int64_t vocabulary, int64_t padded, float scale, bool write_gradient,
+                   float* lse) {
   if (target < 0) {
     if (write_gradient) std::fill_n(logits, padded, from_float<T>(0.0f));
+    if (lse) *lse = 0.0f;
     return 0.0f;
   }
   const float maximum = row_maximum(logits, vocabulary);
@@ -50,24 +53,51 @@ float classify_row(T* logits, int32_t target, int64_t vocabulary, int64_t padded
     logits[target] = from_float<T>(scale * (simd_exp(target_logit - maximum) / sum - 1.0f));
     std::fill(logits + vocabulary, logits + padded, from_float<T>(0.0f));
   }
+  if (lse) *lse = maximum + std::log(sum);
   return std::log(sum) - (target_logit - maximum);
+}
+
+// The row's columns first .. first + count - 1 of all, of which those below `vocabulary` count.
+template <typename T>
+void gradient_of_row(T* logits, int32_t target, float lse, int64_t first, int64_t count, int64_t vocabulary,
+                     float scale) {
+  const int64_t used = target < 0 ? 0 : std::clamp<int64_t>(vocabulary - first, 0, count), hit = target - first;
+  const float target_logit = 0 <= hit && hit < used ? to_float(logits[hit]) : 0.0f;
+#pragma omp simd
+  for (int64_t j = 0; j < used; ++j) logits[j] = from_float<T>(scale * simd_exp(to_float(logits[j]) - lse));
+  if (0 <= hit && hit < used) logits[hit] = from_float<T>(scale * (simd_exp(target_logit - lse) - 1.0f));
+  std::fill(logits + used, logits + count, from_float<T>(0.0f));
 }
 
 }  // namespace
 
 void CpuBackend::classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
-                            bool write_gradient) {
+                            bool write_gradient, Tensor lse) {
+  check_classifier(losses, logits, targets, vocabulary, lse);
   const int64_t rows = logits.rows(), padded = logits.cols();
-  require(losses.dtype == DType::kF32 && targets.dtype == DType::kI32, "classifier: fp32 losses, int32 targets");
-  require(losses.elements() == rows && targets.elements() == rows, "classifier: one loss and target per row");
-  require(vocabulary > 0 && vocabulary <= padded && has_uniform_rows(logits), "classifier: shape of the logits");
   const Profiler::Scope scope(profiler, "classifier", 0,
                               static_cast<double>(logits.bytes()) * (write_gradient ? 2 : 1));
   dispatch(logits.dtype, [&]<typename T>() {
     parallel_blocks(threads_, rows, rows_per_span(padded), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        losses.as<float>()[i] = classify_row(element<T>(logits, i), targets.as<const int32_t>()[i], vocabulary, padded,
-                                             gradient_scale, write_gradient);
+        losses.as<float>()[i] =
+            classify_row(element<T>(logits, i), targets.as<const int32_t>()[i], vocabulary, padded, gradient_scale,
+                         write_gradient, lse.empty() ? nullptr : lse.as<float>() + i);
+      }
+    });
+  });
+}
+
+void CpuBackend::classifier_gradient(Tensor logits, Tensor targets, Tensor lse, int64_t first, int64_t vocabulary,
+                                     float gradient_scale) {
+  check_classifier_gradient(logits, targets, lse, first, vocabulary);
+  const int64_t cols = logits.cols();
+  const Profiler::Scope scope(profiler, "classifier_gradient", 0, 2.0 * static_cast<double>(logits.bytes()));
+  dispatch(logits.dtype, [&]<typename T>() {
+    parallel_blocks(threads_, logits.rows(), rows_per_span(cols), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        gradient_of_row(element<T>(logits, i), targets.as<const int32_t>()[i], lse.as<const float>()[i], first, cols,
+                        vocabulary, gradient_scale);
       }
     });
   });

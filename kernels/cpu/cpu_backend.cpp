@@ -79,6 +79,15 @@ std::string CpuBackend::description() const {
 }
 
 size_t CpuBackend::memory_available() const { return available_memory(); }
+size_t CpuBackend::host_memory_available() const { return available_memory(); }
+
+size_t CpuBackend::runtime_bytes() const {
+  size_t given_out = 0;
+  for (const auto* blocks : {&device_blocks_, &host_blocks_})
+    for (const auto& [memory, bytes] : *blocks) given_out += resident_bytes(memory, bytes);
+  const size_t resident = resident_memory();
+  return resident > given_out ? resident - given_out : 0;
+}
 
 // The best of a few products of 2048 x 1024 x 2048 (8.6 GFLOP) through matmul(), within about half a second.
 double CpuBackend::measure_peak_flops() {

@@ -10,7 +10,7 @@
 
 #include "kernels/backend.h"
 
-class CpuBackend final : public Backend {
+class CpuBackend : public Backend {
  public:
   explicit CpuBackend(const CpuOptions& options);
   ~CpuBackend() override;
@@ -18,6 +18,8 @@ class CpuBackend final : public Backend {
   std::string name() const override;
   std::string description() const override;
   size_t memory_available() const override;
+  size_t runtime_bytes() const override;
+  size_t host_memory_available() const override;
   double measure_peak_flops() override;
   void* allocate(size_t bytes) override;
   void release(void* memory) override;
@@ -47,7 +49,7 @@ class CpuBackend final : public Backend {
   void fill_constant(Tensor x, float value) override;
   void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) override;
   void embedding_backward(Tensor dwte, bool accumulate_wte, Tensor dwpe, bool accumulate_wpe, Tensor dout,
-                          const TokenGroups& groups) override;
+                          const TokenGroups& groups, int64_t first_row) override;
   void layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor in, Tensor weight, Tensor bias) override;
   void residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
                                   Tensor weight, Tensor bias) override;
@@ -60,11 +62,16 @@ class CpuBackend final : public Backend {
   void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) override;
   void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) override;
   void classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
-                  bool write_gradient) override;
+                  bool write_gradient, Tensor lse) override;
+  void classifier_gradient(Tensor logits, Tensor targets, Tensor lse, int64_t first, int64_t vocabulary,
+                           float gradient_scale) override;
   void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) override;
   void orthonormalize_rows(Tensor p, void* scratch, StepScalars* scalars) override;
   void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale, Tensor grad,
                               float eps1, const StepScalars* scalars) override;
+  void factored_squares(Tensor row_squares, Tensor col_squares, Tensor grad, float eps1, bool accumulate) override;
+  void factored_scales(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
+                       const StepScalars* scalars) override;
   void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) override;
   void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) override;
   void momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) override;
@@ -78,6 +85,8 @@ class CpuBackend final : public Backend {
                   const StepScalars* scalars) override;
   void quantize(Tensor out, Tensor in) override;
   void dequantize(Tensor out, Tensor in) override;
+  void quantize_weight(Tensor out, Tensor in, RandomKey key, const StepScalars* scalars) override;
+  void dequantize_weight(Tensor out, Tensor in) override;
 
  private:
   // Scratch of one thread, from the workspace the arena provides. Throws std::logic_error when `bytes` is more than
@@ -86,6 +95,8 @@ class CpuBackend final : public Backend {
 
   // The same memory as one piece, for operations that do not use thread_scratch(): partial sums of all threads.
   float* shared_scratch(size_t bytes) const;
+
+  void add_squares(const Tensor& row_sums, const Tensor& col_sums, const Tensor& grad, bool accumulate);
 
   int threads_;
   char* workspace_ = nullptr;

@@ -6,6 +6,7 @@
 #include "kernels/cpu/add_rows.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -88,8 +89,6 @@ void scale_by(int threads, const Tensor& x, float factor) {
   });
 }
 
-bool is_floating(const Tensor& t) { return t.dtype == DType::kF32 || t.dtype == DType::kBF16; }
-
 }  // namespace
 
 void add_row(const Tensor& out, const Tensor& a, const Tensor& b, int64_t row, int64_t column, int64_t count) {
@@ -155,8 +154,8 @@ void CpuBackend::fill_constant(Tensor x, float value) {
 
 // Chunks of rows are summed into partials of their own, four rows per pass over the partial.
 void CpuBackend::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
+  check_bias_backward(dbias, dout);
   const int64_t rows = dout.rows(), cols = dout.cols();
-  require(dbias.elements() == cols && has_uniform_rows(dout), "bias_backward: shapes");
   const Profiler::Scope scope(profiler, "bias_backward", 0, static_cast<double>(dout.bytes()));
   const int64_t chunk = row_chunk(rows), chunks = (rows + chunk - 1) / chunk;
   float* const partials = shared_scratch(static_cast<size_t>(chunks * cols) * sizeof(float));

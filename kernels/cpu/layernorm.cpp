@@ -7,6 +7,7 @@
 #include "kernels/cpu/add_rows.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -43,15 +44,6 @@ void normalize_row(Out* out, const In* in, Statistics s, const Weight* weight, c
 struct Forward {
   Tensor out, mean, rstd, in, weight, bias;
 };
-
-void check(const Forward& f) {
-  require(f.out.elements() == f.in.elements() && f.out.cols() == f.in.cols(), "layernorm: in and out differ");
-  require(f.weight.elements() == f.in.cols() && f.bias.elements() == f.in.cols(), "layernorm: length of the weight");
-  require(f.weight.dtype == f.bias.dtype, "layernorm: weight and bias have one dtype");
-  require(f.mean.elements() == f.in.rows() && f.rstd.elements() == f.in.rows(), "layernorm: statistics");
-  require(f.mean.dtype == DType::kF32 && f.rstd.dtype == DType::kF32, "layernorm: statistics are fp32");
-  require(has_uniform_rows(f.in) && has_uniform_rows(f.out), "layernorm: rows of a view must have one stride");
-}
 
 // before_row(row) runs just before the row is read.
 template <typename F>
@@ -101,32 +93,24 @@ void backward_row(DIn* din, float* dweight, float* dbias, const DOut* dout, cons
 }  // namespace
 
 void CpuBackend::layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor in, Tensor weight, Tensor bias) {
-  const Forward f = {out, mean, rstd, in, weight, bias};
-  check(f);
+  check_layernorm_forward(out, mean, rstd, in, weight, bias);
   const Profiler::Scope scope(profiler, "layernorm_forward", 0, static_cast<double>(in.bytes() + out.bytes()));
-  layernorm_rows(threads_, f, [](int64_t) {});
+  layernorm_rows(threads_, {out, mean, rstd, in, weight, bias}, [](int64_t) {});
 }
 
 void CpuBackend::residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
                                             Tensor weight, Tensor bias) {
-  const Forward f = {out, mean, rstd, residual, weight, bias};
-  check(f);
-  for (const Tensor& t : {a, b}) {
-    require(t.elements() == residual.elements() && t.cols() == residual.cols(), "layernorm: summands differ");
-    require(has_uniform_rows(t), "layernorm: rows of a view must have one stride");
-    require(t.dtype == DType::kF32 || t.dtype == DType::kBF16, "layernorm: fp32 or bf16");
-  }
+  check_layernorm_forward(out, mean, rstd, residual, weight, bias);
+  check_layernorm_summands(residual, a, b);
   const Profiler::Scope scope(profiler, "residual_layernorm_forward", 0,
                               static_cast<double>(a.bytes() + b.bytes() + residual.bytes() + out.bytes()));
-  layernorm_rows(threads_, f, [&](int64_t row) { add_row(residual, a, b, row, 0, residual.cols()); });
+  layernorm_rows(threads_, {out, mean, rstd, residual, weight, bias},
+                 [&](int64_t row) { add_row(residual, a, b, row, 0, residual.cols()); });
 }
 
 void CpuBackend::layernorm_backward(Tensor din, Tensor dweight, Tensor dbias, bool accumulate_parameters, Tensor dout,
                                     Tensor in, Tensor mean, Tensor rstd, Tensor weight) {
-  check({dout, mean, rstd, in, weight, weight});
-  require(din.elements() == in.elements() && din.cols() == in.cols() && has_uniform_rows(din), "layernorm: din");
-  require(dweight.elements() == in.cols() && dbias.elements() == in.cols(), "layernorm: length of dweight");
-  require(dweight.dtype == dbias.dtype, "layernorm: dweight and dbias have one dtype");
+  check_layernorm_backward(din, dweight, dbias, dout, in, mean, rstd, weight);
   const Profiler::Scope scope(profiler, "layernorm_backward", 0,
                               static_cast<double>(2 * din.bytes() + dout.bytes() + in.bytes()));
   const int64_t rows = in.rows(), channels = in.cols();

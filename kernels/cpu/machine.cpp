@@ -3,9 +3,11 @@
 #include "kernels/cpu/machine.h"
 
 #include <omp.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <fstream>
 #include <limits>
 #include <sstream>
@@ -89,4 +91,20 @@ size_t available_memory() {
   available = std::min(available, number_in(v1 + "limit_in_bytes", unlimited) - number_in(v1 + "usage_in_bytes", 0) +
                                       number_after(v1 + "stat", "total_inactive_file", 0));
   return static_cast<size_t>(std::max(available, 0.0));
+}
+
+size_t resident_memory() { return static_cast<size_t>(number_after("/proc/self/status", "VmRSS:", 0) * 1024); }
+
+size_t resident_bytes(const void* memory, size_t bytes) {
+  if (bytes == 0) return 0;
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes, first = begin / page * page;
+  std::vector<unsigned char> resident((end - first + page - 1) / page);
+  if (mincore(reinterpret_cast<void*>(first), end - first, resident.data()) != 0) return 0;
+  size_t total = 0;
+  for (size_t i = 0; i < resident.size(); ++i) {
+    const uintptr_t from = std::max(begin, first + i * page), to = std::min(end, first + (i + 1) * page);
+    if (resident[i] & 1) total += to - from;
+  }
+  return total;
 }

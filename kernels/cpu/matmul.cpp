@@ -15,6 +15,7 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/dispatch.h"
+#include "kernels/operands.h"
 
 void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb, float beta,
           float* c, int64_t ldc) {
@@ -146,33 +147,23 @@ void multiply_block(const Product& p, Block rows, Block cols, int64_t depth, flo
   }
 }
 
-bool is_matrix(const Tensor& t) {
-  return (t.dtype == DType::kF32 || t.dtype == DType::kBF16) && has_uniform_rows(t) && t.elements() > 0;
-}
-
 }  // namespace
 
 void CpuBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options) {
-  require(is_matrix(out) && is_matrix(a) && is_matrix(b), "matmul: fp32 or bf16 matrices that are not empty");
-  Product p{.out = out,
-            .a = a,
-            .b = b,
-            .bias = options.bias,
-            .m = out.rows(),
-            .n = out.cols(),
-            .k = options.transpose_a ? a.rows() : a.cols(),
-            .transpose_a = options.transpose_a,
-            .transpose_b = options.transpose_b,
-            .accumulate = options.accumulate,
-            .alpha = options.alpha};
-  require((p.transpose_a ? a.cols() : a.rows()) == p.m, "matmul: rows of a and of the result differ");
-  require((p.transpose_b ? b.rows() : b.cols()) == p.n, "matmul: columns of b and of the result differ");
-  require((p.transpose_b ? b.cols() : b.rows()) == p.k, "matmul: inner dimensions differ");
-  require(p.bias.empty() || (p.bias.elements() == p.n && p.bias.contiguous()), "matmul: length of the bias");
+  const MatmulShape shape = check_matmul(out, a, b, options);
+  const Product p{.out = out,
+                  .a = a,
+                  .b = b,
+                  .bias = options.bias,
+                  .m = shape.m,
+                  .n = shape.n,
+                  .k = shape.k,
+                  .transpose_a = options.transpose_a,
+                  .transpose_b = options.transpose_b,
+                  .accumulate = options.accumulate,
+                  .alpha = options.alpha};
   require(std::max({p.m, p.n, p.k, a.leading_dimension(), b.leading_dimension(), out.leading_dimension()}) <= INT_MAX,
           "matmul: a dimension exceeds 2^31 - 1");
-  require(options.gelu_input.empty() || (p.bias.empty() && !p.accumulate),
-          "matmul: gelu_input together with a bias or with accumulate");
   std::optional<Profiler::Scope> scope(
       std::in_place, profiler, "matmul", 2.0 * p.m * p.n * p.k,
       static_cast<double>(a.bytes() + b.bytes() + out.bytes() * (p.accumulate ? 2 : 1)));

@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/state_blocks.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -46,52 +47,83 @@ void average(float* out, const float* m, const float* in, int64_t count, float b
   for (int64_t i = 0; i < count; ++i) out[i] = beta * m[i] + one_minus_beta * in[i];
 }
 
+// state <- beta2 state + (1-beta2) mean, for the means of the rows and of the columns, whose places the scales take.
+void average_and_scale(const Tensor& row_state, const Tensor& col_state, const Tensor& row_means,
+                       const Tensor& col_means, float beta2) {
+  const int64_t rows = row_means.elements(), cols = col_means.elements();
+  const float one_minus_beta2 = 1.0f - beta2;
+  float *row = row_state.as<float>(), *col = col_state.as<float>();
+  float *row_factor = row_means.as<float>(), *col_factor = col_means.as<float>();
+  double row_total = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    row[i] = beta2 * row[i] + one_minus_beta2 * row_factor[i];
+    row_total += row[i];
+  }
+  const float row_mean = static_cast<float>(row_total / static_cast<double>(rows));
+  for (int64_t i = 0; i < rows; ++i) row_factor[i] = 1.0f / std::sqrt(row[i] / row_mean);
+  for (int64_t j = 0; j < cols; ++j) {
+    col[j] = beta2 * col[j] + one_minus_beta2 * col_factor[j];
+    col_factor[j] = 1.0f / std::sqrt(col[j]);
+  }
+}
+
 }  // namespace
 
-void CpuBackend::factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
-                                        Tensor grad, float eps1, const StepScalars* scalars) {
+// Row sums of squares, and column sums as one partial per chunk of rows that are then added in order.
+void CpuBackend::add_squares(const Tensor& row_sums, const Tensor& col_sums, const Tensor& grad, bool accumulate) {
   const int64_t rows = grad.rows(), cols = grad.cols();
-  require(row_state.elements() == rows && row_scale.elements() == rows && col_state.elements() == cols &&
-              col_scale.elements() == cols && has_uniform_rows(grad),
-          "factored_second_moment: shapes differ");
-  const Profiler::Scope scope(profiler, "factored_second_moment", 4.0 * rows * cols, static_cast<double>(grad.bytes()));
-  if (scalars->gate == 0) return;
-
-  // Row sums of squares go to row_scale, column sums to one partial per chunk of rows, then in order to col_scale.
   const int64_t chunk_rows = row_chunk(rows), chunks = (rows + chunk_rows - 1) / chunk_rows;
   float* const partials = shared_scratch(static_cast<size_t>(chunks * cols) * sizeof(float));
+  float* const sums = row_sums.as<float>();
   dispatch(grad.dtype, [&]<typename T>() {
     parallel_blocks(threads_, rows, chunk_rows, [&](int64_t begin, int64_t end) {
       float* const columns = partials + begin / chunk_rows * cols;
       std::fill(columns, columns + cols, 0.0f);
-      float* const sums = row_scale.as<float>();
       int64_t row = begin;
       for (; row + 4 <= end; row += 4)
         add_squares_of_four_rows(sums + row, columns, element<T>(grad, row), grad.leading_dimension(), cols);
       for (; row < end; ++row) add_squares_of_row(sums + row, columns, element<T>(grad, row), cols);
     });
   });
-  add_partials(threads_, col_scale.as<float>(), partials, chunks, cols, cols, false);
+  add_partials(threads_, col_sums.as<float>(), partials, chunks, cols, cols, accumulate);
+}
 
-  const float beta2 = scalars->beta2, one_minus_beta2 = 1.0f - beta2;
-  float *row = row_state.as<float>(), *col = col_state.as<float>();
-  float *row_factor = row_scale.as<float>(), *col_factor = col_scale.as<float>();
-  double row_total = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    row[i] = beta2 * row[i] + one_minus_beta2 * (row_factor[i] / static_cast<float>(cols) + eps1);
-    row_total += row[i];
-  }
-  const float row_mean = static_cast<float>(row_total / static_cast<double>(rows));
-  for (int64_t i = 0; i < rows; ++i) row_factor[i] = 1.0f / std::sqrt(row[i] / row_mean);
-  for (int64_t j = 0; j < cols; ++j) {
-    col[j] = beta2 * col[j] + one_minus_beta2 * (col_factor[j] / static_cast<float>(rows) + eps1);
-    col_factor[j] = 1.0f / std::sqrt(col[j]);
-  }
+void CpuBackend::factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
+                                        Tensor grad, float eps1, const StepScalars* scalars) {
+  check_factored_second_moment(row_state, col_state, row_scale, col_scale, grad);
+  const int64_t rows = grad.rows(), cols = grad.cols();
+  const Profiler::Scope scope(profiler, "factored_second_moment", 4.0 * rows * cols, static_cast<double>(grad.bytes()));
+  if (scalars->gate == 0) return;
+  add_squares(row_scale, col_scale, grad, false);
+  float *row = row_scale.as<float>(), *col = col_scale.as<float>();
+  for (int64_t i = 0; i < rows; ++i) row[i] = row[i] / static_cast<float>(cols) + eps1;
+  for (int64_t j = 0; j < cols; ++j) col[j] = col[j] / static_cast<float>(rows) + eps1;
+  average_and_scale(row_state, col_state, row_scale, col_scale, scalars->beta2);
+}
+
+void CpuBackend::factored_squares(Tensor row_squares, Tensor col_squares, Tensor grad, float eps1, bool accumulate) {
+  check_factored_squares(row_squares, col_squares, grad);
+  const int64_t rows = grad.rows(), cols = grad.cols();
+  const Profiler::Scope scope(profiler, "factored_squares", 4.0 * rows * cols, static_cast<double>(grad.bytes()));
+  add_squares(row_squares, col_squares, grad, accumulate);
+  float *row = row_squares.as<float>(), *col = col_squares.as<float>();
+  for (int64_t i = 0; i < rows; ++i) row[i] = row[i] / static_cast<float>(cols) + eps1;
+  for (int64_t j = 0; j < cols; ++j) col[j] += static_cast<float>(rows) * eps1;
+}
+
+void CpuBackend::factored_scales(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
+                                 const StepScalars* scalars) {
+  check_factored_scales(row_state, col_state, row_scale, col_scale);
+  const Profiler::Scope scope(profiler, "factored_scales", 0,
+                              4.0 * static_cast<double>(row_scale.bytes() + col_scale.bytes()));
+  if (scalars->gate == 0) return;
+  float* const col = col_scale.as<float>();
+  for (int64_t j = 0; j < col_scale.elements(); ++j) col[j] /= static_cast<float>(row_scale.elements());
+  average_and_scale(row_state, col_state, row_scale, col_scale, scalars->beta2);
 }
 
 void CpuBackend::full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) {
-  require_elements(second_moment, grad.elements(), "full_second_moment: sizes differ");
-  require(grad.contiguous(), "full_second_moment: the gradient must be contiguous");
+  check_state(second_moment, grad);
   const Profiler::Scope scope(profiler, "full_second_moment", 0,
                               static_cast<double>(2 * grad.bytes() + 2 * second_moment.bytes()));
   if (scalars->gate == 0) return;
@@ -110,11 +142,8 @@ void CpuBackend::full_second_moment(Tensor grad, Tensor second_moment, float eps
 }
 
 void CpuBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) {
+  check_scale_rows_cols(out, in, row_scale, col_scale);
   const int64_t rows = in.rows(), cols = in.cols();
-  require(out.rows() == rows && out.cols() == cols && has_uniform_rows(in) && has_uniform_rows(out) &&
-              (row_scale.empty() || row_scale.elements() == rows) &&
-              (col_scale.empty() || col_scale.elements() == cols),
-          "scale_rows_cols: shapes differ");
   const Profiler::Scope scope(profiler, "scale_rows_cols", 0, static_cast<double>(in.bytes() + out.bytes()));
   dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
     parallel_blocks(threads_, rows, rows_per_span(cols), [&](int64_t begin, int64_t end) {
@@ -134,8 +163,7 @@ void CpuBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor
 }
 
 void CpuBackend::momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) {
-  require_elements(momentum, update.elements(), "momentum_update: sizes differ");
-  require(update.contiguous(), "momentum_update: the update must be contiguous");
+  check_state(momentum, update);
   const Profiler::Scope scope(profiler, "momentum_update", 0,
                               static_cast<double>(2 * update.bytes() + 2 * momentum.bytes()));
   if (scalars->gate == 0) return;
@@ -149,8 +177,7 @@ void CpuBackend::momentum_update(Tensor update, Tensor momentum, float beta1, co
 }
 
 void CpuBackend::ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) {
-  require_elements(momentum, in.elements(), "ema: sizes differ");
-  require(in.contiguous(), "ema: the input must be contiguous");
+  check_state(momentum, in);
   const Profiler::Scope scope(profiler, "ema", 0, static_cast<double>(in.bytes() + 2 * momentum.bytes()));
   if (scalars->gate == 0) return;
   for_each_block(threads_, in.elements(), [&](int64_t begin, int64_t count) {

@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/state_blocks.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -27,22 +28,10 @@ struct Destination {
   }
 };
 
-void require_update_shapes(const Tensor& weight, const Tensor& master, const Tensor& grad) {
-  require_elements(weight, grad.elements(), "update: sizes of weight and gradient differ");
-  require(grad.contiguous(), "update: the gradient must be contiguous");
-  require(master.empty() || (master.dtype == DType::kF32 && master.elements() == weight.elements()),
-          "update: the master copy is fp32 and as large as the weight");
-}
-
-double update_bytes(const Tensor& weight, const Tensor& master, const Tensor& grad) {
-  return static_cast<double>(grad.bytes() + 2 * weight.bytes() + (master.empty() ? 0 : 2 * master.bytes()));
-}
-
 }  // namespace
 
 void CpuBackend::accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) {
-  require_elements(accumulator, in.elements(), "accumulate: sizes differ");
-  require(in.contiguous(), "accumulate: the input must be contiguous");
+  check_state(accumulator, in);
   const Profiler::Scope scope(profiler, "accumulate", 0, static_cast<double>(in.bytes() + 2 * accumulator.bytes()));
   for_each_block(threads_, in.elements(), [&](int64_t begin, int64_t count) {
     Block in_buffer, old_buffer, sum;
@@ -61,8 +50,7 @@ void CpuBackend::clip_scale(StepScalars* scalars, const float* squares, float cl
 void CpuBackend::apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
                               const float* update_squares, const float* weight_squares, int64_t elements, RandomKey key,
                               const StepScalars* scalars) {
-  require_update_shapes(weight, master, update);
-  require(!options.scale_parameter || weight_squares, "apply_update: scale_parameter needs the sum of squares");
+  check_apply_update(weight, master, update, options, weight_squares);
   const Profiler::Scope scope(profiler, "apply_update", 0, update_bytes(weight, master, update));
   if (scalars->gate == 0) return;
   const float count_f = static_cast<float>(elements);
@@ -82,12 +70,8 @@ void CpuBackend::apply_update(Tensor weight, Tensor master, Tensor update, const
 
 void CpuBackend::adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad,
                               const AdamWOptions& options, RandomKey key, const StepScalars* scalars) {
-  require_update_shapes(weight, master, grad);
-  require_elements(v, grad.elements(), "adamw_update: sizes of gradient and second moment differ");
-  if (!m.empty()) require_elements(m, grad.elements(), "adamw_update: sizes of gradient and momentum differ");
-  const Profiler::Scope scope(
-      profiler, "adamw_update", 0,
-      update_bytes(weight, master, grad) + 2.0 * static_cast<double>(v.bytes() + (m.empty() ? 0 : m.bytes())));
+  check_update(weight, master, grad, m, v);
+  const Profiler::Scope scope(profiler, "adamw_update", 0, update_bytes(weight, master, grad, m, v));
   if (scalars->gate == 0) return;
   const float beta1 = m.empty() ? 0.0f : options.beta1, rest1 = 1.0f - beta1;
   const float beta2 = options.beta2, rest2 = 1.0f - beta2;
@@ -114,11 +98,8 @@ void CpuBackend::adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, 
 
 void CpuBackend::sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options,
                             RandomKey key, const StepScalars* scalars) {
-  require_update_shapes(weight, master, grad);
-  if (!m.empty()) require_elements(m, grad.elements(), "sgd_update: sizes of gradient and momentum differ");
-  const Profiler::Scope scope(
-      profiler, "sgd_update", 0,
-      update_bytes(weight, master, grad) + (m.empty() ? 0.0 : 2.0 * static_cast<double>(m.bytes())));
+  check_update(weight, master, grad, m);
+  const Profiler::Scope scope(profiler, "sgd_update", 0, update_bytes(weight, master, grad, m));
   if (scalars->gate == 0) return;
   const float lr = scalars->lr, beta1 = options.beta1, decay = options.weight_decay;
   const Destination destination{weight, master, key, scalars->step};

@@ -13,6 +13,7 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/dispatch.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -116,8 +117,8 @@ void narrow_in_place(void* memory, int64_t count) {
 }  // namespace
 
 void CpuBackend::orthonormalize_rows(Tensor p, void* scratch, StepScalars* scalars) {
+  check_orthonormalize_rows(p);
   const int64_t r = p.rows(), d = p.cols();
-  require(p.rank == 2 && p.contiguous() && r <= d, "orthonormalize_rows: a contiguous matrix with rows <= columns");
   const bool fp64 = r * 10 > d * 8;
   if (!fp64 && p.dtype != DType::kF32) matmul(Tensor::of(scratch, DType::kF32, {r, r}), p, p, {.transpose_b = true});
   const Profiler::Scope scope(profiler, "orthonormalize_rows", 2.0 * r * r * d + 1.0 * r * r * r / 3,

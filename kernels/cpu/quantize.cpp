@@ -2,19 +2,17 @@
 // Block-wise Quantization" (arXiv 2110.02861), with power-law code maps. Memory-bound: 5 bytes an element.
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/state_blocks.h"
+#include "kernels/operands.h"
 
 void CpuBackend::quantize(Tensor out, Tensor in) {
-  require(out.dtype == DType::kI8 || out.dtype == DType::kU8, "quantize: the result is int8 or uint8");
-  require(in.dtype == DType::kF32, "quantize: the input is fp32");
-  require_elements(in, out.elements(), "quantize: sizes differ");
+  check_quantize(out, in);
   const Profiler::Scope scope(profiler, "quantize", 0, static_cast<double>(out.bytes() + in.bytes()));
   for_each_block(threads_, out.elements(),
                  [&](int64_t begin, int64_t count) { store_block(out, begin, count, in.as<float>() + begin); });
 }
 
 void CpuBackend::dequantize(Tensor out, Tensor in) {
-  require(out.dtype == DType::kF32 || out.dtype == DType::kBF16, "dequantize: the result is fp32 or bf16");
-  require_elements(out, in.elements(), "dequantize: sizes differ");
+  check_dequantize(out, in);
   const Profiler::Scope scope(profiler, "dequantize", 0, static_cast<double>(out.bytes() + in.bytes()));
   for_each_block(threads_, out.elements(), [&](int64_t begin, int64_t count) {
     Block buffer;

@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/state_blocks.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -38,7 +39,7 @@ void CpuBackend::fill_normal(Tensor x, float mean, float stddev, RandomKey key) 
 }
 
 void CpuBackend::generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) {
-  require(projection.rank == 2 && projection.contiguous(), "generate_projection: a contiguous matrix");
+  check_projection(projection);
   const Profiler::Scope scope(profiler, "generate_projection", 0, static_cast<double>(projection.bytes()));
   const uint32_t step = *index;
   const float inverse_root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(projection.shape[0])));

@@ -24,6 +24,9 @@ void store_block(const Tensor& tensor, int64_t begin, int64_t count, const float
 void store_block_stochastic(const Tensor& tensor, int64_t begin, int64_t count, const float* values,
                             const RandomKey& key, uint32_t step);
 
+// bits[i] = the 16 random bits that round element key.offset + begin + i; count is at most kQuantBlock.
+void rounding_numbers(uint32_t (&bits)[kQuantBlock], int64_t begin, int64_t count, const RandomKey& key, uint32_t step);
+
 // out[i] = normal number `first + i` of the stream (key, step).
 void fill_normals(float* out, uint64_t first, int64_t count, const RandomKey& key, uint32_t step);
 
@@ -35,8 +38,4 @@ void for_each_block(int threads, int64_t elements, F&& f) {
     for (int64_t begin = span_begin; begin < span_end; begin += kQuantBlock)
       f(begin, std::min(kQuantBlock, span_end - begin));
   });
-}
-
-inline void require_elements(const Tensor& tensor, int64_t elements, const char* what) {
-  require(tensor.elements() == elements && tensor.contiguous(), what);
 }

@@ -17,6 +17,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/dispatch.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -54,40 +55,20 @@ __global__ void attention_delta_kernel(float* delta, AnyFloats dout, AnyFloats o
   }
 }
 
-struct Shape {
-  int64_t batch, sequence, channels;
-  int heads, head_dim;
-
-  int64_t token_heads() const { return batch * sequence * heads; }
-  // Operations of one product of all queries with the keys they see.
-  double score_flops() const {
-    return static_cast<double>(batch * sequence) * static_cast<double>((sequence + 1) * channels);
-  }
-};
-
-Shape check_shape(const Tensor& out, const Tensor& lse, const Tensor& qkv, int heads) {
-  require(out.rank == 3 && qkv.rank == 3 && out.contiguous() && qkv.contiguous(),
-          "attention: out [B,T,C], qkv [B,T,3C]");
-  const Shape s = {out.shape[0], out.shape[1], out.shape[2], heads,
-                   heads > 0 ? static_cast<int>(out.shape[2] / heads) : 0};
-  require(heads > 0 && static_cast<int64_t>(s.head_dim) * heads == s.channels,
-          "attention: channels are a multiple of the heads");
+// What 32-bit positions inside the kernels, and the tiles of the plain ones, allow.
+void check_limits(const AttentionShape& s) {
   require(s.head_dim <= kPlainMaxHeadDim, "attention: heads of at most 256");
   require(s.batch * s.sequence < (1 << 30) && s.channels < (1 << 29), "attention: too many tokens or channels");
-  require(qkv.shape[0] == s.batch && qkv.shape[1] == s.sequence && qkv.shape[2] == 3 * s.channels, "attention: qkv");
-  require(lse.dtype == DType::kF32 && lse.contiguous() && lse.elements() == s.token_heads(),
-          "attention: lse [B,NH,T] fp32");
-  return s;
 }
 
-AttentionSizes sizes_of(const Shape& s, size_t element_bytes) {
+AttentionSizes sizes_of(const AttentionShape& s, size_t element_bytes) {
   constexpr int64_t kCacheBytes = 16 << 20;  // a third of an H100's L2, half of an A100's partition
   const int64_t head_bytes = 2 * s.sequence * s.head_dim * static_cast<int64_t>(element_bytes);
   const int64_t total = s.batch * s.heads;
   return {.channels = static_cast<int>(s.channels),
           .sequence = static_cast<int>(s.sequence),
-          .heads = s.heads,
-          .head_dim = s.head_dim,
+          .heads = static_cast<int>(s.heads),
+          .head_dim = static_cast<int>(s.head_dim),
           .total_heads = static_cast<int>(total),
           .heads_together = static_cast<int>(std::clamp<int64_t>(kCacheBytes / head_bytes, 1, total)),
           .scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim))};
@@ -98,6 +79,15 @@ dim3 one_block_per_tile(const AttentionSizes& sizes, int tile_rows) {
       static_cast<int64_t>(attention_tiles(sizes.sequence, tile_rows)) * static_cast<int64_t>(sizes.total_heads);
   require(blocks < (int64_t{1} << 31), "attention: batch * heads * sequence is too large");
   return {static_cast<unsigned>(blocks), 1, 1};
+}
+
+// How a tensor-core kernel is launched whose blocks own `rows` rows of a head each.
+template <typename Tiles>
+LaunchShape mma_shape(const AttentionSizes& sizes, int rows, cudaStream_t stream) {
+  return {.grid = one_block_per_tile(sizes, rows),
+          .block = Tiles::kWarps * kWarp,
+          .shared_bytes = Tiles::kSharedBytes,
+          .stream = stream};
 }
 
 AnyFloats any_floats(const Tensor& t) { return {t.data, t.dtype == DType::kBF16}; }
@@ -139,28 +129,22 @@ void dispatch_plain(int head_dim, F&& f) {
 
 }  // namespace
 
-size_t attention_scratch_bytes(const KernelShapes& shapes) {
-  return static_cast<size_t>(shapes.batch * shapes.heads * shapes.sequence) * sizeof(float);  // delta
-}
-
 void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) {
-  const Shape s = check_shape(out, lse, qkv, heads);
+  const AttentionShape s = check_attention_forward(out, lse, qkv, heads);
+  check_limits(s);
   const Timed timed(*this, "attention_forward", 2 * s.score_flops(), static_cast<double>(qkv.bytes() + out.bytes()));
   if (s.token_heads() == 0) return;
   const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
-  if (choose_family(architecture_, s.head_dim, {out, qkv}) == Family::kMma) {
-    dispatch_mma(s.head_dim, [&]<int kHeadDim>() {
+  if (choose_family(architecture_, sizes.head_dim, {out, qkv}) == Family::kMma) {
+    dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
       using Tiles = ForwardTiles<kHeadDim>;
       launch("attention_forward", attention_forward_mma_kernel<Tiles>,
-             {.grid = one_block_per_tile(sizes, Tiles::kQueries),
-              .block = Tiles::kWarps * kWarp,
-              .shared_bytes = Tiles::kSharedBytes,
-              .stream = stream_},
-             out.as<bf16>(), lse.as<float>(), qkv.as<const bf16>(), sizes);
+             mma_shape<Tiles>(sizes, Tiles::kQueries, stream_), out.as<bf16>(), lse.as<float>(), qkv.as<const bf16>(),
+             sizes);
     });
     return;
   }
-  dispatch_plain(s.head_dim, [&]<int kDim>() {
+  dispatch_plain(sizes.head_dim, [&]<int kDim>() {
     launch("attention_forward", attention_forward_plain_kernel<kDim>,
            {.grid = one_block_per_tile(sizes, PlainTiles<kDim>::kForward),
             .block = kPlainThreads,
@@ -171,10 +155,8 @@ void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int head
 }
 
 void CudaBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) {
-  const Shape s = check_shape(out, lse, qkv, heads);
-  require(dqkv.elements() == qkv.elements() && dqkv.contiguous(), "attention: dqkv");
-  require(dout.elements() == out.elements() && dout.contiguous(), "attention: dout");
-  require(dqkv.dtype == dout.dtype, "attention: dqkv and dout have one dtype");
+  const AttentionShape s = check_attention_backward(dqkv, dout, out, lse, qkv, heads);
+  check_limits(s);
   const Timed timed(*this, "attention_backward", 5 * s.score_flops(),
                     static_cast<double>(qkv.bytes() + dqkv.bytes() + out.bytes() + dout.bytes()));
   if (s.token_heads() == 0) return;
@@ -182,31 +164,25 @@ void CudaBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tenso
   float* const delta = scratch<float>(static_cast<size_t>(s.token_heads()) * sizeof(float));
 
   const int64_t delta_blocks = (s.token_heads() * kDeltaLanes + kDeltaThreads - 1) / kDeltaThreads;
-  const bool vector_delta = vectorizable(dout, s.head_dim) && vectorizable(out, s.head_dim);
+  const bool vector_delta = vectorizable(dout, sizes.head_dim) && vectorizable(out, sizes.head_dim);
   launch("attention_delta", vector_delta ? attention_delta_kernel<true> : attention_delta_kernel<false>,
          {.grid = static_cast<unsigned>(delta_blocks), .block = kDeltaThreads, .stream = stream_}, delta,
          any_floats(dout), any_floats(out), sizes, s.token_heads());
 
-  if (choose_family(architecture_, s.head_dim, {dqkv, dout, qkv}) == Family::kMma) {
-    dispatch_mma(s.head_dim, [&]<int kHeadDim>() {
+  if (choose_family(architecture_, sizes.head_dim, {dqkv, dout, qkv}) == Family::kMma) {
+    dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
       using KeyTiles = KeyGradientTiles<kHeadDim>;
       using QueryTiles = QueryGradientTiles<kHeadDim>;
       launch("attention_backward_queries", attention_backward_queries_mma_kernel<QueryTiles>,
-             {.grid = one_block_per_tile(sizes, QueryTiles::kQueries),
-              .block = QueryTiles::kWarps * kWarp,
-              .shared_bytes = QueryTiles::kSharedBytes,
-              .stream = stream_},
-             dqkv.as<bf16>(), dout.as<const bf16>(), lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
+             mma_shape<QueryTiles>(sizes, QueryTiles::kQueries, stream_), dqkv.as<bf16>(), dout.as<const bf16>(),
+             lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
       launch("attention_backward_keys", attention_backward_keys_mma_kernel<KeyTiles>,
-             {.grid = one_block_per_tile(sizes, KeyTiles::kKeys),
-              .block = KeyTiles::kWarps * kWarp,
-              .shared_bytes = KeyTiles::kSharedBytes,
-              .stream = stream_},
-             dqkv.as<bf16>(), dout.as<const bf16>(), lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
+             mma_shape<KeyTiles>(sizes, KeyTiles::kKeys, stream_), dqkv.as<bf16>(), dout.as<const bf16>(),
+             lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
     });
     return;
   }
-  dispatch_plain(s.head_dim, [&]<int kDim>() {
+  dispatch_plain(sizes.head_dim, [&]<int kDim>() {
     const LaunchShape shape = {.grid = one_block_per_tile(sizes, PlainTiles<kDim>::kBackward),
                                .block = kPlainThreads,
                                .shared_bytes = PlainTiles<kDim>::kBackwardBytes,

@@ -10,6 +10,7 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/views.cuh"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -20,6 +21,7 @@ constexpr size_t kHalfAnSm = size_t{113} << 10;  // of Hopper's shared memory, w
 struct Rows {
   const int32_t* targets;
   float* losses;
+  float* lse;  // or null
   int cols, vocabulary;
   float scale;
   bool write_gradient, keep;
@@ -69,6 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2) classifier_kernel(View logits, Ro
     const float zeros[kWidth] = {};
     for (int i = thread; i < groups && p.write_gradient; i += kThreads) logits.store(row, i * kWidth, zeros);
     if (thread == 0) p.losses[row] = 0;
+    if (thread == 0 && p.lse) p.lse[row] = 0;
     return;
   }
   using Raw = typename View::Raw;
@@ -100,6 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2) classifier_kernel(View logits, Ro
   const float maximum = block_max(running.maximum, reduce);
   const float sum = block_sum(running.sum * exponential<T>(running.maximum - maximum), reduce);
   if (thread == 0) p.losses[row] = logf(sum) - (target_logit - maximum);
+  if (thread == 0 && p.lse) p.lse[row] = maximum + logf(sum);
   if (!p.write_gradient) return;
 
   const float factor = p.scale / sum;
@@ -132,15 +136,53 @@ __global__ void __launch_bounds__(kThreads, 2) classifier_kernel(View logits, Ro
   }
 }
 
+constexpr int kGradientThreads = 256, kGradientUnroll = 4;
+
+struct Columns {
+  const int32_t* targets;
+  const float* lse;
+  uint32_t row_groups, total_groups;  // vectors of a row and of all rows
+  int first, vocabulary;
+  float scale;
+};
+
+// One read, one write: a thread has kGradientUnroll vectors on their way, a whole grid apart.
+template <typename T, typename View>
+__global__ void __launch_bounds__(kGradientThreads) classifier_gradient_kernel(View logits, Columns p) {
+  constexpr int kWidth = View::kWidth;
+  const uint32_t thread = blockIdx.x * kGradientThreads + threadIdx.x, threads = gridDim.x * kGradientThreads;
+  uint32_t rows[kGradientUnroll], columns[kGradientUnroll];
+  typename View::Raw raw[kGradientUnroll];
+#pragma unroll
+  for (int u = 0; u < kGradientUnroll; ++u) {
+    const uint32_t group = thread + u * threads;
+    rows[u] = group / p.row_groups;
+    columns[u] = (group - rows[u] * p.row_groups) * kWidth;
+    if (group < p.total_groups) raw[u] = logits.load(rows[u], columns[u]);
+  }
+#pragma unroll
+  for (int u = 0; u < kGradientUnroll; ++u) {
+    if (thread + u * threads >= p.total_groups) continue;
+    const int32_t target = p.targets[rows[u]];
+    const float lse = p.lse[rows[u]];
+    const int column = p.first + static_cast<int>(columns[u]);
+    float values[kWidth];
+    View::unpack(raw[u], values);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j)
+      values[j] = p.scale * (exponential<T>(values[j] - lse) - (column + j == target ? 1.0f : 0.0f));
+    replace_padding(values, target < 0 ? 0 : p.vocabulary - column, 0.0f);
+    logits.store(rows[u], columns[u], values);
+  }
+}
+
 }  // namespace
 
 void CudaBackend::classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
-                             bool write_gradient) {
+                             bool write_gradient, Tensor lse) {
+  check_classifier(losses, logits, targets, vocabulary, lse);
   const int64_t rows = logits.rows(), cols = logits.cols();
-  require(losses.dtype == DType::kF32 && targets.dtype == DType::kI32, "classifier: fp32 losses, int32 targets");
-  require(losses.elements() == rows && targets.elements() == rows, "classifier: one loss and target per row");
-  require(vocabulary > 0 && vocabulary <= cols && cols < INT_MAX / 2 && has_uniform_rows(logits),
-          "classifier: shape of the logits");
+  require(cols < INT_MAX / 2, "classifier: too many columns");
   const Timed timed(*this, "classifier", 0, static_cast<double>(logits.bytes()) * (write_gradient ? 2 : 1));
   if (rows == 0) return;
   const size_t row_bytes = static_cast<size_t>(cols) * dtype_size(logits.dtype);
@@ -149,13 +191,8 @@ void CudaBackend::classifier(Tensor losses, Tensor logits, Tensor targets, int64
     // Data center Hopper and Blackwell; elsewhere an SM has less, and what it has serves better as a cache.
     const size_t room = architecture_ >= 90 && architecture_ < 120 ? kHalfAnSm : 0;
     const bool keep = vectors && write_gradient && kReduceBytes + row_bytes <= room;
-    const Rows p = {targets.as<const int32_t>(),
-                    losses.as<float>(),
-                    static_cast<int>(cols),
-                    static_cast<int>(vocabulary),
-                    gradient_scale,
-                    write_gradient,
-                    keep};
+    const Rows p = {targets.as<const int32_t>(),  losses.as<float>(), lse.as<float>(), static_cast<int>(cols),
+                    static_cast<int>(vocabulary), gradient_scale,     write_gradient,  keep};
     const LaunchShape shape = {.grid = dim3(static_cast<unsigned>(rows)),
                                .block = dim3(kThreads),
                                .shared_bytes = kReduceBytes + (keep ? row_bytes : 0),
@@ -165,6 +202,39 @@ void CudaBackend::classifier(Tensor losses, Tensor logits, Tensor targets, int64
              vector_view<T, Pack<T>::kSize>(logits), p);
     } else {
       launch("classifier", classifier_kernel<T, AnyView>, shape, any_view(logits), p);
+    }
+  });
+}
+
+void CudaBackend::classifier_gradient(Tensor logits, Tensor targets, Tensor lse, int64_t first, int64_t vocabulary,
+                                      float gradient_scale) {
+  check_classifier_gradient(logits, targets, lse, first, vocabulary);
+  const int64_t rows = logits.rows(), cols = logits.cols();
+  require(first + cols < INT_MAX / 2 && vocabulary < INT_MAX / 2, "classifier_gradient: too many columns");
+  require(logits.elements() < INT_MAX, "classifier_gradient: too many elements");
+  const Timed timed(*this, "classifier_gradient", 0, 2.0 * static_cast<double>(logits.bytes()));
+  if (logits.elements() == 0) return;
+  dispatch(logits.dtype, [&]<typename T>() {
+    const auto launch_gradient = [&]<typename View>(View view) {
+      const int64_t row_groups = cols / View::kWidth, groups = rows * row_groups;
+      constexpr int64_t kBlockGroups = kGradientThreads * kGradientUnroll;
+      const Columns p = {targets.as<const int32_t>(),
+                         lse.as<const float>(),
+                         static_cast<uint32_t>(row_groups),
+                         static_cast<uint32_t>(groups),
+                         static_cast<int>(first),
+                         static_cast<int>(vocabulary),
+                         gradient_scale};
+      launch("classifier_gradient", classifier_gradient_kernel<T, View>,
+             {.grid = dim3(static_cast<unsigned>((groups + kBlockGroups - 1) / kBlockGroups)),
+              .block = dim3(kGradientThreads),
+              .stream = stream_},
+             view, p);
+    };
+    if (rows_are_aligned(logits) && cols % Pack<T>::kSize == 0) {
+      launch_gradient(vector_view<T, Pack<T>::kSize>(logits));
+    } else {
+      launch_gradient(any_view(logits));
     }
   });
 }

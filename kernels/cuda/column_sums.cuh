@@ -8,10 +8,6 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/views.cuh"
 
-// Of LayerNorm: one block each, about four to an SM of an H200. The partials, [chunks, 2, C] fp32, are written once and
-// read once: each time 3% of what the pass over 16K rows in bf16 moves.
-inline constexpr int64_t kMaxRowChunks = 512;
-
 struct RowChunks {
   int64_t rows = 0;   // in a chunk; the last one may have fewer
   int64_t count = 0;  // at most the limit

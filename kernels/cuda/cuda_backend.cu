@@ -4,17 +4,20 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "kernels/cpu/machine.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.h"
+#include "kernels/cuda_workspace.h"
 #include "kernels/dispatch.h"
 
 namespace {
 
 constexpr int kOldestArchitecture = 80;
-constexpr size_t kRuntimeReserve = size_t{384} << 20;
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
@@ -24,6 +27,24 @@ std::string gibibytes(size_t bytes) {
   char text[32];
   snprintf(text, sizeof text, "%.2f GiB", static_cast<double>(bytes) / (size_t{1} << 30));
   return text;
+}
+
+struct DeviceMemory {
+  size_t free = 0, total = 0;
+  size_t reserve() const { return std::min(kCudaRuntimeReserve, total / 32); }
+};
+
+DeviceMemory device_memory() {
+  DeviceMemory memory;
+  check_cuda(cudaMemGetInfo(&memory.free, &memory.total), "asking for the free memory");
+  return memory;
+}
+
+// Host memory that CUDA did not allocate.
+bool is_pageable(const void* memory) {
+  cudaPointerAttributes attributes;
+  check_cuda(cudaPointerGetAttributes(&attributes, memory), "asking where memory is");
+  return attributes.type == cudaMemoryTypeUnregistered;
 }
 
 __global__ void probe_kernel() {}
@@ -78,6 +99,10 @@ CudaBackend::CudaBackend(const CudaOptions& options) {
   cudaDeviceProp properties;
   check_cuda(cudaGetDeviceProperties(&properties, device_), "reading the device's properties");
   architecture_ = 10 * properties.major + properties.minor;
+  int reaches = 0;
+  check_cuda(cudaDeviceGetAttribute(&reaches, cudaDevAttrPageableMemoryAccess, device_),
+             "reading the device's properties");
+  reaches_pageable_memory_ = reaches != 0;
   int driver = 0, runtime = 0;
   check_cuda(cudaDriverGetVersion(&driver), "reading the driver's version");
   check_cuda(cudaRuntimeGetVersion(&runtime), "reading the runtime's version");
@@ -96,7 +121,8 @@ CudaBackend::~CudaBackend() {
   for (cudaGraphExec_t graph : graphs_) cudaGraphExecDestroy(graph);
   for (cudaEvent_t event : events_) cudaEventDestroy(event);
   for (const auto& block : device_blocks_) cudaFree(block.first);
-  for (const auto& block : host_blocks_) cudaFreeHost(block.first);
+  for (void* block : pinned_blocks_) cudaFreeHost(block);
+  for (const auto& block : pageable_blocks_) std::free(block.first);
   cudaStreamDestroy(copy_stream_);
   cudaStreamDestroy(stream_);
 }
@@ -105,12 +131,20 @@ std::string CudaBackend::name() const { return "cuda"; }
 std::string CudaBackend::description() const { return description_; }
 
 size_t CudaBackend::memory_available() const {
-  size_t free = 0, total = 0;
-  check_cuda(cudaMemGetInfo(&free, &total), "asking for the free memory");
-  // Kernels are loaded when they are first used, and graphs live on the device, too.
-  const size_t reserve = std::min(kRuntimeReserve, total / 32);
-  return free > reserve ? free - reserve : 0;
+  const DeviceMemory memory = device_memory();
+  return memory.free > memory.reserve() ? memory.free - memory.reserve() : 0;
 }
+
+// Other processes may use the device, too: more than a context of this one can take is theirs.
+size_t CudaBackend::runtime_bytes() const {
+  constexpr size_t kLargestContext = size_t{1} << 30;
+  const DeviceMemory memory = device_memory();
+  const size_t used = memory.total - std::min(memory.total, memory.free + allocated_);
+  return std::min(used, kLargestContext) + memory.reserve();
+}
+
+size_t CudaBackend::host_memory_available() const { return available_memory(); }
+std::string CudaBackend::host_memory_note() const { return host_memory_note_; }
 
 void* CudaBackend::allocate(size_t bytes) {
   void* memory = nullptr;
@@ -138,27 +172,45 @@ void CudaBackend::release(void* memory) {
 void* CudaBackend::allocate_host(size_t bytes) {
   void* memory = nullptr;
   const cudaError_t status = cudaMallocHost(&memory, std::max<size_t>(bytes, 1));
-  if (status != cudaSuccess) {
-    cudaGetLastError();
-    throw std::runtime_error("cannot allocate " + std::to_string(bytes) +
-                             " bytes of pinned host memory: " + cudaGetErrorString(status));
+  if (status == cudaSuccess) {
+    pinned_blocks_.insert(memory);
+    return memory;
   }
-  host_blocks_[memory] = bytes;
+  cudaGetLastError();
+  constexpr size_t kPage = 4096;
+  const size_t rounded = (std::max<size_t>(bytes, 1) + kPage - 1) / kPage * kPage;
+  // Linux promises memory it does not have and kills the process later; an error now is kinder.
+  if (rounded <= available_memory()) memory = std::aligned_alloc(kPage, rounded);
+  if (memory == nullptr) {
+    throw std::runtime_error("cannot allocate " + std::to_string(bytes) + " bytes of host memory: " +
+                             cudaGetErrorString(status) + "; " + gibibytes(available_memory()) + " are available");
+  }
+  host_memory_note_ = std::string("pinned host memory was refused (") + cudaGetErrorString(status) +
+                      "): pageable memory is used, copies do not overlap with computing";
+  pageable_blocks_[static_cast<char*>(memory)] = rounded;
   return memory;
 }
 
 void CudaBackend::release_host(void* memory) {
   if (!memory) return;
-  require(host_blocks_.erase(memory) == 1, "release_host: not allocated by this backend");
-  cudaFreeHost(memory);
+  if (pinned_blocks_.erase(memory) == 1) {
+    cudaFreeHost(memory);
+    return;
+  }
+  require(pageable_blocks_.erase(static_cast<char*>(memory)) == 1, "release_host: not allocated by this backend");
+  std::free(memory);
+}
+
+bool CudaBackend::in_pageable_block(void* memory) const {
+  const auto next = pageable_blocks_.upper_bound(static_cast<char*>(memory));
+  if (next == pageable_blocks_.begin()) return false;
+  const auto& [begin, bytes] = *std::prev(next);
+  return static_cast<char*>(memory) < begin + bytes;
 }
 
 size_t CudaBackend::allocated_bytes() const { return allocated_; }
 
-size_t CudaBackend::workspace_bytes(const KernelShapes& shapes) const {
-  return std::max({CudaMatmul::kWorkspaceBytes, reduction_scratch_bytes(shapes), attention_scratch_bytes(shapes),
-                   optimizer_scratch_bytes(shapes)});
-}
+size_t CudaBackend::workspace_bytes(const KernelShapes& shapes) const { return cuda_workspace_bytes(shapes); }
 
 void CudaBackend::set_workspace(void* memory, size_t bytes) {
   workspace_ = memory;
@@ -173,10 +225,19 @@ void* CudaBackend::checked_scratch(size_t bytes) const {
 void CudaBackend::copy(void* destination, const void* source, size_t bytes, Stream stream) {
   if (bytes == 0) return;
   check_cuda(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDefault, stream_of(stream)), "copying");
+  // The driver reads pageable memory, or has written it, before the call returns, because it stages it in pinned memory
+  // of its own; not so where the device reaches all of the host's memory.
+  if (reaches_pageable_memory_ && (is_pageable(destination) || is_pageable(source)))
+    check_cuda(cudaStreamSynchronize(stream_of(stream)), "copying");
 }
 
 void CudaBackend::fill(void* destination, int byte, size_t bytes, Stream stream) {
   if (bytes == 0) return;
+  if (in_pageable_block(destination)) {
+    check_cuda(cudaStreamSynchronize(stream_of(stream)), "filling memory");
+    std::memset(destination, byte, bytes);
+    return;
+  }
   check_cuda(cudaMemsetAsync(destination, byte, bytes, stream_of(stream)), "filling memory");
 }
 

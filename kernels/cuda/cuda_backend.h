@@ -6,8 +6,10 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
 #include <memory>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -23,6 +25,9 @@ class CudaBackend final : public Backend {
   std::string name() const override;
   std::string description() const override;
   size_t memory_available() const override;
+  size_t runtime_bytes() const override;
+  size_t host_memory_available() const override;
+  std::string host_memory_note() const override;
   double measure_peak_flops() override;
   void* allocate(size_t bytes) override;
   void release(void* memory) override;
@@ -61,7 +66,7 @@ class CudaBackend final : public Backend {
   void fill_constant(Tensor x, float value) override;
   void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) override;
   void embedding_backward(Tensor dwte, bool accumulate_wte, Tensor dwpe, bool accumulate_wpe, Tensor dout,
-                          const TokenGroups& groups) override;
+                          const TokenGroups& groups, int64_t first_row) override;
   void layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor in, Tensor weight, Tensor bias) override;
   void residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
                                   Tensor weight, Tensor bias) override;
@@ -74,11 +79,16 @@ class CudaBackend final : public Backend {
   void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) override;
   void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) override;
   void classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
-                  bool write_gradient) override;
+                  bool write_gradient, Tensor lse) override;
+  void classifier_gradient(Tensor logits, Tensor targets, Tensor lse, int64_t first, int64_t vocabulary,
+                           float gradient_scale) override;
   void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) override;
   void orthonormalize_rows(Tensor p, void* scratch, StepScalars* scalars) override;
   void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale, Tensor grad,
                               float eps1, const StepScalars* scalars) override;
+  void factored_squares(Tensor row_squares, Tensor col_squares, Tensor grad, float eps1, bool accumulate) override;
+  void factored_scales(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
+                       const StepScalars* scalars) override;
   void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) override;
   void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) override;
   void momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) override;
@@ -92,6 +102,8 @@ class CudaBackend final : public Backend {
                   const StepScalars* scalars) override;
   void quantize(Tensor out, Tensor in) override;
   void dequantize(Tensor out, Tensor in) override;
+  void quantize_weight(Tensor out, Tensor in, RandomKey key, const StepScalars* scalars) override;
+  void dequantize_weight(Tensor out, Tensor in) override;
 
  private:
   // Times an operation while a profiler is set: the compute stream is idle before and after.
@@ -120,11 +132,14 @@ class CudaBackend final : public Backend {
   }
   void* checked_scratch(size_t bytes) const;
 
+  bool in_pageable_block(void* memory) const;
+
   cudaStream_t stream_of(Stream stream) const { return stream == Stream::kCompute ? stream_ : copy_stream_; }
   cudaEvent_t event(int id) const { return events_.at(static_cast<size_t>(id)); }
 
   int device_ = 0;
-  int architecture_ = 0;  // 80, 90, ...
+  int architecture_ = 0;                  // 80, 90, ...
+  bool reaches_pageable_memory_ = false;  // the device by itself, without the driver's staging
   std::string description_;
   std::string failed_operation_;                           // which one failed, when that is known
   cudaStream_t stream_ = nullptr, copy_stream_ = nullptr;  // of operations, of copies beside them
@@ -134,10 +149,8 @@ class CudaBackend final : public Backend {
   void* workspace_ = nullptr;
   size_t workspace_bytes_ = 0;
   size_t allocated_ = 0;
-  std::unordered_map<void*, size_t> device_blocks_, host_blocks_;
+  std::unordered_map<void*, size_t> device_blocks_;
+  std::unordered_set<void*> pinned_blocks_;
+  std::map<char*, size_t> pageable_blocks_;  // of allocate_host(), where page-locked memory was refused
+  std::string host_memory_note_;
 };
-
-// What workspace_bytes() is made of: the scratch of each family of operations, for the largest shapes of a run.
-size_t reduction_scratch_bytes(const KernelShapes& shapes);  // reductions.cu: sums, bias and LayerNorm gradients
-size_t attention_scratch_bytes(const KernelShapes& shapes);  // attention.cu: backward
-size_t optimizer_scratch_bytes(const KernelShapes& shapes);  // optimizer_moments.cu: factored statistics

@@ -9,6 +9,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/map.cuh"
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -105,6 +106,10 @@ __device__ inline void finish_row(const AnyView& out, int64_t row, int64_t colum
 struct Groups {
   const int32_t *ids, *starts, *positions;
   int64_t count;
+  int64_t first_row, rows;  // of the table that dwte is
+
+  __device__ int64_t row_of(int64_t group) const { return ids[group] - first_row; }
+  __device__ bool has_row(int64_t group) const { return row_of(group) >= 0 && row_of(group) < rows; }
 };
 
 // Block (x, y): groups x, x + gridDim.x, ... one to a warp, columns from y * 32 * kWidth on. A warp adds up a short
@@ -119,12 +124,12 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   const auto group_of = [&](int w) { return static_cast<int64_t>(blockIdx.x) + w * static_cast<int64_t>(gridDim.x); };
   const auto exists = [&](int64_t group) { return group < groups.count && groups.ids[group] >= 0; };
 
-  if (const int64_t group = group_of(warp); exists(group) && column < channels) {
+  if (const int64_t group = group_of(warp); exists(group) && groups.has_row(group) && column < channels) {
     const int32_t begin = groups.starts[group], end = groups.starts[group + 1];
     if (end - begin <= kLongGroup) {
       float sums[kWidth] = {};
       add_rows(sums, dout, groups.positions, begin, end, 1, column);
-      finish_row(dwte, groups.ids[group], column, sums, accumulate);
+      finish_row(dwte, groups.row_of(group), column, sums, accumulate);
     }
   }
   float* const shared = shared_memory<float>();  // [kWarps, kTile]
@@ -132,7 +137,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const int64_t group = group_of(w);
     if (!exists(group)) return;  // the same for all threads; ids past the last group are all -1
     const int32_t begin = groups.starts[group], end = groups.starts[group + 1];
-    if (end - begin <= kLongGroup) continue;
+    if (end - begin <= kLongGroup || !groups.has_row(group)) continue;
     float sums[kWidth] = {};
     if (column < channels) add_rows(sums, dout, groups.positions, begin + warp, end, kWarps, column);
 #pragma unroll
@@ -143,7 +148,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) sums[i] += shared[other * kTile + i * kWarp + lane];
       }
-      finish_row(dwte, groups.ids[group], column, sums, accumulate);
+      finish_row(dwte, groups.row_of(group), column, sums, accumulate);
     }
     __syncthreads();
   }
@@ -186,11 +191,8 @@ void with_view(const Tensor& t, bool vectors, F&& f) {
 }  // namespace
 
 void CudaBackend::embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) {
-  require(tokens.dtype == DType::kI32 && tokens.rank == 2, "embedding: tokens [B, T] int32");
+  check_embedding_forward(out, tokens, wte, wpe);
   const int64_t sequence = tokens.shape[1], channels = wte.cols(), count = tokens.elements();
-  require(out.rows() == count && out.cols() == channels && wpe.cols() == channels, "embedding: shapes");
-  require(wpe.rows() >= sequence, "embedding: fewer positions than the sequence has");
-  require(has_uniform_rows(out) && tokens.contiguous(), "embedding: rows of a view must have one stride");
   require(out.elements() < kMostElements, "embedding: too many elements");
   const Timed timed(*this, "embedding_forward", 0, 2.0 * static_cast<double>(out.bytes()));
   if (count == 0) return;
@@ -213,27 +215,30 @@ void CudaBackend::embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tenso
 }
 
 void CudaBackend::embedding_backward(Tensor dwte, bool accumulate_wte, Tensor dwpe, bool accumulate_wpe, Tensor dout,
-                                     const TokenGroups& groups) {
-  require(dout.rank == 3 && has_uniform_rows(dout), "embedding: dout [B, T, C]");
+                                     const TokenGroups& groups, int64_t first_row) {
+  check_embedding_backward(dwte, dwpe, dout, groups, first_row);
   const int64_t batch = dout.shape[0], sequence = dout.shape[1], channels = dout.cols(), count = batch * sequence;
-  require(dwte.cols() == channels && dwpe.cols() == channels && dwpe.rows() >= sequence, "embedding: shapes");
   require(std::max(dout.elements(), dwpe.elements()) < kMostElements, "embedding: too many elements");
-  require(groups.ids.elements() == count && groups.positions.elements() == count, "embedding: token groups");
-  const Timed timed(
-      *this, "embedding_backward", 0,
-      3.0 * static_cast<double>(dout.bytes()) + (accumulate_wte ? 0.0 : static_cast<double>(dwte.bytes())));
-  if (!accumulate_wte) map_constant("embedding_backward: zero", stream_, Zero{}, dwte);
-  const Groups lists = {groups.ids.as<const int32_t>(), groups.starts.as<const int32_t>(),
-                        groups.positions.as<const int32_t>(), count};
-  with_view(dout, has_octet_rows(dout) && has_octet_rows(dwte), [&]<typename View>(View view) {
-    constexpr int kTile = kWarp * View::kWidth;
-    launch("embedding_backward: tokens", token_gradient_kernel<View>,
-           {.grid = dim3(blocks_for(count, kWarps), blocks_for(channels, kTile)),
-            .block = dim3(kWarps * kWarp),
-            .shared_bytes = kWarps * kTile * sizeof(float),
-            .stream = stream_},
-           any_view(dwte), view, lists, channels, accumulate_wte);
-  });
+  const Timed timed(*this, "embedding_backward", 0, embedding_backward_bytes(dwte, accumulate_wte, dwpe, dout));
+  if (dwte) {
+    if (!accumulate_wte) map_constant("embedding_backward: zero", stream_, Zero{}, dwte);
+    const Groups lists = {groups.ids.as<const int32_t>(),
+                          groups.starts.as<const int32_t>(),
+                          groups.positions.as<const int32_t>(),
+                          count,
+                          first_row,
+                          dwte.rows()};
+    with_view(dout, has_octet_rows(dout) && has_octet_rows(dwte), [&]<typename View>(View view) {
+      constexpr int kTile = kWarp * View::kWidth;
+      launch("embedding_backward: tokens", token_gradient_kernel<View>,
+             {.grid = dim3(blocks_for(count, kWarps), blocks_for(channels, kTile)),
+              .block = dim3(kWarps * kWarp),
+              .shared_bytes = kWarps * kTile * sizeof(float),
+              .stream = stream_},
+             any_view(dwte), view, lists, channels, accumulate_wte);
+    });
+  }
+  if (!dwpe) return;
   const int64_t positions = accumulate_wpe ? sequence : dwpe.rows();
   with_view(dout, has_octet_rows(dout) && has_octet_rows(dwpe), [&]<typename View>(View view) {
     launch("embedding_backward: positions", position_gradient_kernel<View>,

@@ -9,6 +9,8 @@
 #include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda_workspace.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -81,26 +83,22 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp) layernorm_forward_kernel
     }
   }
 
-  float sum = 0;
+  const auto for_each_value = [&](auto&& visit) {
 #pragma unroll
-  for (int i = 0; i < kOctets; ++i) {
-    if (column_of(i) >= channels) continue;
-    float values[kOctet];
-    unpack(x[i], values);
+    for (int i = 0; i < kOctets; ++i) {
+      if (column_of(i) >= channels) continue;
+      float values[kOctet];
+      unpack(x[i], values);
 #pragma unroll
-    for (int j = 0; j < kOctet; ++j) sum += values[j];
-  }
+      for (int j = 0; j < kOctet; ++j) visit(values[j]);
+    }
+  };
   Statistics s;
+  float sum = 0;
+  for_each_value([&](float value) { sum += value; });
   s.mean = warp_sum(sum) / static_cast<float>(channels);
   float squares = 0;
-#pragma unroll
-  for (int i = 0; i < kOctets; ++i) {
-    if (column_of(i) >= channels) continue;
-    float values[kOctet];
-    unpack(x[i], values);
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) squares = fmaf(values[j] - s.mean, values[j] - s.mean, squares);
-  }
+  for_each_value([&](float value) { squares = fmaf(value - s.mean, value - s.mean, squares); });
   s.rstd = reciprocal_deviation(warp_sum(squares), f.channels);
   if (lane == 0) {
     f.mean[row] = s.mean;
@@ -151,17 +149,6 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp) layernorm_forward_any_ke
     const float value = normalized(f.in.load_one(row, j), s);
     f.out.store_one(row, j, fmaf(value, f.weight.load_one(0, j), f.bias.load_one(0, j)));
   });
-}
-
-void check(const Tensor& out, const Tensor& mean, const Tensor& rstd, const Tensor& in, const Tensor& weight,
-           const Tensor& bias) {
-  require(out.elements() == in.elements() && out.cols() == in.cols(), "layernorm: in and out differ");
-  require(weight.elements() == in.cols() && bias.elements() == in.cols(), "layernorm: length of the weight");
-  require(weight.dtype == bias.dtype, "layernorm: weight and bias have one dtype");
-  require(weight.contiguous() && bias.contiguous(), "layernorm: weight and bias are contiguous");
-  require(mean.elements() == in.rows() && rstd.elements() == in.rows(), "layernorm: statistics");
-  require(mean.dtype == DType::kF32 && rstd.dtype == DType::kF32, "layernorm: statistics are fp32");
-  require(has_uniform_rows(in) && has_uniform_rows(out), "layernorm: rows of a view must have one stride");
 }
 
 template <bool kResidual>
@@ -363,7 +350,7 @@ void launch_backward(cudaStream_t stream, const Backward& p, bool vectors, unsig
 }  // namespace
 
 void CudaBackend::layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor in, Tensor weight, Tensor bias) {
-  check(out, mean, rstd, in, weight, bias);
+  check_layernorm_forward(out, mean, rstd, in, weight, bias);
   const Timed timed(*this, "layernorm_forward", 0, static_cast<double>(in.bytes() + out.bytes()));
   const Forward f = {any_view(out),    any_view(in),   {},        {},       mean.as<float>(), rstd.as<float>(),
                      any_view(weight), any_view(bias), in.rows(), in.cols()};
@@ -373,11 +360,8 @@ void CudaBackend::layernorm_forward(Tensor out, Tensor mean, Tensor rstd, Tensor
 
 void CudaBackend::residual_layernorm_forward(Tensor residual, Tensor out, Tensor mean, Tensor rstd, Tensor a, Tensor b,
                                              Tensor weight, Tensor bias) {
-  check(out, mean, rstd, residual, weight, bias);
-  for (const Tensor& t : {a, b}) {
-    require(t.elements() == residual.elements() && t.cols() == residual.cols(), "layernorm: summands differ");
-    require(has_uniform_rows(t), "layernorm: rows of a view must have one stride");
-  }
+  check_layernorm_forward(out, mean, rstd, residual, weight, bias);
+  check_layernorm_summands(residual, a, b);
   const Timed timed(*this, "residual_layernorm_forward", 0,
                     static_cast<double>(a.bytes() + b.bytes() + residual.bytes() + out.bytes()));
   const Forward f = {any_view(out),    any_view(residual), any_view(a),    any_view(b),     mean.as<float>(),
@@ -389,13 +373,9 @@ void CudaBackend::residual_layernorm_forward(Tensor residual, Tensor out, Tensor
 
 void CudaBackend::layernorm_backward(Tensor din, Tensor dweight, Tensor dbias, bool accumulate_parameters, Tensor dout,
                                      Tensor in, Tensor mean, Tensor rstd, Tensor weight) {
-  check(dout, mean, rstd, in, weight, weight);
-  require(din.elements() == in.elements() && din.cols() == in.cols() && has_uniform_rows(din), "layernorm: din");
-  require(dweight.elements() == in.cols() && dbias.elements() == in.cols(), "layernorm: length of dweight");
-  require(dweight.dtype == dbias.dtype, "layernorm: dweight and dbias have one dtype");
-  require(dweight.contiguous() && dbias.contiguous(), "layernorm: dweight and dbias are contiguous");
+  check_layernorm_backward(din, dweight, dbias, dout, in, mean, rstd, weight);
   const Timed timed(*this, "layernorm_backward", 0, static_cast<double>(2 * din.bytes() + dout.bytes() + in.bytes()));
-  const RowChunks chunks = row_chunks(in.rows(), kMaxRowChunks, kSmallestChunk);
+  const RowChunks chunks = row_chunks(in.rows(), kMaxLayerNormChunks, kSmallestChunk);
   float* const partials = scratch<float>(static_cast<size_t>(chunks.count * 2 * in.cols()) * sizeof(float));
   const Backward p = {any_view(din),          any_view(dout), any_view(in), any_view(weight), mean.as<const float>(),
                       rstd.as<const float>(), partials,       in.rows(),    in.cols(),        chunks.rows};

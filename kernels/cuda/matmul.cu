@@ -19,7 +19,8 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul_plain.cuh"
 #include "kernels/cuda/matmul_plan.h"
-#include "kernels/dispatch.h"
+#include "kernels/cuda_workspace.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -219,7 +220,7 @@ bool CudaMatmul::run(Tensor out, Tensor a, Tensor b, const MatmulOptions& option
                    .transpose_b = options.transpose_b,
                    .accumulate = options.accumulate,
                    .tf32 = state_->options.tf32 && a.dtype == DType::kF32,
-                   .workspace = std::min(workspace_bytes, kWorkspaceBytes)};
+                   .workspace = std::min(workspace_bytes, kCublasWorkspaceBytes)};
   MatmulOperands operands = {.d = out.data,
                              .a = a.data,
                              .b = b.data,
@@ -306,23 +307,10 @@ void CudaMatmul::end_tuning() { state_->options.autotune = false; }
 // ---- the backend's operations
 
 void CudaBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options) {
-  auto is_matrix = [](const Tensor& t) {
-    return (t.dtype == DType::kF32 || t.dtype == DType::kBF16) && has_uniform_rows(t) && t.elements() > 0;
-  };
-  require(is_matrix(out) && is_matrix(a) && is_matrix(b), "matmul: fp32 or bf16 matrices that are not empty");
-  const int64_t m = out.rows(), n = out.cols(), k = options.transpose_a ? a.rows() : a.cols();
-  const Tensor bias = options.bias, gelu_input = options.gelu_input;
-  require((options.transpose_a ? a.cols() : a.rows()) == m, "matmul: rows of a and of the result differ");
-  require((options.transpose_b ? b.rows() : b.cols()) == n, "matmul: columns of b and of the result differ");
-  require((options.transpose_b ? b.cols() : b.rows()) == k, "matmul: inner dimensions differ");
-  require(bias.empty() || (bias.elements() == n && bias.contiguous()), "matmul: length of the bias");
-  require(gelu_input.empty() || (is_matrix(gelu_input) && gelu_input.rows() == m && gelu_input.cols() == n),
-          "matmul: shape of the input of GELU");
-  require(gelu_input.empty() || (bias.empty() && !options.accumulate),
-          "matmul: the gradient of GELU goes with neither a bias nor accumulation");
+  const MatmulShape shape = check_matmul(out, a, b, options);
   bool gelu_done = false;
   {
-    const Timed timed(*this, "matmul", 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k),
+    const Timed timed(*this, "matmul", 2.0 * shape.m * shape.n * shape.k,
                       static_cast<double>(a.bytes() + b.bytes() + out.bytes() * (options.accumulate ? 2 : 1)));
     gelu_done = matmul_->run(out, a, b, options, workspace_, workspace_bytes_, stream_, [this](Tensor d, Tensor in) {
       Profiler* const outer_profiler = std::exchange(profiler, nullptr);
@@ -330,7 +318,7 @@ void CudaBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& op
       profiler = outer_profiler;
     });
   }
-  if (!gelu_input.empty() && !gelu_done) gelu_backward(out, gelu_input);
+  if (options.gelu_input && !gelu_done) gelu_backward(out, options.gelu_input);
 }
 
 // Sizes double until one takes a millisecond: enough to fill any GPU, and no more than a slow one can do in no time.
@@ -344,7 +332,7 @@ double CudaBackend::measure_peak_flops() {
     ~Temporary() { backend.release(memory); }
   };
   CudaMatmul products({}, architecture_);  // of its own: these shapes are not the run's
-  const Temporary workspace = {*this, allocate(CudaMatmul::kWorkspaceBytes)};
+  const Temporary workspace = {*this, allocate(kCublasWorkspaceBytes)};
   Profiler* const outer_profiler = std::exchange(profiler, nullptr);
   double best = 0;
   float milliseconds = 0;
@@ -360,7 +348,7 @@ double CudaBackend::measure_peak_flops() {
     const std::vector<float> times =
         shortest_times(Ways(kRepeats,
                             [&] {
-                              products.run(out, a, b, {}, workspace.memory, CudaMatmul::kWorkspaceBytes, stream_);
+                              products.run(out, a, b, {}, workspace.memory, kCublasWorkspaceBytes, stream_);
                               return true;
                             }),
                        stream_);

@@ -12,9 +12,6 @@
 
 class CudaMatmul {
  public:
-  // workspace bytes that cuBLASLt may use; part of the plan, the same on every device.
-  static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
-
   using GeluBackward = std::function<void(Tensor d, Tensor in)>;
 
   // Nothing is loaded before the first product.

@@ -5,6 +5,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/state_blocks.cuh"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -31,17 +32,6 @@ struct Destination {
 Destination destination(const Tensor& weight, const Tensor& master, const RandomKey& key) {
   return {block_tensor(master.empty() ? weight : master), block_tensor(weight), block_tensor(master),
           random_stream(key)};
-}
-
-void require_update_shapes(const Tensor& weight, const Tensor& master, const Tensor& grad) {
-  require_elements(weight, grad.elements(), "update: sizes of weight and gradient differ");
-  require(grad.contiguous(), "update: the gradient must be contiguous");
-  require(master.empty() || (master.dtype == DType::kF32 && master.elements() == weight.elements()),
-          "update: the master copy is fp32 and as large as the weight");
-}
-
-double update_bytes(const Tensor& weight, const Tensor& master, const Tensor& grad) {
-  return static_cast<double>(grad.bytes() + 2 * weight.bytes() + (master.empty() ? 0 : 2 * master.bytes()));
 }
 
 __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
@@ -161,8 +151,7 @@ __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
 }  // namespace
 
 void CudaBackend::accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) {
-  require_elements(accumulator, in.elements(), "accumulate: sizes differ");
-  require(in.contiguous(), "accumulate: the input must be contiguous");
+  check_state(accumulator, in);
   const Timed timed(*this, "accumulate", 0, static_cast<double>(in.bytes() + 2 * accumulator.bytes()));
   launch("accumulate", accumulate_kernel,
          {.grid = state_grid(in.elements(), kBlocksPerWarp), .block = kStateThreads, .stream = stream_},
@@ -172,8 +161,7 @@ void CudaBackend::accumulate(Tensor accumulator, Tensor in, RandomKey key, const
 void CudaBackend::apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
                                const float* update_squares, const float* weight_squares, int64_t elements,
                                RandomKey key, const StepScalars* scalars) {
-  require_update_shapes(weight, master, update);
-  require(!options.scale_parameter || weight_squares, "apply_update: scale_parameter needs the sum of squares");
+  check_apply_update(weight, master, update, options, weight_squares);
   const Timed timed(*this, "apply_update", 0, update_bytes(weight, master, update));
   launch("apply_update", apply_update_kernel,
          {.grid = state_grid(update.elements(), kBlocksPerWarp), .block = kStateThreads, .stream = stream_},
@@ -183,12 +171,8 @@ void CudaBackend::apply_update(Tensor weight, Tensor master, Tensor update, cons
 
 void CudaBackend::adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad,
                                const AdamWOptions& options, RandomKey key, const StepScalars* scalars) {
-  require_update_shapes(weight, master, grad);
-  require_elements(v, grad.elements(), "adamw_update: sizes of gradient and second moment differ");
-  if (!m.empty()) require_elements(m, grad.elements(), "adamw_update: sizes of gradient and momentum differ");
-  const Timed timed(
-      *this, "adamw_update", 0,
-      update_bytes(weight, master, grad) + 2.0 * static_cast<double>(v.bytes() + (m.empty() ? 0 : m.bytes())));
+  check_update(weight, master, grad, m, v);
+  const Timed timed(*this, "adamw_update", 0, update_bytes(weight, master, grad, m, v));
   AdamWOptions used = options;
   if (m.empty()) used.beta1 = 0;
   launch("adamw_update", adamw_update_kernel,
@@ -199,10 +183,8 @@ void CudaBackend::adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v,
 
 void CudaBackend::sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options,
                              RandomKey key, const StepScalars* scalars) {
-  require_update_shapes(weight, master, grad);
-  if (!m.empty()) require_elements(m, grad.elements(), "sgd_update: sizes of gradient and momentum differ");
-  const Timed timed(*this, "sgd_update", 0,
-                    update_bytes(weight, master, grad) + (m.empty() ? 0.0 : 2.0 * static_cast<double>(m.bytes())));
+  check_update(weight, master, grad, m);
+  const Timed timed(*this, "sgd_update", 0, update_bytes(weight, master, grad, m));
   launch("sgd_update", sgd_update_kernel,
          {.grid = state_grid(grad.elements()), .block = kStateThreads, .stream = stream_},
          destination(weight, master, key), block_tensor(m), block_tensor(grad), grad.elements(), options, scalars);

@@ -9,18 +9,18 @@
 //
 // The diagonal tiles of L are needed only as inverses; those live in the workspace, so that within a launch nobody
 // writes the diagonal tile that all the others read.
-#include "kernels/cuda/orthonormalize.h"
-
 #include <algorithm>
 
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda_workspace.h"
 #include "kernels/dispatch.h"
+#include "kernels/operands.h"
 
 namespace {
 
-constexpr int kTile = 32;
+constexpr int kTile = kOrthonormalizeTile;
 constexpr int kPitch = kTile + 1;  // of a tile in shared memory: rows start in different banks
 constexpr int kTileSize = kTile * kPitch;
 constexpr int kThreads = 256;
@@ -246,13 +246,9 @@ __global__ void __launch_bounds__(kThreads) solve_kernel(T* p, int64_t d, Square
 
 }  // namespace
 
-size_t orthonormalize_scratch_bytes(int64_t rows) {
-  return static_cast<size_t>(divide_up(rows, kTile)) * kTile * kTile * sizeof(double) + sizeof(double);
-}
-
 void CudaBackend::orthonormalize_rows(Tensor p, void* scratch_memory, StepScalars* scalars) {
+  check_orthonormalize_rows(p);
   const int64_t r = p.rows(), d = p.cols();
-  require(p.rank == 2 && p.contiguous() && r <= d, "orthonormalize_rows: a contiguous matrix with rows <= columns");
   int64_t width = kPanelCols;
   const int64_t tiles = divide_up(r, kTile);
   while (width > 1 && static_cast<size_t>(tiles * kTile * width) * sizeof(double) > kPanelBytes) width /= 2;

@@ -4,6 +4,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/state_blocks.cuh"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -23,16 +24,13 @@ void copy_blocks(const char* name, const Tensor& out, const Tensor& in, cudaStre
 }  // namespace
 
 void CudaBackend::quantize(Tensor out, Tensor in) {
-  require(out.dtype == DType::kI8 || out.dtype == DType::kU8, "quantize: the result is int8 or uint8");
-  require(in.dtype == DType::kF32, "quantize: the input is fp32");
-  require_elements(in, out.elements(), "quantize: sizes differ");
+  check_quantize(out, in);
   const Timed timed(*this, "quantize", 0, static_cast<double>(out.bytes() + in.bytes()));
   copy_blocks("quantize", out, in, stream_);
 }
 
 void CudaBackend::dequantize(Tensor out, Tensor in) {
-  require(out.dtype == DType::kF32 || out.dtype == DType::kBF16, "dequantize: the result is fp32 or bf16");
-  require_elements(out, in.elements(), "dequantize: sizes differ");
+  check_dequantize(out, in);
   const Timed timed(*this, "dequantize", 0, static_cast<double>(out.bytes() + in.bytes()));
   copy_blocks("dequantize", out, in, stream_);
 }

@@ -4,6 +4,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/state_blocks.cuh"
+#include "kernels/operands.h"
 
 #include <cmath>
 
@@ -78,7 +79,7 @@ void CudaBackend::fill_normal(Tensor x, float mean, float stddev, RandomKey key)
 }
 
 void CudaBackend::generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) {
-  require(projection.rank == 2 && projection.contiguous(), "generate_projection: a contiguous matrix");
+  check_projection(projection);
   const Timed timed(*this, "generate_projection", 0, static_cast<double>(projection.bytes()));
   const float inverse_root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(projection.shape[0])));
   const int64_t elements = projection.elements();

@@ -8,16 +8,16 @@
 #include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda_workspace.h"
+#include "kernels/operands.h"
 
 namespace {
 
 constexpr int kSumThreads = 256, kSumUnroll = 4, kSumTile = kSumThreads * kSumUnroll;
-constexpr int kSumRun = 16;              // rounds of loads that are added in fp32 before they join a double
-constexpr int64_t kMaxSumBlocks = 1024;  // partial sums of all elements
+constexpr int kSumRun = 16;  // rounds of loads that are added in fp32 before they join a double
 
 constexpr int kColumnWarps = 8, kColumnUnroll = 4;
 constexpr int kColumnStep = kColumnWarps * kColumnUnroll;  // rows a block has under way
-constexpr int64_t kMaxBiasChunks = 128;                    // cols is up to 4 C: fewer chunks than LayerNorm has
 
 constexpr int kPartialWarps = 16, kPartialUnroll = 8;
 
@@ -210,9 +210,8 @@ void CudaBackend::sum(Tensor out, Tensor x, float factor, bool accumulate) {
 }
 
 void CudaBackend::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
+  check_bias_backward(dbias, dout);
   const int64_t rows = dout.rows(), cols = dout.cols();
-  require(dbias.elements() == cols && dbias.contiguous() && has_uniform_rows(dout), "bias_backward: shapes");
-  require(is_floating(dbias) && is_floating(dout), "bias_backward: fp32 or bf16");
   const Timed timed(*this, "bias_backward", 0, static_cast<double>(dout.bytes()));
   const RowChunks chunks = row_chunks(rows, kMaxBiasChunks, kColumnStep);
   float* const partials = scratch<float>(static_cast<size_t>(chunks.count * cols) * sizeof(float));
@@ -231,11 +230,4 @@ void CudaBackend::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
     launch_columns(any_view(dout));
   }
   add_column_partials("bias_backward: partials", stream_, dbias, {}, partials, chunks.count, accumulate);
-}
-
-size_t reduction_scratch_bytes(const KernelShapes& shapes) {
-  const size_t channels = static_cast<size_t>(std::max<int64_t>(shapes.channels, 1));
-  const size_t layernorm = kMaxRowChunks * 2 * channels * sizeof(float);
-  const size_t bias = kMaxBiasChunks * 4 * channels * sizeof(float);
-  return std::max({layernorm, bias, kMaxSumBlocks * sizeof(double)});
 }

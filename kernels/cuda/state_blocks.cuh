@@ -64,10 +64,6 @@ inline BlockTensor block_tensor(const Tensor& t) {
   return {t.data, t.scales, t.dtype, reinterpret_cast<uintptr_t>(t.data) % 16 == 0};
 }
 
-inline void require_elements(const Tensor& t, int64_t elements, const char* what) {
-  require(t.elements() == elements && t.contiguous(), what);
-}
-
 // The bytes of a run as they are in memory, zeros in place of elements that do not exist, and the block's scale.
 struct RawRun {
   uint32_t words[kRun];

@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/dispatch.h"
+#include "kernels/operands.h"
 #include "kernels/tensor.h"
 
 // kCount neighbouring numbers as they are in memory.
@@ -167,8 +168,6 @@ struct NoView {
 };
 
 // ---- on the host: from tensors to views
-
-inline bool is_floating(const Tensor& t) { return t.dtype == DType::kF32 || t.dtype == DType::kBF16; }
 
 inline AnyView any_view(const Tensor& t) {
   require(is_floating(t), "fp32 or bf16");

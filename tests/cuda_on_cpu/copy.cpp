@@ -1,10 +1,12 @@
 // copy.cpp: copies and fills. As on a GPU, pageable host memory is read before the call returns and a copy into it is
-// finished when the call returns; page-locked memory is touched when the operation runs.
+// finished when the call returns, unless the device reaches it by itself; page-locked memory is touched when the
+// operation runs.
 #include <cstring>
 #include <memory>
 #include <vector>
 
 #include "tests/cuda_on_cpu/queue.h"
+#include "tests/cuda_on_cpu/report.h"
 #include "tests/cuda_on_cpu/stream.h"
 
 using namespace cuda_on_cpu;
@@ -36,8 +38,9 @@ cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes,
   if (stream == nullptr) return finish(cudaErrorInvalidResourceHandle);
   if (bytes == 0) return finish(cudaSuccess);
   if (!fits(destination, source, bytes, kind)) return finish(cudaErrorInvalidValue);
-  const bool reads_pageable = !touches_device_memory(source) && !is_pinned(source);
-  const bool writes_pageable = !touches_device_memory(destination) && !is_pinned(destination);
+  const bool staged = setting("CUDA_ON_CPU_REACHES_HOST", 0) == 0;
+  const bool reads_pageable = staged && !touches_device_memory(source) && !is_pinned(source);
+  const bool writes_pageable = staged && !touches_device_memory(destination) && !is_pinned(destination);
   if (reads_pageable || writes_pageable) {
     if (const cudaError_t status = refuse_in_capture(*stream); status != cudaSuccess) return finish(status);
   }

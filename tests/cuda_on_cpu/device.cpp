@@ -178,6 +178,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = static_cast<int>(properties.sharedMemPerMultiprocessor);
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(properties.sharedMemPerBlockOptin); break;
+    case cudaDevAttrPageableMemoryAccess: *value = setting("CUDA_ON_CPU_REACHES_HOST", 0) != 0; break;
   }
   return finish(cudaSuccess);
 }

@@ -274,6 +274,7 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   if (device_status() != cudaSuccess) return finish(device_status());
   if (const cudaError_t status = forbid_during_capture(); status != cudaSuccess) return finish(status);
   if (bytes == 0) return finish(cudaSuccess);
+  if (setting("CUDA_ON_CPU_NO_PINNED", 0) != 0) return finish(cudaErrorMemoryAllocation);
   void* block = nullptr;
   if (posix_memalign(&block, kPage, bytes) != 0) return finish(cudaErrorMemoryAllocation);
   fill_with_garbage(block, std::min(bytes, kMostGarbage));

@@ -25,6 +25,8 @@
 //   CUDA_ON_CPU_THREADS=<cores>   OS threads that share the blocks of a kernel
 //   CUDA_ON_CPU_ARCH=90           compute capability
 //   CUDA_ON_CPU_MEMORY=4294967296 bytes of the device
+//   CUDA_ON_CPU_NO_PINNED=0       1: cudaMallocHost fails
+//   CUDA_ON_CPU_REACHES_HOST=0    1: the device reaches pageable memory by itself: copies of it are asynchronous
 //   CUDA_ON_CPU_PROTECT=1         0: the host can touch device memory (saves time for each synchronisation)
 //   CUDA_ON_CPU_DEVICES=1         0: no device
 //   CUDA_ON_CPU_DRIVER_TOO_OLD=0  1: a driver older than the runtime
@@ -93,6 +95,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrPageableMemoryAccess = 88,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 

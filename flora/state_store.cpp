@@ -1,0 +1,61 @@
+// state_store.cpp: see state_store.h.
+#include "flora/state_store.h"
+
+#include <algorithm>
+
+#include "flora/optimizer_state.h"
+
+StateStore::StateStore(const std::vector<Parameter>& parameters, int streamed_layers, Backend& backend)
+    : backend_(backend) {
+  if (streamed_layers == 0) return;
+  int layers = 0;
+  for (const Parameter& parameter : parameters) layers = std::max(layers, parameter.layer + 1);
+  stream_ = std::make_unique<LayerStream>("state", Category::kOptimizerState, layers, streamed_layers,
+                                          LayerStream::Order::kDownAgain, backend);
+  held_ = std::make_unique<HeldLayer<LayerStream>>(*stream_);
+}
+
+int StateStore::add(const Parameter& parameter, const char* what, DType dtype, bool matrix, int64_t rows,
+                    int64_t cols) {
+  const Tensor shape = matrix ? Tensor::of(nullptr, dtype, {rows, cols}) : Tensor::of(nullptr, dtype, {rows * cols});
+  states_.push_back({parameter.name + "." + what, parameter.layer, shape});
+  numbers_.push_back(streamed(states_.back()) ? stream_->add(parameter.layer, shape) : -1);
+  return static_cast<int>(states_.size()) - 1;
+}
+
+void StateStore::declare(MemoryPlan& plan) const {
+  for (const StateTensor& state : states_)
+    if (!streamed(state))
+      plan.add_tensor(state.name, Category::kOptimizerState, state.tensor.dtype, state.tensor.elements());
+  if (stream_) stream_->declare(plan, kPhaseAlways);
+}
+
+void StateStore::bind(Arena& arena) {
+  if (stream_) stream_->bind(arena);
+  for (size_t i = 0; i < states_.size(); ++i) {
+    Tensor& tensor = states_[i].tensor;
+    if (!streamed(states_[i])) {
+      const Tensor memory = arena.tensor(states_[i].name, tensor.dtype, {tensor.elements()});
+      tensor.data = memory.data;
+      tensor.scales = memory.scales;
+    }
+    hold(states_[i].layer, Access::kOverwrite);
+    zero_state(backend_, get(static_cast<int>(i)));
+  }
+  if (held_) held_->release();
+}
+
+void StateStore::hold(int layer, Access access) {
+  if (!held_) return;
+  if (layer >= 0) {
+    held_->hold(layer, access);
+  } else {
+    held_->release();
+  }
+}
+
+Tensor StateStore::get(int number) const {
+  if (number < 0) return {};
+  const StateTensor& state = states_.at(static_cast<size_t>(number));
+  return streamed(state) ? stream_->tensor(state.layer, numbers_[static_cast<size_t>(number)]) : state.tensor;
+}

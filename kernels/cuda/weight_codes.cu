@@ -1,0 +1,116 @@
+// weight_codes.cu: 8-bit weights, linear codes in blocks that share a scale, rounded stochastically when they are
+// updated. Memory-bound: 5 bytes an element; a warp holds a block in registers between its largest magnitude and its
+// codes. The same bits as the CPU's: every step is one correctly rounded operation.
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/state_blocks.cuh"
+#include "kernels/operands.h"
+
+namespace {
+
+constexpr float kMostCode = 127.0f;
+constexpr float kRoom = 1.125f / kMostCode;  // what a fresh scale leaves for weights to grow into
+constexpr uint32_t kInfinityBits = 0x7F800000u, kNotANumberBits = 0x7FC00000u;
+
+// The largest magnitude of a block; infinity when a number is not finite. Magnitudes are ordered as their bits are,
+// NaNs last. Elements that do not exist are zeros.
+__device__ inline float largest_magnitude(const float (&x)[kRun]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    const uint32_t magnitude = float_to_bits(x[i]) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, largest, offset);
+    largest = other > largest ? other : largest;
+  }
+  return bits_to_float(largest < kInfinityBits ? largest : kInfinityBits);
+}
+
+__device__ inline float clamp_code(float code) { return fminf(fmaxf(code, -kMostCode), kMostCode); }
+
+__device__ inline void store_codes(const BlockTensor& t, const Run& run, const float (&codes)[kRun]) {
+  uint32_t words[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < kRun; ++i)
+    words[i / 4] |= (static_cast<uint32_t>(static_cast<int>(codes[i])) & 0xffu) << (i % 4 * 8);
+  uint8_t* const out = static_cast<uint8_t*>(t.data) + run.first;
+  if (run.full && t.aligned) {
+    memcpy(__builtin_assume_aligned(out, 8), words, 8);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRun; ++i)
+    if (i < run.count) out[i] = static_cast<uint8_t>(words[i / 4] >> (i % 4 * 8));
+}
+
+__global__ void __launch_bounds__(kStateThreads)
+    quantize_weight_kernel(BlockTensor out, BlockTensor in, int64_t elements, RandomStream stream,
+                           const StepScalars* scalars) {
+  const Run run = run_of_lane(block_of_warp(), elements);
+  if (run.block * kQuantBlock >= elements) return;
+  const RawRun raw = fetch(in, run);
+  const float old_scale = out.scales[run.block];
+  if (scalars && scalars->gate == 0) return;
+  float x[kRun];
+  decode(x, raw, in.dtype);
+  const float largest = largest_magnitude(x), bound = kMostCode * old_scale;
+  const bool is_finite = float_to_bits(largest) < kInfinityBits;
+  const bool stays = scalars && 0.5f * bound < largest && largest <= bound && is_finite;
+  const float fresh = is_finite ? kRoom * largest : bits_to_float(kNotANumberBits), scale = stays ? old_scale : fresh;
+  __syncwarp();  // every lane has read the old scale
+  if (threadIdx.x % kWarp == 0 && !stays) out.scales[run.block] = scale;
+
+  float codes[kRun] = {};
+  if (!(scale > 0.0f)) {  // NaN, or nothing but zeros: all codes say the same
+    store_codes(out, run, codes);
+    return;
+  }
+  if (!scalars) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) codes[i] = rintf(clamp_code(x[i] / scale));
+  } else {
+    // floor(x / scale + u) without rounding the sum: u >= 1 - fraction.
+    uint32_t random[4];
+    rounding_words(random, stream, scalars->step, stream.offset + static_cast<uint64_t>(run.first));
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const float quotient = x[i] / scale, whole = floorf(quotient);
+      const float u = (static_cast<float>((random[i / 2] >> (i % 2 * 16)) & 0xffffu) + 0.5f) * 0x1p-16f;
+      codes[i] = clamp_code(whole + (u >= 1.0f - (quotient - whole) ? 1.0f : 0.0f));
+    }
+  }
+  store_codes(out, run, codes);
+}
+
+__global__ void __launch_bounds__(kStateThreads)
+    dequantize_weight_kernel(BlockTensor out, BlockTensor in, int64_t elements) {
+  const Run run = run_of_lane(block_of_warp(), elements);
+  if (run.block * kQuantBlock >= elements) return;
+  const RawRun raw = fetch(in, run);
+  float x[kRun];
+#pragma unroll
+  for (int i = 0; i < kRun; ++i)
+    x[i] = raw.scale * static_cast<float>(static_cast<int8_t>((raw.words[i / 4] >> (i % 4 * 8)) & 0xffu));
+  store(out, run, x);
+}
+
+}  // namespace
+
+void CudaBackend::quantize_weight(Tensor out, Tensor in, RandomKey key, const StepScalars* scalars) {
+  check_quantize_weight(out, in);
+  const Timed timed(*this, "quantize_weight", 0, static_cast<double>(out.bytes() + in.bytes()));
+  launch("quantize_weight", quantize_weight_kernel,
+         {.grid = state_grid(out.elements()), .block = kStateThreads, .stream = stream_}, block_tensor(out),
+         block_tensor(in), out.elements(), random_stream(key), scalars);
+}
+
+void CudaBackend::dequantize_weight(Tensor out, Tensor in) {
+  check_dequantize_weight(out, in);
+  const Timed timed(*this, "dequantize_weight", 0, static_cast<double>(out.bytes() + in.bytes()));
+  launch("dequantize_weight", dequantize_weight_kernel,
+         {.grid = state_grid(out.elements()), .block = kStateThreads, .stream = stream_}, block_tensor(out),
+         block_tensor(in), out.elements());
+}

@@ -1,0 +1,60 @@
+// cuda_workspace.cpp: see cuda_workspace.h.
+#include "kernels/cuda_workspace.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sums of elements, bias and LayerNorm gradients.
+size_t reduction_scratch_bytes(const KernelShapes& shapes) {
+  const size_t channels = static_cast<size_t>(std::max<int64_t>(shapes.channels, 1));
+  const size_t layernorm = kMaxLayerNormChunks * 2 * channels * sizeof(float);
+  const size_t bias = kMaxBiasChunks * 4 * channels * sizeof(float);
+  return std::max({layernorm, bias, kMaxSumBlocks * sizeof(double)});
+}
+
+// Of the backward pass: dout . out of each row of each head.
+size_t attention_scratch_bytes(const KernelShapes& shapes) {
+  return static_cast<size_t>(shapes.batch * shapes.heads * shapes.sequence) * sizeof(float);
+}
+
+// Factored statistics of every matrix of a GPT-2 at once; a wider one goes through the same scratch range by range.
+size_t optimizer_scratch_bytes(const KernelShapes& shapes) {
+  const int64_t c = std::max<int64_t>(shapes.channels, 1), v = std::max<int64_t>(shapes.vocabulary, 1),
+                t = std::max<int64_t>(shapes.sequence, 1);
+  int64_t bytes = 0;
+  for (auto [rows, cols] : {std::pair{v, c}, {t, c}, {c, 3 * c}, {c, c}, {c, 4 * c}, {4 * c, c}}) {
+    const SquaresTiling tiling(rows, cols);
+    bytes = std::max(bytes, tiling.range_bytes(tiling.tiles));
+  }
+  return std::max(static_cast<size_t>(bytes), orthonormalize_scratch_bytes(c));
+}
+
+}  // namespace
+
+SquaresTiling::SquaresTiling(int64_t rows, int64_t cols) : rows(rows), cols(cols), tiles(divide_up(cols, kCols)) {
+  constexpr int64_t kTiles = 1024;
+  chunk = std::max<int64_t>(1, divide_up(rows * tiles, kTiles * kRowsUnderWay)) * kRowsUnderWay;
+  chunks = divide_up(rows, chunk);
+}
+
+int64_t SquaresTiling::range_bytes(int64_t range) const {
+  return static_cast<int64_t>(sizeof(float)) * range * (chunks * kCols + rows) + finish_bytes();
+}
+
+int64_t SquaresTiling::finish_bytes() const {
+  return static_cast<int64_t>(sizeof(double)) * divide_up(rows, kFinishRows);
+}
+
+size_t orthonormalize_scratch_bytes(int64_t rows) {
+  constexpr int kTile = kOrthonormalizeTile;
+  return static_cast<size_t>(divide_up(rows, kTile)) * kTile * kTile * sizeof(double) + sizeof(double);
+}
+
+size_t cuda_workspace_bytes(const KernelShapes& shapes) {
+  return std::max({kCublasWorkspaceBytes, reduction_scratch_bytes(shapes), attention_scratch_bytes(shapes),
+                   optimizer_scratch_bytes(shapes)});
+}

@@ -1,0 +1,50 @@
+// cuda_workspace.h: how much scratch the operations of the CUDA backend take, and the cuts of matrices that it follows
+// from. No CUDA in here: a machine without a GPU plans for one that has it with the same numbers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/backend.h"
+
+// What cuBLASLt may use; part of the plan, the same on every device.
+inline constexpr size_t kCublasWorkspaceBytes = size_t{32} << 20;
+
+// Sums (kernels/cuda/reductions.cu, column_sums.cuh): the most partial sums that a first kernel leaves for a second.
+inline constexpr int64_t kMaxSumBlocks = 1024;  // of all elements
+inline constexpr int64_t kMaxBiasChunks = 128;  // chunks of rows; cols is up to 4 C: fewer than LayerNorm has
+// Of LayerNorm: one block each, about four to an SM of an H200. The partials, [chunks, 2, C] fp32, are written once and
+// read once: each time 3% of what the pass over 16K rows in bf16 moves.
+inline constexpr int64_t kMaxLayerNormChunks = 512;
+
+// How the squares of a matrix are added (kernels/cuda/factored_moment.cu): tiles of `chunk` rows and kCols columns,
+// about 1024 of them. Depends on the matrix's size alone.
+struct SquaresTiling {
+  static constexpr int kCols = 256;         // of a tile
+  static constexpr int kRowsUnderWay = 32;  // of a thread block; `chunk` is a multiple
+  static constexpr int kFinishRows = 256;   // rows whose states are added by one thread block
+
+  int64_t rows, cols;
+  int64_t chunk;   // rows of a tile
+  int64_t chunks;  // tiles in a column
+  int64_t tiles;   // tiles in a row
+
+  SquaresTiling(int64_t rows, int64_t cols);
+
+  // Scratch: column sums of `range` tiles of a row, row sums of them, and sums of row statistics.
+  int64_t range_bytes(int64_t range) const;
+  int64_t finish_bytes() const;
+};
+
+// What CUDA takes of a device's memory beside allocate(): kernels are loaded when they are first used, and graphs live
+// on the device, too; at most a 32nd of the device.
+inline constexpr size_t kCudaRuntimeReserve = size_t{384} << 20;
+// And before anything is allocated, where nobody can measure it: an assumption, a little more than an H100 shows.
+inline constexpr size_t kCudaContextBytes = size_t{512} << 20;
+
+// The inverses of the diagonal tiles of a Cholesky factor (kernels/cuda/orthonormalize.cu).
+inline constexpr int kOrthonormalizeTile = 32;
+size_t orthonormalize_scratch_bytes(int64_t rows);
+
+// CudaBackend::workspace_bytes(): the largest need of any operation.
+size_t cuda_workspace_bytes(const KernelShapes& shapes);

@@ -1,0 +1,115 @@
+// layer_stream.h: numbers that belong to the layers of a model (weights, optimizer states, activations), kept in host
+// memory, of which a few layers at a time are on the device. The next layer is copied in and a changed one copied back
+// on the copy stream while the compute stream works on the layer at hand.
+//
+// Device memory: `slots` times the largest layer. Traffic: every visit copies a layer in, every change copies it back.
+// The bits are those that a resident tensor would have.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/memory_plan.h"
+
+enum class Access : uint8_t {
+  kRead,
+  kUpdate,     // read and written
+  kOverwrite,  // written in full before it is read, so that nothing has to be copied in
+};
+
+class LayerStream {
+ public:
+  // In which order layers are acquired, so which one is fetched ahead.
+  enum class Order : uint8_t {
+    kUpAndDown,  // in the direction of the last two, up to the ends
+    kDown,       // from the last to the first
+    kDownAgain,  // from the last to the first, then again from the last
+  };
+
+  LayerStream(std::string name, Category category, int layers, int slots, Order order, Backend& backend);
+
+  // One more tensor of a layer; `shape` without memory gives dtype and shape. Returns its number within the layer.
+  int add(int layer, const Tensor& shape);
+
+  // Host memory of every layer and the slots, alive in `phases`.
+  void declare(MemoryPlan& plan, uint32_t phases) const;
+  void bind(Arena& arena);  // contents are undefined
+
+  // acquire() makes the layer's tensors valid for operations on the compute stream, until its last release();
+  // `changed` says that they were written to. Calls nest. At most slots - 1 other layers may be acquired.
+  void acquire(int layer, Access access);
+  void release(int layer, bool changed);
+
+  // Tensor `number` of an acquired layer.
+  Tensor tensor(int layer, int number) const;
+
+ private:
+  struct Member {
+    Tensor shape;
+    size_t offset = 0, scales_offset = 0;
+  };
+  struct Layer {
+    std::vector<Member> members;
+    size_t bytes = 0;
+    char* host = nullptr;
+    int slot = -1;  // where it is on the device
+  };
+  struct Slot {
+    char* memory = nullptr;
+    int layer = -1;
+    int acquired = 0;                       // acquire() without release() so far
+    bool changed = false;                   // since it was acquired
+    bool loading = false, storing = false;  // copies that the compute stream has not waited for
+    int used_event = 0, loaded_event = 0, stored_event = 0;
+    uint64_t last_use = 0;
+  };
+
+  int next_after(int layer);
+  Slot* free_slot();
+  void load(Slot& slot, int layer, bool copy);
+  void store(Slot& slot);
+  std::string host_name(int layer) const { return name_ + "." + std::to_string(layer) + ".host"; }
+  std::string slot_name(size_t slot) const { return name_ + ".slot." + std::to_string(slot); }
+  size_t slot_bytes() const;
+
+  std::string name_;
+  Category category_;
+  Order order_;
+  Backend& backend_;
+  std::vector<Layer> layers_;
+  std::vector<Slot> slots_;
+  int previous_ = 0, direction_ = 1;
+  uint64_t clock_ = 0;
+};
+
+// Holds one layer of something at a time: a stream of layers, or a store with the same acquire() and release().
+template <typename Layers>
+class HeldLayer {
+ public:
+  explicit HeldLayer(Layers& layers) : layers_(layers) {}
+  ~HeldLayer() { release(); }
+  HeldLayer(const HeldLayer&) = delete;
+  HeldLayer& operator=(const HeldLayer&) = delete;
+
+  void hold(int layer, Access access) {
+    if (held_ && layer == layer_ && access == access_) return;
+    release();
+    layers_.acquire(layer, access);
+    layer_ = layer;
+    access_ = access;
+    held_ = true;
+  }
+
+  void release() {
+    if (held_) layers_.release(layer_, access_ != Access::kRead);
+    held_ = false;
+  }
+
+ private:
+  Layers& layers_;
+  bool held_ = false;
+  int layer_ = 0;
+  Access access_ = Access::kRead;
+};

@@ -1,0 +1,125 @@
+// weight_store.cpp: see weight_store.h. An 8-bit matrix is decoded each time it is used: three times per micro-batch
+// with block recomputation, a pass of 3 bytes per element each.
+#include "model/weight_store.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+namespace {
+
+Tensor view_of(void* memory, DType dtype, const Parameter& p, int64_t rows) {
+  return p.matrix ? Tensor::of(memory, dtype, {rows, p.cols}) : Tensor::of(memory, dtype, {p.cols});
+}
+
+// The smallest number of rows that is made of whole blocks of codes.
+int64_t code_rows(const Parameter& p) { return kQuantBlock / std::gcd(kQuantBlock, p.cols); }
+
+}  // namespace
+
+WeightStore::WeightStore(std::vector<Parameter> parameters, const WeightStoreConfig& config, Backend& backend)
+    : parameters_(std::move(parameters)), config_(config), backend_(backend), places_(parameters_.size()) {
+  config_.master_weights = config.master_weights && config.dtype == DType::kBF16;
+  int layers = 0;
+  for (const Parameter& p : parameters_) {
+    layers = std::max(layers, p.layer + 1);
+    if (!p.quantized) continue;
+    const int64_t fp32_elements =
+        code_rows(p) * p.cols * static_cast<int64_t>(sizeof(float) / dtype_size(config_.plain_dtype));
+    decoded_elements_ = std::max({decoded_elements_, p.elements(), fp32_elements});
+  }
+  if (config_.streamed_layers > 0)
+    stream_ = std::make_unique<LayerStream>("weights", Category::kWeights, layers, config_.streamed_layers,
+                                            LayerStream::Order::kUpAndDown, backend);
+  for (const Parameter& p : parameters_) {
+    if (!streamed(p)) continue;
+    place(p).streamed_weight = stream_->add(p.layer, view_of(nullptr, stored_dtype(p), p, p.rows));
+    if (config_.master_weights)
+      place(p).streamed_master = stream_->add(p.layer, view_of(nullptr, DType::kF32, p, p.rows));
+  }
+}
+
+DType WeightStore::stored_dtype(const Parameter& p) const {
+  if (config_.dtype != DType::kI8) return config_.dtype;
+  return p.quantized ? DType::kI8 : config_.plain_dtype;
+}
+
+void WeightStore::declare(MemoryPlan& plan) const {
+  for (const Parameter& p : parameters_) {
+    if (streamed(p)) continue;
+    plan.add_tensor(p.name, Category::kWeights, stored_dtype(p), p.padded_elements());
+    if (config_.master_weights) plan.add_tensor(p.name + ".master", Category::kWeights, DType::kF32, p.elements());
+  }
+  if (stream_) stream_->declare(plan, kPhaseAlways);
+  if (decoded_elements_ > 0)
+    plan.add_tensor("weights.decoded", Category::kWorkspace, config_.plain_dtype, decoded_elements_,
+                    kPhaseForward | kPhaseBackward);
+}
+
+void WeightStore::bind(Arena& arena) {
+  for (const Parameter& p : parameters_) {
+    if (streamed(p)) continue;
+    const Tensor padded = arena.tensor(p.name, stored_dtype(p), {p.padded_rows, p.cols});
+    place(p).weight = view_of(padded.data, padded.dtype, p, p.rows);
+    place(p).weight.scales = padded.scales;
+    const int64_t padding_rows = p.padded_rows - p.rows;
+    if (padding_rows > 0) {
+      const Tensor padding = padded.slice(p.rows, padding_rows);
+      backend_.fill(padding.data, 0, padding.bytes());
+    }
+    if (config_.master_weights)
+      place(p).master =
+          view_of(arena.tensor(p.name + ".master", DType::kF32, {p.rows, p.cols}).data, DType::kF32, p, p.rows);
+  }
+  if (stream_) stream_->bind(arena);
+  if (decoded_elements_ > 0) decoded_ = arena.tensor("weights.decoded", config_.plain_dtype, {decoded_elements_}).data;
+}
+
+void WeightStore::acquire(int layer, Access access) {
+  if (stream_ && layer >= 0) stream_->acquire(layer, access);
+}
+
+void WeightStore::release(int layer, bool changed) {
+  if (stream_ && layer >= 0) stream_->release(layer, changed);
+}
+
+Tensor WeightStore::stored(const Parameter& parameter) {
+  const Place& at = place(parameter);
+  return streamed(parameter) ? stream_->tensor(parameter.layer, at.streamed_weight) : at.weight;
+}
+
+Tensor WeightStore::weight(const Parameter& parameter) {
+  const Tensor kept = stored(parameter);
+  if (!parameter.quantized) return kept;
+  const Tensor decoded = view_of(decoded_, config_.plain_dtype, parameter, parameter.rows);
+  backend_.dequantize_weight(decoded, kept);
+  return decoded;
+}
+
+Tensor WeightStore::padded_weight(const Parameter& parameter) {
+  Tensor padded = weight(parameter);
+  padded.shape[0] = parameter.padded_rows;
+  return padded;
+}
+
+// Pieces are fp32 in the memory of decoded matrices.
+void WeightStore::assign(const Parameter& p, const std::function<void(Tensor, int64_t)>& fill) {
+  const Tensor kept = stored(p);
+  if (!p.quantized) {
+    fill(kept, 0);
+    return;
+  }
+  const int64_t room = decoded_elements_ * static_cast<int64_t>(dtype_size(config_.plain_dtype) / 2) / 2;
+  const int64_t step = std::max<int64_t>(room / (p.cols * code_rows(p)), 1) * code_rows(p);
+  for (int64_t begin = 0; begin < p.rows; begin += step) {
+    const int64_t rows = std::min(step, p.rows - begin);
+    const Tensor piece = Tensor::of(decoded_, DType::kF32, {rows, p.cols});
+    fill(piece, begin);
+    backend_.quantize_weight(kept.slice(begin, rows), piece, {}, nullptr);
+  }
+}
+
+Tensor WeightStore::master(const Parameter& parameter) {
+  const Place& at = place(parameter);
+  return at.streamed_master >= 0 ? stream_->tensor(parameter.layer, at.streamed_master) : at.master;
+}

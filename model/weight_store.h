@@ -1,0 +1,58 @@
+// weight_store.h: the weights of a model: on the device, or those of the blocks streamed from host memory; as numbers,
+// or those of the blocks' matrices as 8-bit codes (Q-GaLore, arXiv 2407.08296); with or without fp32 master copies.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "flora/parameter_store.h"
+#include "kernels/backend.h"
+#include "kernels/layer_stream.h"
+#include "kernels/memory_plan.h"
+
+struct WeightStoreConfig {
+  DType dtype = DType::kF32;        // kF32, kBF16, or kI8: quantized parameters as codes, the rest in plain_dtype
+  DType plain_dtype = DType::kF32;  // with kI8: of what is not quantized, and of decoded matrices
+  bool master_weights = false;      // beside bf16
+  int streamed_layers = 0;          // > 0: blocks are in host memory, so many at a time on the device
+};
+
+class WeightStore final : public ParameterStore {
+ public:
+  WeightStore(std::vector<Parameter> parameters, const WeightStoreConfig& config, Backend& backend);
+
+  void declare(MemoryPlan& plan) const;
+  void bind(Arena& arena);  // padding rows become zeros, the rest is undefined
+
+  const std::vector<Parameter>& parameters() const override { return parameters_; }
+  void acquire(int layer, Access access) override;
+  void release(int layer, bool changed) override;
+  DType dtype(const Parameter&) const override {
+    return config_.dtype == DType::kI8 ? config_.plain_dtype : config_.dtype;
+  }
+  Tensor weight(const Parameter& parameter) override;
+  Tensor padded_weight(const Parameter& parameter) override;
+  Tensor stored(const Parameter& parameter) override;
+  Tensor master(const Parameter& parameter) override;
+  void assign(const Parameter& parameter, const std::function<void(Tensor, int64_t)>& fill) override;
+
+ private:
+  // Where one parameter is: in resident memory, or in the stream under these numbers.
+  struct Place {
+    Tensor weight, master;
+    int streamed_weight = -1, streamed_master = -1;
+  };
+
+  DType stored_dtype(const Parameter& p) const;
+  bool streamed(const Parameter& p) const { return stream_ && p.layer >= 0; }
+  Place& place(const Parameter& p) { return places_[static_cast<size_t>(p.index)]; }
+
+  std::vector<Parameter> parameters_;
+  WeightStoreConfig config_;
+  Backend& backend_;
+  std::vector<Place> places_;  // by Parameter::index
+  std::unique_ptr<LayerStream> stream_;
+  int64_t decoded_elements_ = 0;  // as many as the largest 8-bit matrix needs
+  void* decoded_ = nullptr;
+};

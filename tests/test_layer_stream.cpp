@@ -1,0 +1,150 @@
+// test_layer_stream.cpp: layers in host memory that visit the device, on every backend: their numbers come back after
+// any walk over them, copies wait for operations and operations for copies, and wrong use is refused.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels/layer_stream.h"
+#include "tests/backends.h"
+
+namespace {
+
+constexpr int kLayers = 6;
+constexpr int64_t kNumbers = 5000, kCodes = 700;
+
+class Bench {
+ public:
+  Bench(int slots, LayerStream::Order order)
+      : backend(make_test_backend()), stream("layers", Category::kWeights, kLayers, slots, order, *backend) {
+    for (int layer = 0; layer < kLayers; ++layer) {
+      stream.add(layer, Tensor::of(nullptr, DType::kF32, {numbers_of(layer)}));
+      stream.add(layer, Tensor::of(nullptr, DType::kI8, {kCodes}));
+    }
+    MemoryPlan plan;
+    stream.declare(plan, kPhaseAlways);
+    plan.add("workspace", Category::kWorkspace, 1 << 20);
+    arena_ = std::make_unique<Arena>(*backend, std::move(plan));
+    stream.bind(*arena_);
+    backend->set_workspace(arena_->bytes("workspace", 1 << 20), 1 << 20);
+    EXPECT_TRUE(arena_->unbound().empty());
+  }
+
+  // Layers need not be equally large.
+  static int64_t numbers_of(int layer) { return kNumbers + 13 * layer; }
+
+  void set(int layer, float value) {
+    stream.acquire(layer, Access::kOverwrite);
+    backend->fill_constant(stream.tensor(layer, 0), value);
+    const Tensor codes = stream.tensor(layer, 1);
+    backend->fill(codes.data, layer + 1, codes.bytes());
+    backend->fill(codes.scales, layer + 2, static_cast<size_t>(quant_blocks(kCodes)) * sizeof(float));
+    stream.release(layer, true);
+  }
+
+  // x += x: an operation that needs what is there.
+  void redouble(int layer) {
+    stream.acquire(layer, Access::kUpdate);
+    const Tensor x = stream.tensor(layer, 0);
+    backend->add(x, x, x);
+    stream.release(layer, true);
+  }
+
+  void expect(int layer, float value) {
+    stream.acquire(layer, Access::kRead);
+    const Tensor x = stream.tensor(layer, 0), codes = stream.tensor(layer, 1);
+    std::vector<float> numbers(static_cast<size_t>(x.elements()));
+    std::vector<uint8_t> bytes(kCodes), scales(static_cast<size_t>(quant_blocks(kCodes)) * sizeof(float));
+    backend->copy(numbers.data(), x.data, x.bytes());
+    backend->copy(bytes.data(), codes.data, bytes.size());
+    backend->copy(scales.data(), codes.scales, scales.size());
+    backend->synchronize();
+    stream.release(layer, false);
+    EXPECT_EQ(numbers, std::vector<float>(numbers.size(), value)) << "layer " << layer;
+    EXPECT_EQ(bytes, std::vector<uint8_t>(bytes.size(), static_cast<uint8_t>(layer + 1))) << "layer " << layer;
+    EXPECT_EQ(scales, std::vector<uint8_t>(scales.size(), static_cast<uint8_t>(layer + 2))) << "layer " << layer;
+  }
+
+  std::unique_ptr<Backend> backend;
+  LayerStream stream;
+
+ private:
+  std::unique_ptr<Arena> arena_;
+};
+
+struct Walk {
+  int slots;
+  LayerStream::Order order;
+};
+
+class LayerStreams : public ::testing::TestWithParam<Walk> {};
+INSTANTIATE_TEST_SUITE_P(All, LayerStreams,
+                         ::testing::Values(Walk{2, LayerStream::Order::kUpAndDown},
+                                           Walk{3, LayerStream::Order::kUpAndDown}, Walk{2, LayerStream::Order::kDown},
+                                           Walk{3, LayerStream::Order::kDown}, Walk{2, LayerStream::Order::kDownAgain},
+                                           Walk{9, LayerStream::Order::kDownAgain}),
+                         [](const auto& info) {
+                           return std::string("slots") + std::to_string(info.param.slots) + "order" +
+                                  std::to_string(static_cast<int>(info.param.order));
+                         });
+
+TEST_P(LayerStreams, KeepWhatTheyHold) {
+  Bench bench(GetParam().slots, GetParam().order);
+  std::vector<float> expected;
+  for (int layer = 0; layer < kLayers; ++layer) {
+    expected.push_back(static_cast<float>(layer + 1));
+    bench.set(layer, expected.back());
+  }
+  for (int round = 0; round < 3; ++round) {
+    for (int layer = 0; layer < kLayers; ++layer) bench.expect(layer, expected[static_cast<size_t>(layer)]);
+    for (int layer = kLayers - 1; layer >= 0; --layer) {
+      bench.redouble(layer);
+      expected[static_cast<size_t>(layer)] *= 2;
+    }
+  }
+  std::mt19937 generator(5);
+  for (int visit = 0; visit < 60; ++visit) {
+    const int layer = static_cast<int>(generator() % kLayers);
+    if (generator() % 2) {
+      bench.redouble(layer);
+      expected[static_cast<size_t>(layer)] *= 2;
+    } else {
+      bench.expect(layer, expected[static_cast<size_t>(layer)]);
+    }
+  }
+}
+
+// Two layers held, as the forward pass does at the end of a block.
+TEST_P(LayerStreams, HoldTwoLayersAtATime) {
+  Bench bench(GetParam().slots, GetParam().order);
+  for (int layer = 0; layer < kLayers; ++layer) bench.set(layer, 1);
+  for (int layer = 0; layer + 1 < kLayers; ++layer) {
+    bench.stream.acquire(layer, Access::kRead);
+    bench.stream.acquire(layer, Access::kUpdate);
+    bench.stream.acquire(layer + 1, Access::kUpdate);
+    const Tensor from = bench.stream.tensor(layer, 0).slice(0, kNumbers);
+    const Tensor to = bench.stream.tensor(layer + 1, 0);
+    bench.backend->add(to.slice(0, kNumbers), to.slice(0, kNumbers), from);
+    bench.backend->fill_constant(to.slice(kNumbers, to.elements() - kNumbers), static_cast<float>(layer + 2));
+    bench.stream.release(layer + 1, true);
+    bench.stream.release(layer, false);
+    bench.stream.release(layer, false);
+  }
+  for (int layer = 0; layer < kLayers; ++layer) bench.expect(layer, static_cast<float>(layer + 1));
+}
+
+TEST(LayerStream, RefusesWrongUse) {
+  Bench bench(2, LayerStream::Order::kUpAndDown);
+  EXPECT_THROW(bench.stream.tensor(0, 0), std::logic_error);
+  bench.stream.acquire(0, Access::kRead);
+  bench.stream.acquire(1, Access::kRead);
+  EXPECT_THROW(bench.stream.acquire(2, Access::kRead), std::logic_error);
+  bench.stream.release(0, false);
+  EXPECT_THROW(bench.stream.release(0, false), std::logic_error);
+  EXPECT_THROW(bench.stream.tensor(0, 0), std::logic_error);
+  EXPECT_NO_THROW(bench.stream.acquire(2, Access::kRead));
+  EXPECT_THROW(Bench(1, LayerStream::Order::kDown), std::invalid_argument);
+}
+
+}  // namespace

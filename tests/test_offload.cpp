@@ -1,0 +1,232 @@
+// test_offload.cpp: what saves memory and must not change the training. Weights, optimizer states and activations in
+// host memory: not a bit. Gradients in blocks of rows: the rounding of sums. 8-bit weights: a little of the loss.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "tests/training_run.h"
+
+namespace {
+
+constexpr uint32_t kFewSteps = 7;
+
+EngineConfig deep_config(DType dtype, OptimizerKind optimizer = OptimizerKind::kFlora,
+                         SinkKind sink = SinkKind::kFused) {
+  EngineConfig config = small_config(dtype);
+  config.model.layers = 5;
+  config.optimizer.kind = optimizer;
+  config.optimizer.kappa = 3;
+  config.sink.kind = sink;
+  config.shapes.recompute = Recompute::kBlock;
+  if (sink == SinkKind::kCompressed) {
+    config.sink.accumulation_rank = 16;
+    config.sink.micro_batches = 2;
+  }
+  return config;
+}
+
+Outcome run(const EngineConfig& config) {
+  const Outcome outcome = train(test_backend_name(), config, 2e-3f, kFewSteps);
+  EXPECT_EQ(outcome.allocated, outcome.planned);
+  return outcome;
+}
+
+void expect_same_bits(const EngineConfig& config, const Outcome& expected, const std::string& what) {
+  const Outcome outcome = run(config);
+  EXPECT_EQ(outcome.losses, expected.losses) << what;
+  EXPECT_EQ(outcome.norms, expected.norms) << what;
+  EXPECT_TRUE(outcome.bits == expected.bits) << what;
+}
+
+std::string optimizer_name(OptimizerKind kind) {
+  const char* const names[] = {"Flora", "AdamW", "Adafactor", "Sgd"};
+  return names[static_cast<int>(kind)];
+}
+
+class OffloadDtype : public ::testing::TestWithParam<DType> {};
+INSTANTIATE_TEST_SUITE_P(All, OffloadDtype, ::testing::Values(DType::kF32, DType::kBF16),
+                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+
+TEST_P(OffloadDtype, EveryCombinationChangesNoBit) {
+  EngineConfig config = deep_config(GetParam());
+  const Outcome resident = run(config);
+  for (const int in_flight : {2, 3, 7}) {
+    for (int parts = 1; parts < 8; ++parts) {
+      config.offload = {.activations = (parts & 1) != 0,
+                        .state = (parts & 2) != 0,
+                        .weights = (parts & 4) != 0,
+                        .layers_in_flight = in_flight};
+      expect_same_bits(config, resident, std::to_string(in_flight) + " layers, parts " + std::to_string(parts));
+    }
+  }
+}
+
+TEST_P(OffloadDtype, EveryOptimizerAndSinkChangesNoBit) {
+  for (const OptimizerKind optimizer :
+       {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd}) {
+    for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
+      EngineConfig config = deep_config(GetParam(), optimizer, sink);
+      config.model.layers = 3;
+      config.master_weights = GetParam() == DType::kBF16 && optimizer == OptimizerKind::kAdamW;
+      const Outcome resident = run(config);
+      config.offload = {.activations = true, .state = true, .weights = true};
+      expect_same_bits(config, resident,
+                       std::to_string(static_cast<int>(optimizer)) + ", " + std::to_string(static_cast<int>(sink)));
+    }
+  }
+}
+
+// Several micro-batches, two passes for clipping, 8-bit states, every recompute level.
+TEST_P(OffloadDtype, RarerSettingsChangeNoBit) {
+  for (const Recompute level :
+       {Recompute::kNone, Recompute::kGelu, Recompute::kNormsGelu, Recompute::kAttention, Recompute::kBlock}) {
+    EngineConfig config = deep_config(GetParam());
+    config.shapes.recompute = level;
+    config.model.tied_head = false;
+    config.sink.micro_batches = 2;
+    config.sink.clip_norm = 0.5f;
+    config.optimizer.state_dtype = DType::kI8;
+    const Outcome resident = run(config);
+    config.offload = {.activations = true, .state = true, .weights = true};
+    expect_same_bits(config, resident, "recompute level " + std::to_string(static_cast<int>(level)));
+  }
+}
+
+TEST(Offload, TakesTheDeviceMemoryOfAFewLayersWhateverTheDepth) {
+  const auto planned = [](int64_t layers) {
+    EngineConfig config = deep_config(DType::kBF16);
+    config.model.layers = layers;
+    config.offload = {.activations = true, .state = true, .weights = true};
+    const std::unique_ptr<Backend> backend = make_test_backend();
+    return Engine(config, *backend).plan();
+  };
+  const MemoryPlan shallow = planned(4), deep = planned(40);
+  EXPECT_EQ(shallow.device_bytes(), deep.device_bytes());
+  EXPECT_GT(deep.host_bytes(), 9 * shallow.host_bytes());
+}
+
+struct BlockCase {
+  OptimizerKind optimizer;
+  DType dtype;
+};
+
+class Blocks : public ::testing::TestWithParam<BlockCase> {};
+INSTANTIATE_TEST_SUITE_P(
+    All, Blocks,
+    ::testing::Values(BlockCase{OptimizerKind::kFlora, DType::kF32}, BlockCase{OptimizerKind::kFlora, DType::kBF16},
+                      BlockCase{OptimizerKind::kAdamW, DType::kF32}, BlockCase{OptimizerKind::kAdamW, DType::kBF16},
+                      BlockCase{OptimizerKind::kAdafactor, DType::kF32}, BlockCase{OptimizerKind::kSgd, DType::kF32}),
+    [](const auto& info) { return optimizer_name(info.param.optimizer) + "_" + dtype_name(info.param.dtype); });
+
+TEST_P(Blocks, ChangeTheRoundingOnly) {
+  const BlockCase c = GetParam();
+  std::vector<EngineConfig> configs;
+  for (const bool tied : {true, false}) {
+    EngineConfig config = deep_config(c.dtype, c.optimizer);
+    config.model.layers = 2;
+    config.model.tied_head = tied;
+    configs.push_back(config);
+    if (c.optimizer != OptimizerKind::kFlora && c.optimizer != OptimizerKind::kAdafactor) continue;
+    config.optimizer.clip = tied ? 0.0f : 0.3f;
+    config.optimizer.scale_parameter = true;
+    config.optimizer.compress_embeddings = tied;
+    config.optimizer.transfer = TransferKind::kRescale;
+    config.optimizer.state_dtype = tied ? c.dtype : DType::kI8;
+    configs.push_back(config);
+  }
+  // fp32: sums in another order. bf16: a rounding of a weight goes the other way now and then.
+  const double tolerance = c.dtype == DType::kF32 ? 2e-5 : 1e-2;
+  for (EngineConfig config : configs) {
+    const Outcome whole = run(config);
+    for (const GradientBlocks blocks : {GradientBlocks::kEmbedding, GradientBlocks::kAll}) {
+      config.sink.blocks = blocks;
+      const Outcome in_blocks = run(config);
+      for (uint32_t t = 0; t < kFewSteps; ++t) {
+        EXPECT_NEAR(in_blocks.losses[t], whole.losses[t], tolerance * whole.losses[t]) << "step " << t + 1;
+        EXPECT_NEAR(in_blocks.norms[t], whole.norms[t], 20 * tolerance * whole.norms[t]) << "step " << t + 1;
+      }
+      EXPECT_TRUE(in_blocks.bits != whole.bits) << "blocks were not used";
+      config.offload = {.activations = true, .state = true, .weights = true};
+      expect_same_bits(config, in_blocks, "blocks, streamed");
+      config.offload = {};
+    }
+  }
+}
+
+TEST(Blocks, SaveTheGradientOfTheEmbeddingAndMostOfTheWidestMatrix) {
+  EngineConfig config = deep_config(DType::kBF16);
+  config.model.vocabulary = 4000;
+  const auto gradients = [&](GradientBlocks blocks) {
+    config.sink.blocks = blocks;
+    const std::unique_ptr<Backend> backend = make_test_backend();
+    size_t bytes = 0;
+    const MemoryPlan plan = Engine(config, *backend).plan();
+    for (const Allocation& a : plan.allocations())
+      if (a.category == Category::kGradients) bytes += a.bytes;
+    return bytes;
+  };
+  const size_t C = 64, whole = gradients(GradientBlocks::kWhole), embedding = gradients(GradientBlocks::kEmbedding);
+  EXPECT_EQ(whole - embedding, 4096 * C * sizeof(float) - C * C * sizeof(float));
+  EXPECT_EQ(embedding - gradients(GradientBlocks::kAll), (4 * C * C - C * C) * sizeof(bf16));
+}
+
+TEST(Blocks, NeedAFusedSinkAndOneMicroBatch) {
+  const std::unique_ptr<Backend> backend = make_test_backend();
+  EngineConfig config = deep_config(DType::kF32);
+  config.sink.blocks = GradientBlocks::kAll;
+  config.sink.micro_batches = 2;
+  EXPECT_THROW(Engine(config, *backend), std::invalid_argument);
+  config.sink.micro_batches = 1;
+  config.sink.kind = SinkKind::kDense;
+  EXPECT_THROW(Engine(config, *backend), std::invalid_argument);
+}
+
+// Clipping by a second pass, with gradients in blocks: the norm is that of the whole gradient.
+TEST(Blocks, ClipByTheGlobalNorm) {
+  EngineConfig config = deep_config(DType::kF32, OptimizerKind::kAdamW);
+  config.sink.clip_norm = 0.1f;
+  const Outcome whole = run(config);
+  config.sink.blocks = GradientBlocks::kAll;
+  const Outcome in_blocks = run(config);
+  for (uint32_t t = 0; t < kFewSteps; ++t) {
+    EXPECT_NEAR(in_blocks.losses[t], whole.losses[t], 2e-5 * whole.losses[t]);
+    EXPECT_NEAR(in_blocks.norms[t], whole.norms[t], 1e-4 * whole.norms[t]);
+  }
+}
+
+class EightBitWeights : public ::testing::TestWithParam<OptimizerKind> {};
+INSTANTIATE_TEST_SUITE_P(All, EightBitWeights,
+                         ::testing::Values(OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor,
+                                           OptimizerKind::kSgd),
+                         [](const auto& info) { return optimizer_name(info.param); });
+
+TEST_P(EightBitWeights, LearnAlmostLikeBf16) {
+  const float lr = GetParam() == OptimizerKind::kSgd ? 0.05f : 2e-3f;
+  EngineConfig config = deep_config(DType::kBF16, GetParam());
+  const Outcome plain = train(test_backend_name(), config, lr);
+  config.weight_dtype = DType::kI8;
+  config.optimizer.scale_parameter = false;
+  const Outcome coded = train(test_backend_name(), config, lr);
+  EXPECT_EQ(coded.allocated, coded.planned);
+  EXPECT_LT(coded.losses.back(), coded.losses.front() - 0.02f);
+  for (uint32_t t = 0; t < kSteps; ++t) EXPECT_NEAR(coded.losses[t], plain.losses[t], 0.02 * plain.losses[t]);
+  EXPECT_TRUE(coded.bits != plain.bits);
+}
+
+TEST_P(EightBitWeights, StreamedAndInBlocksAndWithEightBitStates) {
+  EngineConfig config = deep_config(DType::kBF16, GetParam());
+  config.weight_dtype = DType::kI8;
+  config.optimizer.state_dtype = DType::kI8;
+  const Outcome resident = run(config);
+  config.offload = {.activations = true, .state = true, .weights = true};
+  expect_same_bits(config, resident, "streamed");
+  config.offload = {};
+  config.sink.blocks = GradientBlocks::kAll;
+  const Outcome in_blocks = run(config);
+  for (uint32_t t = 0; t < kFewSteps; ++t)
+    EXPECT_NEAR(in_blocks.losses[t], resident.losses[t], 0.02 * resident.losses[t]) << "step " << t + 1;
+  config.offload = {.activations = true, .state = true, .weights = true};
+  expect_same_bits(config, in_blocks, "blocks, streamed");
+}
+
+}  // namespace
