@@ -9,11 +9,14 @@
 
 #include "data/token_loader.h"
 #include "kernels/cpu/thread_waiting.h"
+#include "train/budget.h"
 #include "train/checkpoint.h"
 #include "train/command_line.h"
+#include "train/largest_model.h"
 #include "train/plan_report.h"
 #include "train/run_setup.h"
 #include "train/sampler.h"
+#include "train/speeds_cache.h"
 #include "train/trainer.h"
 
 namespace {
@@ -34,7 +37,29 @@ std::string new_run_directory() {
   return path;
 }
 
-void print_banner(const RunSetup& setup, const Backend& backend, const std::string& why, const Trainer& trainer) {
+// Measured once per machine and configuration, on a backend of its own: what it chooses while it is measured (matmul
+// algorithms) is no part of the run.
+Speeds device_speeds(const Options& options, const EngineConfig& config, const Backend& backend, bool may_measure) {
+  const std::string path = speeds_cache_path(), key = speeds_key(config, backend);
+  if (const std::optional<Speeds> known = cached_speeds(path, key)) return *known;
+  if (!may_measure) return nominal_speeds(config, backend.name());
+  Options copy = options;
+  std::string why;
+  const Speeds speeds = measure_speeds(config, *make_backend(copy, why));
+  if (speeds.measured) cache_speeds(path, key, speeds);
+  return speeds;
+}
+
+// The setting that --memory-budget leads to.
+BudgetChoice choose_settings(const RunRequest& request, Backend& backend, bool for_run) {
+  const Budget budget = find_budget(request.options, backend, for_run);
+  const RunSetup undecided = resolve(request, Undecided::kPlannersSettings);
+  const Speeds speeds = device_speeds(request.options, undecided.engine, backend, for_run);
+  return choose_within_budget(undecided, budget, backend, speeds);
+}
+
+void print_banner(const RunSetup& setup, const Backend& backend, const std::string& why, const std::string& budget,
+                  const Trainer& trainer) {
   const Options& o = setup.options;
   const Gpt2Config& model = setup.engine.model;
   std::printf("device      %s (%s)\n", backend.description().c_str(), why.c_str());
@@ -61,9 +86,12 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
     std::printf(" %s %s%s", category_name(static_cast<Category>(i)), format_bytes(categories[i]).c_str(),
                 i + 1 < kCategoryCount ? "," : "\n");
   }
+  if (plan.host_bytes() > 0) std::printf("host memory %s\n", format_bytes(plan.host_bytes()).c_str());
+  std::fputs(budget.c_str(), stdout);
   std::printf("output      %s\n", o.out.c_str());
-  const std::string warning = trainer.compression_warning();
-  if (!warning.empty()) std::fprintf(stderr, "train_gpt2: warning: %s\n", warning.c_str());
+  for (const std::string& warning : {trainer.compression_warning(), backend.host_memory_note()}) {
+    if (!warning.empty()) std::fprintf(stderr, "train_gpt2: warning: %s\n", warning.c_str());
+  }
   std::fflush(stdout);
 }
 
@@ -91,29 +119,66 @@ int train(Options options) {
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   resolve_data(options);
-  const RunSetup setup = resolve(options, backend->name(), data_vocabulary(options), true, checkpoint);
+  const RunRequest request{options, backend->name(), data_vocabulary(options), true, checkpoint};
+  // A resumed run has its settings from its checkpoint, unless a budget is given anew.
+  std::optional<BudgetChoice> choice;
+  if (options.was_given("memory-budget")) choice = choose_settings(request, *backend, true);
+  const RunSetup setup = choice ? choice->setup : resolve(request);
   Trainer trainer(setup, *backend, checkpoint, state);
-  print_banner(setup, *backend, why, trainer);
+  print_banner(setup, *backend, why, choice ? budget_report(*choice) : "", trainer);
   trainer.run();
+  return 0;
+}
+
+int plan_largest(const Options& options, Backend& backend) {
+  const Budget budget = find_budget(options, backend, false);
+  const LargestModels models = find_largest_models(options, budget, backend);
+  if (!options.json) {
+    std::fputs(largest_models_report(models, options, budget).c_str(), stdout);
+    return 0;
+  }
+  const FittingModel* const largest = models.largest();
+  MemoryPlan plan;
+  if (largest) plan = Engine(largest->choice.config, backend).plan();
+  plan.layout();
+  nlohmann::ordered_json json = plan_json(plan);
+  json["largest"] = largest_models_json(models, options);
+  std::puts(json.dump(2).c_str());
   return 0;
 }
 
 int plan(Options options) {
   check_options(options);
-  std::string why;
-  const std::unique_ptr<Backend> backend = make_backend(options, why);
+  std::string note;
+  const std::unique_ptr<Backend> backend = make_backend_for_plan(options, note);
+  if (!note.empty()) std::fprintf(options.json ? stderr : stdout, "%s\n", note.c_str());
+  const bool choose = options.was_given("memory-budget");
+  if (choose && options.model.empty()) return plan_largest(options, *backend);
   // Without data: bytes for the default run, whose data is made of bytes, GPT-2's vocabulary for a model that is named.
   const int64_t vocabulary = !options.data.empty() ? data_vocabulary(options) : options.model.empty() ? 257 : 0;
-  const RunSetup setup = resolve(options, backend->name(), vocabulary, true);
+  const RunRequest request{options, backend->name(), vocabulary, true, ""};
+  std::optional<BudgetChoice> choice;
+  if (choose) choice = choose_settings(request, *backend, false);
+  const RunSetup setup = choice ? choice->setup : resolve(request);
   const MemoryPlan plan = Engine(setup.engine, *backend).plan();
-  std::fputs((options.json ? plan_json(plan) : plan_table(plan)).c_str(), stdout);
+  const std::vector<Technique> techniques = plan_techniques(setup, *backend);
+  if (options.json) {
+    nlohmann::ordered_json json = plan_json(plan);
+    json["settings"] = settings_json(setup);
+    if (choice) json["budget"] = budget_json(*choice);
+    json["techniques"] = techniques_json(techniques);
+    std::puts(json.dump(2).c_str());
+  } else {
+    if (choice) std::fputs(budget_report(*choice).c_str(), stdout);
+    std::fputs((plan_table(plan) + techniques_table(techniques)).c_str(), stdout);
+  }
   return 0;
 }
 
 // An engine without a training half, with the weights of --model.
 std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, RunSetup& setup, int64_t vocabulary) {
   if (options.model.empty()) throw UsageError("--model is needed: a checkpoint or another directory with weights");
-  setup = resolve(options, backend.name(), vocabulary, false);
+  setup = resolve({options, backend.name(), vocabulary, false, ""});
   if (!setup.source.has_weights) throw UsageError("--model " + options.model + " has no weights");
   backend.end_tuning();  // too short to gain from it, and the same numbers each time
   auto engine = std::make_unique<Engine>(setup.engine, backend);

@@ -191,6 +191,15 @@ class ModelCases : CaseList {
       };
       add("classifier loss", logits_shape, [=](Inputs& in) { return prepare(in, false); });
       add("classifier loss_and_gradient", logits_shape, [=](Inputs& in) { return prepare(in, true); });
+      add("classifier_gradient", logits_shape, [=](Inputs& in) {
+        const Tensor logits = in.normal(kBF16, {chunk, Vp}), lse = in.normal(kF32, {chunk}, 11, 0.1f);
+        const Tensor targets = in.indices(text_tokens(chunk, V, 2), {chunk});
+        return Call{.run = [=, &in] { in.backend.classifier_gradient(logits, targets, lse, 0, V, 1e-3f); },
+                    .refresh =
+                        [=, &in] {
+                          in.backend.fill_normal(logits, 0, 1, {1, RandomPurpose::kInit, 1, 0});
+                        }};
+      });
     }
   }
 

@@ -56,6 +56,16 @@ class OptimizerCases : CaseList {
       const StepScalars* const scalars = in.scalars();
       return Call{[=, &in] { in.backend.factored_second_moment(row, col, row_scale, col_scale, g, 1e-30f, scalars); }};
     });
+    add("factored_squares", shape, [=](Inputs& in) {
+      const Tensor row = in.empty(kF32, {rows}), col = in.empty(kF32, {cols}), g = in.normal(gradient, {rows, cols});
+      return Call{[=, &in] { in.backend.factored_squares(row, col, g, 1e-30f, false); }};
+    });
+    add("factored_scales", shape, [=](Inputs& in) {
+      const Tensor row = in.normal(kF32, {rows}, 1, 0.1f), col = in.normal(kF32, {cols}, 1, 0.1f);
+      const Tensor row_scale = in.normal(kF32, {rows}, 1, 0.1f), col_scale = in.normal(kF32, {cols}, 1, 0.1f);
+      const StepScalars* const scalars = in.scalars();
+      return Call{[=, &in] { in.backend.factored_scales(row, col, row_scale, col_scale, scalars); }};
+    });
     for (DType dtype : {kF32, DType::kU8}) {
       add(std::string("full_second_moment ") + dtype_name(dtype), shape, [=](Inputs& in) {
         const Tensor g = in.normal(gradient, {rows, cols});
@@ -129,6 +139,15 @@ class OptimizerCases : CaseList {
         return Call{[=, &in] { in.backend.dequantize(out, x); }};
       });
     }
+    add("quantize_weight", shape, [=](Inputs& in) {
+      const Tensor x = in.normal(kF32, {rows, cols}, 0, 0.02f), out = in.quantized(DType::kI8, {rows, cols}, 0, 0.02f);
+      const StepScalars* const scalars = in.scalars();
+      return Call{[=, &in] { in.backend.quantize_weight(out, x, rounding, scalars); }};
+    });
+    add("dequantize_weight", shape, [=](Inputs& in) {
+      const Tensor out = in.empty(kBF16, {rows, cols}), x = in.quantized(DType::kI8, {rows, cols}, 0, 0.02f);
+      return Call{[=, &in] { in.backend.dequantize_weight(out, x); }};
+    });
   }
 
   static Tensor state(Inputs& in, DType dtype, int64_t rows, int64_t cols, float mean, float stddev) {

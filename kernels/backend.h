@@ -268,7 +268,7 @@ class Backend {
   // contiguous. With s the block's largest magnitude:
   //   scalars null:  scale = 1.125 s / 127, code = x / scale, rounded to nearest even. 0 in a block of zeros.
   //   else (update): the old scale stays where 0.5 < s / (127 scale) <= 1, or else is made anew as above; code =
-  //                  floor(x / scale + u), at most 127; u uniform in (0, 1), 16 bits of (key, step) for each element.
+  //                  floor(x / scale + u), at most 127; u the uniform number of (key, step) in [0, 1).
   // A scale that stays keeps weights that hardly moved from being rounded at random again: x / scale is then a whole
   // number, which has no other rounding. A number that is not finite makes its whole block NaN.
   virtual void quantize_weight(Tensor out, Tensor in, RandomKey key, const StepScalars* scalars) = 0;

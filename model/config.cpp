@@ -51,6 +51,12 @@ double Gpt2Config::flops_per_token(int64_t sequence) const {
 
 bool is_preset(const std::string& name) { return presets().count(full_name(name)) > 0; }
 
+std::vector<std::string> preset_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, shape] : presets()) names.push_back(name);
+  return names;
+}
+
 Gpt2Config preset(const std::string& name) {
   if (name == "gpt3:c5140") {
     throw std::invalid_argument("model gpt3:c5140: 5140 channels do not divide into heads of 128; use gpt3:c5120");

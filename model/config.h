@@ -27,6 +27,7 @@ struct Gpt2Config {
 // vocabulary is GPT-2's. Throws std::invalid_argument that lists what there is.
 Gpt2Config preset(const std::string& name);
 bool is_preset(const std::string& name);
+std::vector<std::string> preset_names();
 
 // Reads a Hugging Face config.json. Throws std::runtime_error naming the file and the field for anything that is not
 // GPT-2 as this program computes it (another activation, another inner width, ...).

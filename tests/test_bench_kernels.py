@@ -26,9 +26,10 @@ needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reas
 OPERATIONS = """
     copy fill convert add accumulate scale sum_squares sum restore_norm gate_on_finite clip_scale increment fill_normal
     fill_constant embedding_forward embedding_backward layernorm_forward residual_layernorm_forward layernorm_backward
-    matmul bias_backward gelu_forward gelu_backward attention_forward attention_backward classifier generate_projection
-    orthonormalize_rows factored_second_moment full_second_moment scale_rows_cols momentum_update ema apply_update
-    adamw_update sgd_update quantize dequantize""".split()
+    matmul bias_backward gelu_forward gelu_backward attention_forward attention_backward classifier classifier_gradient
+    generate_projection orthonormalize_rows factored_second_moment factored_squares factored_scales full_second_moment
+    scale_rows_cols momentum_update ema apply_update adamw_update sgd_update quantize dequantize quantize_weight
+    dequantize_weight""".split()
 
 KEYS = ["operation", "model", "shape", "milliseconds", "gigabytes", "tflop", "percent", "bound"]
 
@@ -55,6 +56,7 @@ COUNTS = {
     ("bias_backward", "64x384 bf16"): (2 * N * 3 * C, 0),
     ("classifier loss", "16x384 bf16"): (2 * 16 * PADDED, 0),
     ("classifier loss_and_gradient", "16x384 bf16"): (2 * 2 * 16 * PADDED, 0),
+    ("classifier_gradient", "16x384 bf16"): (2 * 2 * 16 * PADDED, 0),
     ("copy", "64x128 bf16"): (2 * 2 * N * C, 0),
     ("fill", "64x128 bf16"): (2 * N * C, 0),
     ("convert to_bf16", "64x128 fp32"): (6 * N * C, 0),
@@ -68,6 +70,8 @@ COUNTS = {
     ("factored_second_moment", "128x512 bf16"): (2 * 4 * C * C, 4 * 4 * C * C),
     ("ema bf16", "16x512 bf16"): ((2 * 2 + 4) * RANK * 4 * C, 0),
     ("quantize int8", "128x512 bf16"): ((4 + 1) * 4 * C * C, 0),
+    ("quantize_weight", "128x512 bf16"): ((4 + 1) * 4 * C * C, 0),
+    ("factored_squares", "128x512 bf16"): (2 * 4 * C * C, 4 * 4 * C * C),
     ("generate_projection gaussian", "16x128 bf16"): (2 * RANK * C, 0),
     ("gate_on_finite", "1 fp32"): (0, 0),
 }

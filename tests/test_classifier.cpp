@@ -3,11 +3,15 @@
 
 namespace {
 
-double reference_loss(const double* logits, int64_t vocabulary, int target) {
+double reference_lse(const double* logits, int64_t vocabulary) {
   double maximum = -INFINITY, sum = 0;
   for (int64_t j = 0; j < vocabulary; ++j) maximum = std::max(maximum, logits[j]);
   for (int64_t j = 0; j < vocabulary; ++j) sum += std::exp(logits[j] - maximum);
-  return maximum + std::log(sum) - logits[target];
+  return maximum + std::log(sum);
+}
+
+double reference_loss(const double* logits, int64_t vocabulary, int target) {
+  return reference_lse(logits, vocabulary) - logits[target];
 }
 
 class Classifier : public OperationTest {};
@@ -139,6 +143,105 @@ TEST_P(Classifier, NonFiniteLogitsGiveNonFiniteLosses) {
       EXPECT_FALSE(std::isfinite(device.read(losses)[0]));
     }
   }
+}
+
+TEST_P(Classifier, LogSumExpOfTheRows) {
+  for (const int64_t vocabulary : {1, 300, 5003}) {
+    for (const bool write_gradient : {false, true}) {
+      TestDevice device(backend());
+      const int64_t rows = 5, padded = vocabulary + 13;
+      const Tensor logits = device.random(1, dtype(), {rows, padded}, 4),
+                   targets = device.poisoned(DType::kI32, {rows});
+      const Tensor losses = device.poisoned(DType::kF32, {rows}), lse = device.poisoned(DType::kF32, {rows});
+      device.write(targets, {0, 0, -1, static_cast<double>(vocabulary - 1), 0});
+      const Values values = device.read(logits);
+      device->classifier(losses, logits, targets, vocabulary, 1.0f, write_gradient, lse);
+      Values expected;
+      for (int64_t i = 0; i < rows; ++i)
+        expected.push_back(i == 2 ? 0 : reference_lse(&values[static_cast<size_t>(i * padded)], vocabulary));
+      EXPECT_LE(relative_error(device.read(lse), expected), 1e-6);
+      EXPECT_EQ(device.read(lse)[2], 0.0);
+    }
+  }
+}
+
+// ---- the gradient of some columns
+
+// All columns, a piece of `width` at a time, with `gap` elements between the rows of a piece.
+Values gradient_in_pieces(TestDevice& device, DType dtype, const Values& logits, const Values& targets,
+                          const Values& lse, int64_t padded, int64_t vocabulary, int64_t width, int64_t gap,
+                          float scale) {
+  const int64_t rows = static_cast<int64_t>(targets.size());
+  Values gradient(logits.size());
+  for (int64_t first = 0; first < padded; first += width) {
+    const int64_t cols = std::min(width, padded - first);
+    Values piece;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) piece.push_back(logits[static_cast<size_t>(i * padded + first + j)]);
+    const Tensor t = device.upload(piece, dtype, {rows, cols}, gap > 0 ? cols + gap : 0);
+    device->classifier_gradient(t, device.upload(targets, DType::kI32, {rows}), device.upload(lse, DType::kF32, {rows}),
+                                first, vocabulary, scale);
+    const Values result = device.read(t);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j)
+        gradient[static_cast<size_t>(i * padded + first + j)] = result[static_cast<size_t>(i * cols + j)];
+  }
+  return gradient;
+}
+
+TEST_P(Classifier, GradientOfSomeColumns) {
+  struct Case {
+    int64_t vocabulary, padded, width, gap;
+  };
+  for (const Case& c : {Case{1, 1, 1, 0},
+                        {131, 140, 140, 0},
+                        {131, 140, 17, 0},
+                        {131, 140, 16, 8},
+                        {131, 140, 40, 3},
+                        {1000, 1024, 256, 0},
+                        {1003, 1024, 64, 0},
+                        {5003, 5120, 1024, 16}}) {
+    TestDevice device(backend());
+    const int64_t rows = 7;
+    const float scale = 0.25f;
+    const Values values = device.read(device.random(1, dtype(), {rows, c.padded}, 3));
+    Values targets, lse, expected(values.size());
+    for (int64_t i = 0; i < rows; ++i) {
+      const double* const row = &values[static_cast<size_t>(i * c.padded)];
+      targets.push_back(i == 3 ? -1 : static_cast<double>(i == 0 ? c.vocabulary - 1 : i * 37 % c.vocabulary));
+      lse.push_back(i == 3 ? NAN : static_cast<float>(reference_lse(row, c.vocabulary)));
+      for (int64_t j = 0; j < c.vocabulary && i != 3; ++j)
+        expected[static_cast<size_t>(i * c.padded + j)] =
+            static_cast<double>(scale) * (std::exp(row[j] - lse.back()) - (static_cast<double>(j) == targets.back()));
+    }
+    Values gradient =
+        gradient_in_pieces(device, dtype(), values, targets, lse, c.padded, c.vocabulary, c.width, c.gap, scale);
+    EXPECT_LE(relative_error(gradient, expected), tolerance(dtype())) << c.vocabulary << " by " << c.width;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < c.padded; ++j) {
+        const size_t at = static_cast<size_t>(i * c.padded + j);
+        if (i == 3 || j >= c.vocabulary) {
+          EXPECT_EQ(gradient[at], 0.0);
+        }
+        // The norm is that of the targets: without them, the small ones count.
+        if (static_cast<double>(j) == targets[static_cast<size_t>(i)]) gradient[at] = expected[at] = 0;
+      }
+    }
+    EXPECT_LE(relative_error(gradient, expected), tolerance(dtype())) << c.vocabulary << " by " << c.width;
+  }
+}
+
+TEST_P(Classifier, GradientOfColumnsIsThatOfTheWhole) {
+  TestDevice device(backend());
+  const int64_t rows = 6, vocabulary = 1003, padded = 1024;
+  const Tensor logits = device.random(1, dtype(), {rows, padded}, 3), targets = device.poisoned(DType::kI32, {rows});
+  const Tensor losses = device.poisoned(DType::kF32, {rows}), lse = device.poisoned(DType::kF32, {rows});
+  const Values values = device.read(logits), ids = {5, 1002, -1, 77, 512, 0};
+  device.write(targets, ids);
+  device->classifier(losses, logits, targets, vocabulary, 0.5f, true, lse);
+  const Values pieces =
+      gradient_in_pieces(device, dtype(), values, ids, device.read(lse), padded, vocabulary, 384, 0, 0.5f);
+  EXPECT_LE(relative_error(pieces, device.read(logits)), dtype() == DType::kF32 ? 1e-6 : 4e-3);
 }
 
 TEST_P(Classifier, IndependentOfThreads) {

@@ -115,6 +115,54 @@ TEST_P(Embedding, BackwardOfFrequentTokens) {
   }
 }
 
+// The table's gradient in blocks of rows is its gradient, row by row; so is each half alone.
+TEST_P(Embedding, BackwardOfSomeRows) {
+  for (const int64_t channels : {1, 80, 387}) {
+    for (const bool accumulate : {false, true}) {
+      TestDevice device(backend());
+      Values tokens = tokens_with_repeats();
+      tokens.resize(static_cast<size_t>(kBatch * kSequence));
+      for (size_t i = 0; i < tokens.size(); i += 4) tokens[i] = 21;  // a long group, past the first block
+      const TokenGroups groups = group(device, tokens);
+      const Tensor dout = device.random(1, dtype(), {kBatch, kSequence, channels}, 1, channels + 8);
+      const auto gradient = [&](uint32_t seed, int64_t rows) {
+        return accumulate ? device.random(seed, DType::kF32, {rows, channels})
+                          : device.poisoned(DType::kF32, {rows, channels});
+      };
+      const Tensor dwte = gradient(2, kVocabulary), blocks = gradient(2, kVocabulary);
+      const Tensor dwpe = gradient(3, kPositions), alone = gradient(3, kPositions);
+      device->embedding_backward(dwte, accumulate, dwpe, accumulate, dout, groups);
+      for (int64_t first : {40, 0, 20}) {
+        const int64_t rows = std::min<int64_t>(20, kVocabulary - first);
+        device->embedding_backward(blocks.slice(first, rows), accumulate, {}, accumulate, dout, groups, first);
+      }
+      device->embedding_backward({}, false, alone, accumulate, dout, groups);
+      EXPECT_EQ(device.bits(blocks), device.bits(dwte)) << "C " << channels;
+      EXPECT_EQ(device.bits(alone), device.bits(dwpe)) << "C " << channels;
+      // Rows that no token has.
+      const Tensor beyond = device.poisoned(dtype(), {5, channels});
+      device->embedding_backward(beyond, false, {}, false, dout, groups, kVocabulary);
+      EXPECT_EQ(device.read(beyond), Values(static_cast<size_t>(5 * channels)));
+      EXPECT_THROW(device->embedding_backward({}, false, {}, false, dout, groups), std::logic_error);
+    }
+  }
+}
+
+TEST_P(Embedding, BackwardOfLongGroupsInSomeRows) {
+  TestDevice device(backend());
+  const int64_t channels = 72, sequence = 300;
+  Values tokens(static_cast<size_t>(sequence));
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<double>(i % 3 * 20 + i % 2);
+  const TokenGroups groups = group(device, tokens);
+  const Tensor dout = device.random(1, dtype(), {1, sequence, channels});
+  const Tensor dwte = device.poisoned(DType::kF32, {kVocabulary, channels});
+  const Tensor blocks = device.poisoned(DType::kF32, {kVocabulary, channels});
+  device->embedding_backward(dwte, false, {}, false, dout, groups);
+  for (int64_t first = 0; first < kVocabulary; first += 19)
+    device->embedding_backward(blocks.slice(first, 19), false, {}, false, dout, groups, first);
+  EXPECT_EQ(device.bits(blocks), device.bits(dwte));
+}
+
 TEST_P(Embedding, IndependentOfThreads) {
   expect_independent_of_threads(backend(), [&](TestDevice& device) {
     const Tensor dwte = device.poisoned(dtype(), {kVocabulary, 83}), dwpe = device.poisoned(dtype(), {kPositions, 83});

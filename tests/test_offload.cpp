@@ -8,14 +8,14 @@
 
 namespace {
 
-constexpr uint32_t kFewSteps = 7;
+constexpr uint32_t kFewSteps = 4;
 
 EngineConfig deep_config(DType dtype, OptimizerKind optimizer = OptimizerKind::kFlora,
                          SinkKind sink = SinkKind::kFused) {
   EngineConfig config = small_config(dtype);
   config.model.layers = 5;
   config.optimizer.kind = optimizer;
-  config.optimizer.kappa = 3;
+  config.optimizer.kappa = 2;
   config.sink.kind = sink;
   config.shapes.recompute = Recompute::kBlock;
   if (sink == SinkKind::kCompressed) {
@@ -47,17 +47,16 @@ class OffloadDtype : public ::testing::TestWithParam<DType> {};
 INSTANTIATE_TEST_SUITE_P(All, OffloadDtype, ::testing::Values(DType::kF32, DType::kBF16),
                          [](const auto& info) { return std::string(dtype_name(info.param)); });
 
-TEST_P(OffloadDtype, EveryCombinationChangesNoBit) {
+TEST_P(OffloadDtype, EveryPartChangesNoBit) {
   EngineConfig config = deep_config(GetParam());
   const Outcome resident = run(config);
-  for (const int in_flight : {2, 3, 7}) {
-    for (int parts = 1; parts < 8; ++parts) {
-      config.offload = {.activations = (parts & 1) != 0,
-                        .state = (parts & 2) != 0,
-                        .weights = (parts & 4) != 0,
-                        .layers_in_flight = in_flight};
-      expect_same_bits(config, resident, std::to_string(in_flight) + " layers, parts " + std::to_string(parts));
-    }
+  for (const Offload offload : {Offload{.activations = true}, Offload{.state = true}, Offload{.weights = true},
+                                Offload{.activations = true, .state = true, .weights = true, .layers_in_flight = 3},
+                                Offload{.activations = true, .weights = true, .layers_in_flight = 7}}) {
+    config.offload = offload;
+    expect_same_bits(config, resident,
+                     std::to_string(offload.activations) + std::to_string(offload.state) +
+                         std::to_string(offload.weights) + ", " + std::to_string(offload.layers_in_flight) + " layers");
   }
 }
 
@@ -66,7 +65,7 @@ TEST_P(OffloadDtype, EveryOptimizerAndSinkChangesNoBit) {
        {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd}) {
     for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
       EngineConfig config = deep_config(GetParam(), optimizer, sink);
-      config.model.layers = 3;
+      config.model.layers = 4;
       config.master_weights = GetParam() == DType::kBF16 && optimizer == OptimizerKind::kAdamW;
       const Outcome resident = run(config);
       config.offload = {.activations = true, .state = true, .weights = true};
@@ -76,11 +75,11 @@ TEST_P(OffloadDtype, EveryOptimizerAndSinkChangesNoBit) {
   }
 }
 
-// Several micro-batches, two passes for clipping, 8-bit states, every recompute level.
+// Several micro-batches, two passes for clipping, 8-bit states, other recompute levels.
 TEST_P(OffloadDtype, RarerSettingsChangeNoBit) {
-  for (const Recompute level :
-       {Recompute::kNone, Recompute::kGelu, Recompute::kNormsGelu, Recompute::kAttention, Recompute::kBlock}) {
+  for (const Recompute level : {Recompute::kNone, Recompute::kAttention}) {
     EngineConfig config = deep_config(GetParam());
+    config.model.layers = 3;
     config.shapes.recompute = level;
     config.model.tied_head = false;
     config.sink.micro_batches = 2;
@@ -203,6 +202,7 @@ INSTANTIATE_TEST_SUITE_P(All, EightBitWeights,
 TEST_P(EightBitWeights, LearnAlmostLikeBf16) {
   const float lr = GetParam() == OptimizerKind::kSgd ? 0.05f : 2e-3f;
   EngineConfig config = deep_config(DType::kBF16, GetParam());
+  config.model.layers = 2;
   const Outcome plain = train(test_backend_name(), config, lr);
   config.weight_dtype = DType::kI8;
   config.optimizer.scale_parameter = false;
@@ -215,6 +215,7 @@ TEST_P(EightBitWeights, LearnAlmostLikeBf16) {
 
 TEST_P(EightBitWeights, StreamedAndInBlocksAndWithEightBitStates) {
   EngineConfig config = deep_config(DType::kBF16, GetParam());
+  config.model.layers = 3;
   config.weight_dtype = DType::kI8;
   config.optimizer.state_dtype = DType::kI8;
   const Outcome resident = run(config);

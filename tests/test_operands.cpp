@@ -73,6 +73,19 @@ TEST(Operands, Classifier) {
   EXPECT_REFUSED(check_classifier(losses, logits, losses, 9));
   EXPECT_REFUSED(check_classifier(tensor({3}), logits, targets, 9));
   EXPECT_REFUSED(check_classifier(losses, logits, tensor({5}, kI32), 9));
+  EXPECT_NO_THROW(check_classifier(losses, logits, targets, 9, losses));
+  EXPECT_REFUSED(check_classifier(losses, logits, targets, 9, tensor({5})));
+  EXPECT_REFUSED(check_classifier(losses, logits, targets, 9, targets));
+
+  const Tensor lse = losses, columns = strided({4, 3});
+  EXPECT_NO_THROW(check_classifier_gradient(columns, targets, lse, 8, 9));
+  EXPECT_NO_THROW(check_classifier_gradient(columns, targets, lse, 9, 9));
+  EXPECT_REFUSED(check_classifier_gradient(columns, targets, lse, -1, 9));
+  EXPECT_REFUSED(check_classifier_gradient(columns, targets, lse, 0, 0));
+  EXPECT_REFUSED(check_classifier_gradient(tensor({5, 3}), targets, lse, 0, 9));
+  EXPECT_REFUSED(check_classifier_gradient(tensor({4, 3}, kI32), targets, lse, 0, 9));
+  EXPECT_REFUSED(check_classifier_gradient(columns, lse, lse, 0, 9));
+  EXPECT_REFUSED(check_classifier_gradient(columns, targets, tensor({4}, kBF16), 0, 9));
 }
 
 TEST(Operands, Embedding) {
@@ -90,6 +103,10 @@ TEST(Operands, Embedding) {
   EXPECT_REFUSED(check_embedding_backward(tensor({100, 9}), wpe, out, groups));
   EXPECT_REFUSED(check_embedding_backward(wte, tensor({4, 8}), out, groups));
   EXPECT_REFUSED(check_embedding_backward(wte, wpe, tensor({2, 4, 8}), groups));
+  EXPECT_NO_THROW(check_embedding_backward(strided({3, 8}), {}, out, groups, 99));
+  EXPECT_NO_THROW(check_embedding_backward({}, wpe, out, groups));
+  EXPECT_REFUSED(check_embedding_backward({}, {}, out, groups));
+  EXPECT_REFUSED(check_embedding_backward(wte, wpe, out, groups, -1));
 }
 
 TEST(Operands, LayerNorm) {
@@ -135,11 +152,35 @@ TEST(Operands, RowsAndColumns) {
   EXPECT_REFUSED(check_factored_second_moment(rows, rows, rows, cols, x));
   EXPECT_REFUSED(check_factored_second_moment(rows, cols, cols, cols, x));
   EXPECT_REFUSED(check_factored_second_moment(rows, cols, rows, rows, x));
+  EXPECT_NO_THROW(check_factored_squares(rows, cols, x));
+  EXPECT_REFUSED(check_factored_squares(cols, cols, x));
+  EXPECT_REFUSED(check_factored_squares(rows, rows, x));
+  EXPECT_REFUSED(check_factored_squares(rows, cols, tensor({0, 8})));
+  EXPECT_NO_THROW(check_factored_scales(rows, cols, rows, cols));
+  EXPECT_REFUSED(check_factored_scales(cols, cols, rows, cols));
+  EXPECT_REFUSED(check_factored_scales(rows, cols, rows, rows));
+  EXPECT_REFUSED(check_factored_scales(tensor({rows.elements()}, kBF16), cols, rows, cols));
   EXPECT_NO_THROW(check_scale_rows_cols(x, x, rows, cols));
   EXPECT_NO_THROW(check_scale_rows_cols(x, x, {}, {}));
   EXPECT_REFUSED(check_scale_rows_cols(tensor({8, 5}), x, rows, cols));
   EXPECT_REFUSED(check_scale_rows_cols(x, x, cols, {}));
   EXPECT_REFUSED(check_scale_rows_cols(x, x, {}, rows));
+}
+
+TEST(Operands, EightBitWeights) {
+  const Tensor x = tensor({300}), narrow = tensor({300}, kBF16);
+  static float scales[2];
+  Tensor codes = tensor({300}, kI8);
+  EXPECT_REFUSED(check_quantize_weight(codes, x));  // no scales
+  EXPECT_REFUSED(check_dequantize_weight(x, codes));
+  codes.scales = scales;
+  EXPECT_NO_THROW(check_quantize_weight(codes, x));
+  EXPECT_REFUSED(check_quantize_weight(codes, narrow));
+  EXPECT_REFUSED(check_quantize_weight(codes, tensor({299})));
+  EXPECT_REFUSED(check_quantize_weight(x, x));
+  for (const Tensor& out : {x, narrow}) EXPECT_NO_THROW(check_dequantize_weight(out, codes));
+  EXPECT_REFUSED(check_dequantize_weight(strided({20, 15}), codes));
+  EXPECT_REFUSED(check_dequantize_weight(x, narrow));
 }
 
 TEST(Operands, EightBitStates) {

@@ -15,7 +15,7 @@ def plan(*flags):
 
 def check(result):
     """What must hold for every plan."""
-    assert set(result) == {"device_bytes", "host_bytes", "categories", "allocations"}
+    assert set(result) == {"device_bytes", "host_bytes", "categories", "allocations", "settings", "techniques"}
     assert set(result["categories"]) == CATEGORIES
     assert sum(result["categories"].values()) == result["device_bytes"]
     on_device = [a for a in result["allocations"] if not a.get("host")]

@@ -104,6 +104,11 @@ TEST_P(WeightCodes, UpdatesAreOneOfTheTwoNeighbours) {
     for (size_t i = 0; i < x.size(); ++i) {
       const double exact = s[i / kBlock] > 0 ? x[i] / s[i / kBlock] : 0, floor = std::floor(exact);
       ASSERT_TRUE(std::fabs(c[i] - exact) < 1.00001 && std::fabs(c[i]) <= 127) << x[i] << " " << c[i];
+      const uint64_t at = kKey.offset + i;
+      const double sum = exact + static_cast<double>(uniform_from_word(philox_block(kKey, 4, at / 4).w[at % 4]));
+      if (std::fabs(sum - std::nearbyint(sum)) > 1e-4) {
+        ASSERT_EQ(c[i], std::floor(sum)) << i;
+      }
       up += c[i] > floor;
     }
     if (count > 10000) {

@@ -58,7 +58,7 @@ Engine::Engine(const EngineConfig& config, Backend& backend)
   sink_ = make_sink(config_.sink, *optimizer_, store_, backend);
 }
 
-MemoryPlan Engine::plan() const {
+MemoryPlan Engine::declared() const {
   MemoryPlan plan;
   store_.declare(plan);
   if (optimizer_) optimizer_->declare(plan);
@@ -67,6 +67,11 @@ MemoryPlan Engine::plan() const {
   plan.add("step.scalars", Category::kWorkspace, sizeof(StepScalars));
   plan.add_tensor("step.loss", Category::kWorkspace, DType::kF32, 1);
   plan.add("backend.workspace", Category::kWorkspace, backend_.workspace_bytes(kernel_shapes(config_)));
+  return plan;
+}
+
+MemoryPlan Engine::plan() const {
+  MemoryPlan plan = declared();
   plan.layout();
   return plan;
 }

@@ -44,7 +44,9 @@ class Engine {
  public:
   Engine(const EngineConfig& config, Backend& backend);
 
-  // The declared list, laid out. Needs no device memory.
+  // What every part declares, not yet laid out.
+  MemoryPlan declared() const;
+  // The same, laid out. Needs no device memory.
   MemoryPlan plan() const;
   // Allocates exactly the plan, once, and binds every component to it.
   void allocate();

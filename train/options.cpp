@@ -7,6 +7,8 @@
 #include <sstream>
 #include <type_traits>
 
+#include "train/memory_size.h"
+
 namespace {
 
 std::string underscored(std::string flag) {
@@ -125,6 +127,8 @@ void check_options(const Options& o) {
   at_least(static_cast<double>(o.head_chunk), o.was_given("head-chunk") ? 1 : 0, "head-chunk");
   at_least(static_cast<double>(o.layers_in_flight), 2, "layers-in-flight");
   check_offload(o.offload);
+  if (!o.memory_budget.empty() && o.memory_budget != "auto") parse_memory_size("memory-budget", o.memory_budget);
+  if (o.memory_budget.empty() && o.was_given("memory-budget")) throw UsageError("--memory-budget needs a value");
   at_least(static_cast<double>(o.rank), 1, "rank");
   at_least(static_cast<double>(o.kappa), 1, "kappa");
   at_least(static_cast<double>(o.accumulation_rank), o.was_given("accumulation-rank") ? 1 : 0, "accumulation-rank");
@@ -177,8 +181,8 @@ void check_options(const Options& o) {
   only_for({"accumulation-rank"}, o.gradients != "dense", "--gradients dense");
   only_for({"layers-in-flight"}, o.offload != "none" || !o.memory_budget.empty(), "--offload none");
   const std::string weights = o.weight_dtype.empty() ? o.dtype : o.weight_dtype;
-  if (o.master_weights == "fp32" && weights == "fp32")
-    throw UsageError("--master-weights fp32 contradicts fp32 weights");
+  if (o.master_weights == "fp32" && (weights == "fp32" || weights == "int8"))
+    throw UsageError("--master-weights fp32 contradicts " + weights + " weights");
   only_for({"json"}, o.plan, "the absence of --plan");
   if (o.plan && !o.resume.empty()) throw UsageError("--plan contradicts --resume: a plan needs no checkpoint");
 }

@@ -104,7 +104,9 @@ void describe(Options& o, Visitor& v) {
     S{}, fixed);
   v(o.dtype, "dtype", "", "of weights, activations, gradients and states; default: fp32 on a CPU, bf16 on a GPU",
     float_dtypes, fixed);
-  v(o.weight_dtype, "weight-dtype", "", "of the weights; default: dtype", float_dtypes, fixed);
+  v(o.weight_dtype, "weight-dtype", "",
+    "of the weights; int8: matrices of the blocks in 8-bit blocks, the rest as the activations; default: dtype",
+    S{"bf16", "fp32", "int8"}, fixed);
   v(o.activation_dtype, "activation-dtype", "", "of the activations; default: dtype", float_dtypes, fixed);
   v(o.gradient_dtype, "gradient-dtype", "", "of a gradient; default: dtype", float_dtypes, fixed);
   v(o.state_dtype, "state-dtype", "",
@@ -157,8 +159,8 @@ void describe(Options& o, Visitor& v) {
   v.group("memory");
   v(o.memory_budget, "memory-budget", "BYTES|auto",
     "choose the fastest micro-batch, recompute, head-chunk, gradient-blocks and offload that fit, among those not "
-    "given; "
-    "as in 24GiB, or auto: what the device has free",
+    "given; KiB MiB GiB TiB (or K M G T): powers of 1024, KB MB GB TB: of 1000, nothing: bytes; auto: what the device "
+    "has free; plan without --model: the largest models that fit",
     S{}, free);
   v(o.recompute, "recompute", "", "activations computed again in the backward pass",
     S{"none", "gelu", "norms+gelu", "attention", "block"}, free);

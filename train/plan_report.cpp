@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "train/metrics.h"
+#include "train/options.h"
 
 namespace {
 
@@ -17,6 +18,33 @@ std::string phase_names(uint32_t phases) {
     if (phases & phase) names += (names.empty() ? "" : "+") + std::string(name);
   }
   return names;
+}
+
+nlohmann::ordered_json categories_json(const std::vector<size_t>& categories) {
+  nlohmann::ordered_json json = nlohmann::ordered_json::object();
+  for (int i = 0; i < kCategoryCount; ++i) {
+    json[category_name(static_cast<Category>(i))] = categories[static_cast<size_t>(i)];
+  }
+  return json;
+}
+
+// AdamW with all gradients, activations and states, in the run's dtype, without master weights.
+EngineConfig usual_config(const RunSetup& setup, DType dtype) {
+  EngineConfig config = setup.engine;
+  config.shapes.recompute = Recompute::kNone;
+  config.weight_dtype = config.optimizer.state_dtype = dtype;
+  config.master_weights = false;
+  config.optimizer.kind = OptimizerKind::kAdamW;
+  config.optimizer.rank = 0;
+  config.optimizer.beta1 = 0.9f;
+  config.sink.kind = SinkKind::kDense;
+  config.sink.micro_batches = 1;
+  config.sink.gradient_dtype = dtype;
+  config.sink.accumulation_rank = 0;
+  config.sink.clip_norm = 1;
+  config.sink.blocks = GradientBlocks::kWhole;
+  config.offload = Offload{};
+  return config;
 }
 
 }  // namespace
@@ -52,13 +80,11 @@ std::string plan_table(const MemoryPlan& plan) {
   return text;
 }
 
-std::string plan_json(const MemoryPlan& plan) {
+nlohmann::ordered_json plan_json(const MemoryPlan& plan) {
   nlohmann::ordered_json json = {{"device_bytes", plan.device_bytes()},
                                  {"host_bytes", plan.host_bytes()},
-                                 {"categories", nlohmann::ordered_json::object()},
+                                 {"categories", categories_json(plan.bytes_by_category())},
                                  {"allocations", nlohmann::ordered_json::array()}};
-  const std::vector<size_t> categories = plan.bytes_by_category();
-  for (int i = 0; i < kCategoryCount; ++i) json["categories"][category_name(static_cast<Category>(i))] = categories[i];
   for (const Allocation& allocation : plan.allocations()) {
     json["allocations"].push_back({{"name", allocation.name},
                                    {"category", category_name(allocation.category)},
@@ -67,5 +93,82 @@ std::string plan_json(const MemoryPlan& plan) {
                                    {"phases", phase_names(allocation.phases)},
                                    {"host", allocation.host}});
   }
-  return json.dump(2) + "\n";
+  return json;
+}
+
+std::vector<Technique> plan_techniques(const RunSetup& setup, Backend& backend) {
+  const std::string& dtype_name = setup.options.dtype;
+  const DType dtype = dtype_name == "bf16" ? DType::kBF16 : DType::kF32;
+  EngineConfig config = usual_config(setup, dtype);
+  std::vector<Technique> rows;
+  const auto add = [&](const std::string& name) {
+    const MemoryPlan plan = Engine(config, backend).plan();
+    rows.push_back({name, plan.device_bytes(), plan.host_bytes(), plan.bytes_by_category()});
+  };
+  add("AdamW in " + dtype_name);
+  config.shapes.recompute = Recompute::kBlock;
+  add("+ activation checkpointing");
+  config.sink.kind = SinkKind::kFused;
+  config.sink.clip_norm = 0;
+  add("+ fused backward");
+  config.optimizer.kind = OptimizerKind::kFlora;
+  config.optimizer.rank = setup.options.rank;
+  add("+ Flora, rank " + std::to_string(setup.options.rank));
+  config.sink.blocks = GradientBlocks::kEmbedding;
+  add("+ embedding's gradient in blocks");
+  config.optimizer.state_dtype = config.weight_dtype = DType::kI8;
+  add("+ 8-bit states and weights");
+  config.weight_dtype = dtype;
+  config.offload = {.activations = true, .state = true, .weights = true};
+  add("+ streaming (" + dtype_name + " weights)");
+  return rows;
+}
+
+std::string techniques_table(const std::vector<Technique>& techniques) {
+  char line[256];
+  std::string text = "one technique after another, at these shapes, each with those above it\n";
+  snprintf(line, sizeof line, "  %-34s %11s", "", "device");
+  text += line;
+  for (int i = 0; i < kCategoryCount; ++i) {
+    snprintf(line, sizeof line, " %15s", category_name(static_cast<Category>(i)));
+    text += line;
+  }
+  snprintf(line, sizeof line, " %11s\n", "host");
+  text += line;
+  for (const Technique& technique : techniques) {
+    snprintf(line, sizeof line, "  %-34s %11s", technique.name.c_str(), format_bytes(technique.device_bytes).c_str());
+    text += line;
+    for (const size_t bytes : technique.categories) {
+      snprintf(line, sizeof line, " %15s", format_bytes(bytes).c_str());
+      text += line;
+    }
+    snprintf(line, sizeof line, " %11s\n", format_bytes(technique.host_bytes).c_str());
+    text += line;
+  }
+  return text;
+}
+
+nlohmann::ordered_json techniques_json(const std::vector<Technique>& techniques) {
+  nlohmann::ordered_json json = nlohmann::ordered_json::array();
+  for (const Technique& technique : techniques) {
+    json.push_back({{"name", technique.name},
+                    {"device_bytes", technique.device_bytes},
+                    {"host_bytes", technique.host_bytes},
+                    {"categories", categories_json(technique.categories)}});
+  }
+  return json;
+}
+
+nlohmann::ordered_json settings_json(const RunSetup& setup) {
+  const Options& o = setup.options;
+  return {{"model", o.model},
+          {"parameters", setup.engine.model.parameter_count()},
+          {"seq_len", o.seq_len},
+          {"micro_batch", o.micro_batch},
+          {"tokens_per_step", o.tokens_per_step},
+          {"recompute", o.recompute},
+          {"head_chunk", o.head_chunk},
+          {"gradient_blocks", o.gradient_blocks},
+          {"offload", offload_name(setup.engine.offload)},
+          {"layers_in_flight", o.layers_in_flight}};
 }

@@ -14,6 +14,8 @@ namespace fs = std::filesystem;
 
 namespace {
 
+constexpr int64_t kCpuMicroBatch = 4, kGpuMicroBatch = 16;
+
 DType dtype_of(const std::string& name) {
   if (name == "bf16") return DType::kBF16;
   if (name == "int8") return DType::kI8;
@@ -27,7 +29,32 @@ T choice(const std::map<std::string, T>& names, const std::string& name) {
 
 int64_t percent(int64_t steps, int64_t share) { return std::max<int64_t>(1, steps * share / 100); }
 
-void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch, bool training) {
+// A micro-batch that divides the step, where the planner is going to choose another one.
+int64_t starting_micro_batch(const Options& o, int64_t largest) {
+  const int64_t sequences = o.tokens_per_step / o.seq_len;
+  if (sequences == 0) return largest;
+  while (sequences % largest != 0) --largest;
+  return largest;
+}
+
+void choose_micro_batch(Options& o, bool cpu, Undecided undecided) {
+  if (o.micro_batch == 0) o.micro_batch = cpu ? kCpuMicroBatch : kGpuMicroBatch;
+  const bool open = undecided == Undecided::kPlannersSettings && o.tokens_per_step > 0;
+  if (open && !o.was_given("micro-batch")) o.micro_batch = starting_micro_batch(o, o.micro_batch);
+  const int64_t micro_tokens = o.micro_batch * o.seq_len;
+  if (micro_tokens > INT32_MAX) {
+    throw UsageError("--micro-batch x --seq-len is " + std::to_string(micro_tokens) + " tokens, more than fit a pass");
+  }
+  if (o.tokens_per_step == 0) o.tokens_per_step = micro_tokens;
+  if (o.tokens_per_step % micro_tokens != 0) {
+    throw UsageError("--tokens-per-step " + std::to_string(o.tokens_per_step) +
+                     " is not a multiple of micro-batch x seq-len = " + std::to_string(micro_tokens));
+  }
+  if (o.head_chunk == 0) o.head_chunk = std::min<int64_t>(micro_tokens, 512);
+  o.head_chunk = std::min(o.head_chunk, micro_tokens);
+}
+
+void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch, bool training, Undecided undecided) {
   const bool adaptive = o.optimizer == "flora" || o.optimizer == "adafactor";
   if (o.dtype.empty()) o.dtype = cpu ? "fp32" : "bf16";
   for (std::string* dtype : {&o.weight_dtype, &o.activation_dtype, &o.gradient_dtype, &o.state_dtype}) {
@@ -41,18 +68,7 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
     }
     config.positions = o.seq_len;
   }
-  if (o.micro_batch == 0) o.micro_batch = cpu ? 4 : 16;
-  const int64_t micro_tokens = o.micro_batch * o.seq_len;
-  if (micro_tokens > INT32_MAX) {
-    throw UsageError("--micro-batch x --seq-len is " + std::to_string(micro_tokens) + " tokens, more than fit a pass");
-  }
-  if (o.tokens_per_step == 0) o.tokens_per_step = micro_tokens;
-  if (o.tokens_per_step % micro_tokens != 0) {
-    throw UsageError("--tokens-per-step " + std::to_string(o.tokens_per_step) +
-                     " is not a multiple of micro-batch x seq-len = " + std::to_string(micro_tokens));
-  }
-  if (o.head_chunk == 0) o.head_chunk = std::min<int64_t>(micro_tokens, 512);
-  o.head_chunk = std::min(o.head_chunk, micro_tokens);
+  choose_micro_batch(o, cpu, undecided);
   if (o.lr == 0) o.lr = adaptive ? 5e-4 : o.optimizer == "adamw" ? 6e-4 : 0.1;
   if (o.weight_decay < 0) o.weight_decay = o.optimizer == "sgd" ? 0.0 : 0.1;
   if (o.beta1 < 0) o.beta1 = o.optimizer == "sgd" ? 0.0 : 0.9;
@@ -66,16 +82,7 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
 EngineConfig engine_config(const Options& o, const Gpt2Config& model, bool training) {
   EngineConfig engine;
   engine.model = model;
-  engine.shapes = {o.micro_batch,
-                   o.seq_len,
-                   o.head_chunk,
-                   dtype_of(o.activation_dtype),
-                   choice<Recompute>({{"none", Recompute::kNone},
-                                      {"gelu", Recompute::kGelu},
-                                      {"norms+gelu", Recompute::kNormsGelu},
-                                      {"attention", Recompute::kAttention},
-                                      {"block", Recompute::kBlock}},
-                                     o.recompute),
+  engine.shapes = {o.micro_batch, o.seq_len, o.head_chunk, dtype_of(o.activation_dtype), recompute_of(o.recompute),
                    training};
   engine.weight_dtype = dtype_of(o.weight_dtype);
   engine.master_weights = o.master_weights == "fp32";
@@ -122,16 +129,20 @@ EngineConfig engine_config(const Options& o, const Gpt2Config& model, bool train
   sink.compress_embeddings = o.compress_embeddings;
   sink.clip_norm = static_cast<float>(o.clip_norm);
   sink.seed = opt.seed;
-  sink.blocks = choice<GradientBlocks>(
-      {{"whole", GradientBlocks::kWhole}, {"embedding", GradientBlocks::kEmbedding}, {"all", GradientBlocks::kAll}},
-      o.gradient_blocks);
-  const auto offloaded = [&](const char* what) { return ("," + o.offload + ",").find(what) != std::string::npos; };
-  engine.offload = {.activations = offloaded(",activations,"),
-                    .state = offloaded(",state,") || offloaded(",weights,"),
-                    .weights = offloaded(",weights,"),
-                    .layers_in_flight = static_cast<int>(o.layers_in_flight)};
+  sink.blocks = gradient_blocks_of(o.gradient_blocks);
+  engine.offload = offload_of(o.offload, o.layers_in_flight);
   engine.graphs = !o.no_cuda_graph;
   return engine;
+}
+
+void check_gradient_blocks(const Options& o, const SinkConfig& sink, Undecided undecided) {
+  if (sink.blocks == GradientBlocks::kWhole) return;
+  const std::string flag = "--gradient-blocks " + o.gradient_blocks;
+  if (sink.kind != SinkKind::kFused) throw UsageError(flag + " contradicts --gradients " + o.gradients);
+  if (sink.micro_batches > 1 && undecided == Undecided::kNothing) {
+    throw UsageError(flag + " needs all of --tokens-per-step " + std::to_string(o.tokens_per_step) +
+                     " in one micro-batch, which has " + std::to_string(o.micro_batch * o.seq_len) + " tokens");
+  }
 }
 
 ScheduleConfig schedule_config(const Options& o) {
@@ -176,22 +187,38 @@ std::unique_ptr<Backend> make_backend(Options& options, std::string& why) {
   return make_cpu_backend({.threads = static_cast<int>(options.threads)});
 }
 
-RunSetup resolve(Options options, const std::string& device, int64_t vocabulary, bool training,
-                 const std::string& checkpoint) {
+std::unique_ptr<Backend> make_backend_for_plan(Options& options, std::string& note) {
+  note.clear();
+  const std::string problem = options.device == "cuda" ? cuda_unavailable() : "";
+  if (!problem.empty()) {
+    note = "no GPU is used (" + problem + "): the plan is for a GPU that is not here";
+    return make_planning_backend();
+  }
+  std::string why;
+  return make_backend(options, why);
+}
+
+int64_t default_micro_batch(const std::string& device) { return device == "cpu" ? kCpuMicroBatch : kGpuMicroBatch; }
+
+RunSetup resolve(const RunRequest& request, Undecided undecided) {
   RunSetup setup;
-  const bool cpu = device == "cpu";
+  setup.request = request;
+  Options options = request.options;
+  const bool cpu = request.device == "cpu";
   if (options.model.empty()) options.model = cpu ? "small" : "d12";
-  setup.source = find_model(checkpoint.empty() ? options.model : checkpoint);
+  setup.source = find_model(request.checkpoint.empty() ? options.model : request.checkpoint);
   Gpt2Config config = setup.source.config;
   const bool preset_model = setup.source.kind == ModelSource::Kind::kPreset;
-  if (preset_model && vocabulary > 0) config.vocabulary = vocabulary;
-  if (vocabulary > config.vocabulary) {
-    throw UsageError("the data's vocabulary (" + std::to_string(vocabulary) + " tokens) is larger than the model's (" +
-                     std::to_string(config.vocabulary) + "): " + options.model);
+  if (preset_model && request.vocabulary > 0) config.vocabulary = request.vocabulary;
+  if (request.vocabulary > config.vocabulary) {
+    throw UsageError("the data's vocabulary (" + std::to_string(request.vocabulary) +
+                     " tokens) is larger than the model's (" + std::to_string(config.vocabulary) +
+                     "): " + options.model);
   }
-  choose_defaults(options, cpu, config, preset_model, training);
+  choose_defaults(options, cpu, config, preset_model, request.training, undecided);
   check_options(options);  // what was chosen may contradict what was given
-  setup.engine = engine_config(options, config, training);
+  setup.engine = engine_config(options, config, request.training);
+  check_gradient_blocks(options, setup.engine.sink, undecided);
   setup.schedule = schedule_config(options);
   setup.options = options;
   return setup;

@@ -10,24 +10,41 @@
 #include "kernels/backend.h"
 #include "train/engine.h"
 #include "train/options.h"
+#include "train/setting_names.h"
 #include "train/weights_io.h"
 
 // The device the options ask for; chooses options.threads. Throws UsageError when it cannot be had; `why` says in words
 // what "auto" chose.
 std::unique_ptr<Backend> make_backend(Options& options, std::string& why);
 
+// A usable device of the options' kind, or where there is none a stand-in that plans for one; `note` then says so.
+std::unique_ptr<Backend> make_backend_for_plan(Options& options, std::string& note);
+
+// What a run is made from: the options before defaults are chosen, and what they meet.
+struct RunRequest {
+  Options options;
+  std::string device;      // name of the backend
+  int64_t vocabulary = 0;  // the data's, or 0 where there is no data to ask (then GPT-2's)
+  bool training = true;
+  std::string checkpoint;  // to resume from; it says itself what the model is: --model may be gone by then
+};
+
 struct RunSetup {
   Options options;     // resolved: nothing is left to be chosen
   ModelSource source;  // where weights come from
   EngineConfig engine;
   ScheduleConfig schedule;
+  RunRequest request;  // what it was resolved from
 };
 
-// Fills in defaults for the device and the model and checks that it all fits together. `vocabulary` is the data's, or 0
-// where there is no data to ask (then GPT-2's). A `checkpoint` to resume from says itself what the model is: --model
-// may be gone by then. Throws UsageError.
-RunSetup resolve(Options options, const std::string& device, int64_t vocabulary, bool training,
-                 const std::string& checkpoint = "");
+// With kPlannersSettings some settings only have values to start from: what the planner may change is not checked
+// against the rest.
+enum class Undecided : uint8_t { kNothing, kPlannersSettings };
+
+// Fills in defaults for the device and the model and checks that it all fits together. Throws UsageError.
+RunSetup resolve(const RunRequest& request, Undecided undecided = Undecided::kNothing);
+
+int64_t default_micro_batch(const std::string& device);
 
 // Makes the default training data (text found on this machine) where no --data is given, and finds validation shards
 // beside the training shards. Changes options.data and options.val_data.

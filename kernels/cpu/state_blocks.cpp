@@ -104,8 +104,12 @@ void store_block(const Tensor& tensor, int64_t begin, int64_t count, const float
   }
 }
 
-void rounding_numbers(uint32_t (&rounding)[kQuantBlock], int64_t begin, int64_t count, const RandomKey& key,
-                      uint32_t step) {
+void store_block_stochastic(const Tensor& tensor, int64_t begin, int64_t count, const float* values,
+                            const RandomKey& key, uint32_t step) {
+  if (tensor.dtype != DType::kBF16) {
+    store_block(tensor, begin, count, values);
+    return;
+  }
   // Eight elements share a Philox block; a view may start inside one, so up to kQuantBlock / 8 + 1 blocks are needed.
   constexpr int64_t kElements = 8, kWordsPerCall = 4 * kPhiloxLanes;
   constexpr int64_t kCalls = kQuantBlock / (kElements * kPhiloxLanes) + 1;
@@ -121,19 +125,8 @@ void rounding_numbers(uint32_t (&rounding)[kQuantBlock], int64_t begin, int64_t 
     bits[2 * w] = words[w] & 0xFFFFu;
     bits[2 * w + 1] = words[w] >> 16;
   }
-  std::memcpy(rounding, bits + skip, static_cast<size_t>(count) * sizeof(uint32_t));
-}
-
-void store_block_stochastic(const Tensor& tensor, int64_t begin, int64_t count, const float* values,
-                            const RandomKey& key, uint32_t step) {
-  if (tensor.dtype != DType::kBF16) {
-    store_block(tensor, begin, count, values);
-    return;
-  }
-  uint32_t bits[kQuantBlock];
-  rounding_numbers(bits, begin, count, key, step);
   bf16* out = tensor.as<bf16>() + begin;
-  for (int64_t i = 0; i < count; ++i) out[i] = round_stochastic(values[i], bits[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] = round_stochastic(values[i], bits[skip + i]);
 }
 
 void fill_normals(float* out, uint64_t first, int64_t count, const RandomKey& key, uint32_t step) {

@@ -24,9 +24,6 @@ void store_block(const Tensor& tensor, int64_t begin, int64_t count, const float
 void store_block_stochastic(const Tensor& tensor, int64_t begin, int64_t count, const float* values,
                             const RandomKey& key, uint32_t step);
 
-// bits[i] = the 16 random bits that round element key.offset + begin + i; count is at most kQuantBlock.
-void rounding_numbers(uint32_t (&bits)[kQuantBlock], int64_t begin, int64_t count, const RandomKey& key, uint32_t step);
-
 // out[i] = normal number `first + i` of the stream (key, step).
 void fill_normals(float* out, uint64_t first, int64_t count, const RandomKey& key, uint32_t step);
 

@@ -26,6 +26,19 @@ float fresh_scale(float largest) {
   return std::isinf(largest) ? std::numeric_limits<float>::quiet_NaN() : kRoom * largest;
 }
 
+// Four elements share a Philox block, 64 a call of philox_lanes(); a view may start inside of one.
+constexpr int64_t kCallWords = 4 * kPhiloxLanes;
+using Words = uint32_t[kQuantBlock + kCallWords];
+
+// The words of elements key.offset + begin on, one each; they are somewhere in `words`.
+const uint32_t* random_words(Words& words, int64_t begin, int64_t count, const RandomKey& key, uint32_t step) {
+  const uint64_t first = key.offset + static_cast<uint64_t>(begin), k = philox_key(key);
+  const int64_t skip = static_cast<int64_t>(first % 4);
+  for (int64_t word = 0; word < skip + count; word += kCallWords)
+    philox_lanes(words + word, k, key.tensor, step, first / 4 + static_cast<uint64_t>(word / 4));
+  return words + skip;
+}
+
 void encode_nearest(int8_t* codes, const float* in, int64_t count, float scale) {
   for (int64_t i = 0; i < count; ++i) {
     const float x = std::clamp(in[i] / scale, -kMostCode, kMostCode);
@@ -34,11 +47,10 @@ void encode_nearest(int8_t* codes, const float* in, int64_t count, float scale) 
 }
 
 // floor(x / scale + u) without rounding the sum: u >= 1 - fraction.
-void encode_stochastic(int8_t* codes, const float* in, const uint32_t* random, int64_t count, float scale) {
+void encode_stochastic(int8_t* codes, const float* in, const uint32_t* words, int64_t count, float scale) {
   for (int64_t i = 0; i < count; ++i) {
     const float x = in[i] / scale, whole = std::floor(x);
-    const float u = (static_cast<float>(random[i]) + 0.5f) * 0x1p-16f;
-    const float code = whole + (u >= 1.0f - (x - whole) ? 1.0f : 0.0f);
+    const float code = whole + (uniform_from_word(words[i]) >= 1.0f - (x - whole) ? 1.0f : 0.0f);
     codes[i] = static_cast<int8_t>(std::clamp(code, -kMostCode, kMostCode));
   }
 }
@@ -59,9 +71,8 @@ void CpuBackend::quantize_weight(Tensor out, Tensor in, RandomKey key, const Ste
     if (!(scale > 0.0f)) {  // NaN, or nothing but zeros: all codes say the same
       std::memset(codes, 0, static_cast<size_t>(count));
     } else if (scalars) {
-      uint32_t random[kQuantBlock];
-      rounding_numbers(random, begin, count, key, scalars->step);
-      encode_stochastic(codes, x, random, count, scale);
+      Words words;
+      encode_stochastic(codes, x, random_words(words, begin, count, key, scalars->step), count, scale);
     } else {
       encode_nearest(codes, x, count, scale);
     }

@@ -29,6 +29,27 @@ __device__ inline float largest_magnitude(const float (&x)[kRun]) {
   return bits_to_float(largest < kInfinityBits ? largest : kInfinityBits);
 }
 
+// The words of elements first .. first + 7, four to a Philox block. A tensor that starts inside of one needs a third
+// and a shift; indices stay known to the compiler, so that nothing spills.
+__device__ inline void random_words(uint32_t (&words)[kRun], const RandomStream& stream, uint32_t step,
+                                    uint64_t first) {
+  const PhiloxWords low = random_block(stream, step, first / 4), high = random_block(stream, step, first / 4 + 1);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = low.w[i], words[i + 4] = high.w[i];
+  const uint32_t skip = static_cast<uint32_t>(first % 4);
+  if (skip == 0) return;
+  const PhiloxWords last = random_block(stream, step, first / 4 + 2);
+  uint32_t all[kRun + 4];
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) all[i] = words[i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) all[i + kRun] = last.w[i];
+#pragma unroll
+  for (int i = 0; i < 10; ++i) all[i] = skip & 2 ? all[i + 2] : all[i];
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) words[i] = skip & 1 ? all[i + 1] : all[i];
+}
+
 __device__ inline float clamp_code(float code) { return fminf(fmaxf(code, -kMostCode), kMostCode); }
 
 __device__ inline void store_codes(const BlockTensor& t, const Run& run, const float (&codes)[kRun]) {
@@ -73,13 +94,13 @@ __global__ void __launch_bounds__(kStateThreads)
     for (int i = 0; i < kRun; ++i) codes[i] = rintf(clamp_code(x[i] / scale));
   } else {
     // floor(x / scale + u) without rounding the sum: u >= 1 - fraction.
-    uint32_t random[4];
-    rounding_words(random, stream, scalars->step, stream.offset + static_cast<uint64_t>(run.first));
+    uint32_t words[kRun];
+    random_words(words, stream, scalars->step, stream.offset + static_cast<uint64_t>(run.first));
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       const float quotient = x[i] / scale, whole = floorf(quotient);
-      const float u = (static_cast<float>((random[i / 2] >> (i % 2 * 16)) & 0xffffu) + 0.5f) * 0x1p-16f;
-      codes[i] = clamp_code(whole + (u >= 1.0f - (quotient - whole) ? 1.0f : 0.0f));
+      const float up = uniform_from_word(words[i]) >= 1.0f - (quotient - whole) ? 1.0f : 0.0f;
+      codes[i] = clamp_code(whole + up);
     }
   }
   store_codes(out, run, codes);

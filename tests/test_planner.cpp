@@ -1,0 +1,319 @@
+// test_planner.cpp: the planner takes the fastest setting that fits, leaves alone what was given, and its shortcuts
+// (the least bytes of a plan, relatives that were rejected) change nothing about the result. Speeds survive their file.
+#include "train/planner.h"
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <random>
+#include <set>
+
+#include "tests/temporary_directory.h"
+#include "train/budget.h"
+#include "train/command_line.h"
+#include "train/memory_size.h"
+#include "train/speeds_cache.h"
+
+namespace {
+
+EngineConfig small_config() {
+  EngineConfig config;
+  config.model = {.vocabulary = 300, .positions = 32, .layers = 3, .heads = 2, .channels = 32};
+  config.shapes = {.batch = 2, .sequence = 24, .head_chunk = 16};
+  config.optimizer.rank = 8;
+  return config;
+}
+
+Freedom everything(int64_t largest) {
+  return {.micro_batch = true,
+          .recompute = true,
+          .head_chunk = true,
+          .gradient_blocks = true,
+          .offload = true,
+          .sequences_per_step = 0,
+          .largest_micro_batch = largest};
+}
+
+// Speeds as a device might have them, and some that none has.
+Speeds random_speeds(std::mt19937& random) {
+  std::uniform_real_distribution<double> seconds(0, 1e-4);
+  Speeds s = nominal_speeds(small_config(), "cuda");
+  for (Cost* cost : {&s.linear_forward, &s.linear_input_gradient, &s.linear_weight_gradient, &s.attention_forward,
+                     &s.attention_backward, &s.norms, &s.gelu, &s.norms_backward, &s.logits, &s.classifier,
+                     &s.head_input_gradient, &s.head_weight_gradient}) {
+    *cost = {random() % 3 == 0 ? 0 : seconds(random), seconds(random)};
+  }
+  s.update_block = seconds(random);
+  s.to_device = s.to_host = 1e9 * (1 + random() % 20);
+  s.copies_overlap = random() % 2 == 0;
+  return s;
+}
+
+RunSetup undecided(std::vector<std::string> arguments, const std::string& device = "cpu") {
+  arguments.insert(arguments.begin(), "train_gpt2");
+  std::vector<char*> argv;
+  for (std::string& argument : arguments) argv.push_back(argument.data());
+  Options options;
+  parse_command_line(static_cast<int>(argv.size()), argv.data(), options);
+  return resolve({options, device, 257, true, ""}, Undecided::kPlannersSettings);
+}
+
+size_t bytes_of(const std::string& text) { return parse_memory_size("memory-budget", text); }
+
+TEST(MemorySize, UnitsAreBinaryOrDecimal) {
+  EXPECT_EQ(bytes_of("24GiB"), size_t{24} << 30);
+  EXPECT_EQ(bytes_of("24GB"), 24000000000u);
+  EXPECT_EQ(bytes_of("500MiB"), size_t{500} << 20);
+  EXPECT_EQ(bytes_of("8e9"), 8000000000u);
+  EXPECT_EQ(bytes_of("8G"), size_t{8} << 30);
+  EXPECT_EQ(bytes_of("8gi"), size_t{8} << 30);
+  EXPECT_EQ(bytes_of("1.5 kb"), 1500u);
+  EXPECT_EQ(bytes_of("2TiB"), size_t{2} << 40);
+  EXPECT_EQ(bytes_of("77b"), 77u);
+}
+
+TEST(MemorySize, NonsenseIsRefusedByName) {
+  for (const char* text :
+       {"", "GiB", "12XB", "-3GiB", "0", "0GiB", "nan", "inf", "1e40", "0.2", "0x10", "12 34", "8GBs", "8e"}) {
+    try {
+      bytes_of(text);
+      ADD_FAILURE() << text;
+    } catch (const UsageError& error) {
+      EXPECT_NE(std::string(error.what()).find("GiB"), std::string::npos) << error.what();
+    }
+  }
+}
+
+TEST(Prediction, MoreTokensAreNeverSlowerPerToken) {
+  std::mt19937 random(1);
+  for (int i = 0; i < 300; ++i) {
+    const Speeds speeds = random_speeds(random);
+    EngineConfig config = small_config();
+    config.shapes.sequence = 1 + static_cast<int64_t>(random() % 700);
+    config.shapes.head_chunk = 1 + static_cast<int64_t>(random() % 600);
+    config.shapes.recompute = static_cast<Recompute>(random() % 5);
+    config.sink.blocks = static_cast<GradientBlocks>(random() % 3);
+    config.offload = {random() % 2 == 0, random() % 2 == 0, random() % 2 == 0, 2};
+    if (config.offload.weights) config.offload.state = true;
+    const bool accumulates = random() % 2 == 0;  // the same tokens per step, in fewer micro-batches
+    if (accumulates) config.sink.blocks = GradientBlocks::kWhole;
+    const EngineConfig start = config;
+    double before = INFINITY;
+    for (int64_t batch = 1; batch <= 48; ++batch) {
+      if (accumulates && 48 % batch != 0) continue;
+      config.shapes.batch = batch;
+      config.sink.micro_batches = accumulates ? static_cast<int>(48 / batch) : 1;
+      config.shapes.head_chunk = std::min(start.shapes.head_chunk, batch * config.shapes.sequence);
+      const double now =
+          predict_step(config, speeds, {1e5, 1e4}).seconds() / static_cast<double>(tokens_per_step(config));
+      EXPECT_LT(now, before) << "case " << i << ", micro-batch " << batch;
+      before = now;
+    }
+  }
+}
+
+TEST(Prediction, RecomputationAndBlocksCostTime) {
+  const Speeds speeds = nominal_speeds(small_config(), "cuda");
+  EngineConfig config = small_config();
+  const auto seconds = [&] { return predict_step(config, speeds, {}).seconds(); };
+  double before = 0;
+  for (const Recompute level :
+       {Recompute::kNone, Recompute::kGelu, Recompute::kNormsGelu, Recompute::kAttention, Recompute::kBlock}) {
+    config.shapes.recompute = level;
+    EXPECT_GT(seconds(), before);
+    before = seconds();
+  }
+  config.sink.blocks = GradientBlocks::kEmbedding;
+  EXPECT_GT(seconds(), before);
+  before = seconds();
+  config.sink.blocks = GradientBlocks::kAll;
+  EXPECT_GT(seconds(), before);
+}
+
+TEST(Planner, LeastBytesAreNoMoreThanThePlan) {
+  const auto backend = make_cpu_backend({.threads = 1});
+  const Planner planner(*backend, nominal_speeds(small_config(), "cpu"));
+  for (const SinkKind kind : {SinkKind::kDense, SinkKind::kFused}) {
+    EngineConfig config = small_config();
+    config.sink.kind = kind;
+    for (const Choice& choice : planner.candidates(config, everything(4))) {
+      const MemoryPlan plan = Engine(choice.config, *backend).plan();
+      const Bytes least = least_bytes(plan);
+      EXPECT_LE(least.device, plan.device_bytes());
+      EXPECT_GT(least.device, plan.device_bytes() / 2);
+      EXPECT_LE(least.host, plan.host_bytes());
+    }
+  }
+}
+
+// Against planning every candidate, for limits at and around what some of them take.
+TEST(Planner, TakesTheFastestThatFit) {
+  const auto backend = make_cpu_backend({.threads = 1});
+  const Planner planner(*backend, nominal_speeds(small_config(), "cuda"));
+  for (const int64_t sequences : {0, 6}) {
+    Freedom freedom = everything(8);
+    freedom.sequences_per_step = sequences;
+    const std::vector<Choice> candidates = planner.candidates(small_config(), freedom);
+    std::vector<Bytes> planned;
+    for (const Choice& choice : candidates) {
+      const MemoryPlan plan = Engine(choice.config, *backend).plan();
+      planned.push_back({plan.device_bytes(), plan.host_bytes()});
+    }
+    for (size_t i = 1; i < candidates.size(); ++i) {
+      EXPECT_LE(candidates[i - 1].seconds_per_token(), candidates[i].seconds_per_token());
+    }
+    std::mt19937 random(2);
+    for (int i = 0; i < 40; ++i) {
+      const Bytes some = planned[random() % planned.size()];
+      const MemoryLimit limit{some.device - random() % 2, some.host + random() % 2 * 100000, false};
+      std::vector<size_t> expected;
+      for (size_t k = 0; k < planned.size() && expected.size() < 2; ++k) {
+        if (fits(planned[k], limit)) expected.push_back(planned[k].device);
+      }
+      std::vector<size_t> found;
+      for (const Choice& choice : planner.fitting(candidates, limit, 2)) found.push_back(choice.device_bytes);
+      EXPECT_EQ(found, expected) << limit.device;
+    }
+    const auto least = std::min_element(planned.begin(), planned.end(),
+                                        [](const Bytes& a, const Bytes& b) { return a.device < b.device; });
+    const std::optional<Choice> smallest = planner.smallest(candidates, {0, SIZE_MAX, false});
+    EXPECT_EQ(smallest->device_bytes, least->device);
+    EXPECT_TRUE(planner.fitting(candidates, {least->device - 1, SIZE_MAX, false}, 1).empty());
+  }
+}
+
+TEST(Planner, HostAndDeviceMayBeTheSame) {
+  EXPECT_TRUE(fits({10, 5}, {10, 5, false}));
+  EXPECT_FALSE(fits({10, 6}, {10, 5, false}));
+  EXPECT_FALSE(fits({10, 5}, {10, 14, true}));
+  EXPECT_TRUE(fits({10, 5}, {10, 15, true}));
+}
+
+TEST(Planner, WhatWasGivenStays) {
+  const auto backend = make_cpu_backend({.threads = 1});
+  const RunSetup setup =
+      undecided({"--model", "tiny", "--seq-len", "32", "--memory-budget", "1GiB", "--micro-batch", "3", "--recompute",
+                 "gelu", "--offload", "activations", "--gradient-blocks", "embedding", "--head-chunk", "20"});
+  const Planner planner(*backend, nominal_speeds(setup.engine, "cpu"));
+  const std::vector<Choice> all = planner.candidates(setup.engine, freedom_left(setup));
+  ASSERT_EQ(all.size(), 1u);
+  EXPECT_EQ(settings_flags(all[0].config),
+            "--micro-batch 3 --recompute gelu --head-chunk 20 --gradient-blocks embedding --offload activations");
+}
+
+TEST(Planner, MicroBatchesDivideTheStep) {
+  const auto backend = make_cpu_backend({.threads = 1});
+  const auto batches = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(), {"--model", "tiny", "--seq-len", "32", "--memory-budget", "1GiB"});
+    const RunSetup setup = undecided(arguments);
+    std::set<int64_t> found;
+    for (const Choice& choice :
+         Planner(*backend, nominal_speeds(setup.engine, "cpu")).candidates(setup.engine, freedom_left(setup))) {
+      const SinkConfig& sink = choice.config.sink;
+      found.insert(choice.config.shapes.batch);
+      EXPECT_TRUE(sink.blocks == GradientBlocks::kWhole || gradient_blocks_possible(sink));
+    }
+    return found;
+  };
+  EXPECT_EQ(batches({}), (std::set<int64_t>{1, 2, 4}));  // at most a CPU's default
+  EXPECT_EQ(batches({"--tokens-per-step", "384"}), (std::set<int64_t>{1, 2, 3, 4, 6, 12}));
+  EXPECT_EQ(batches({"--tokens-per-step", "32"}), (std::set<int64_t>{1}));
+  EXPECT_EQ(batches({"--tokens-per-step", "384", "--gradient-blocks", "all"}), (std::set<int64_t>{12}));
+  EXPECT_EQ(batches({"--gradients", "dense"}), (std::set<int64_t>{1, 2, 4}));
+}
+
+TEST(Planner, AResumedRunKeepsItsNumbers) {
+  RunSetup setup = undecided({"--model", "tiny", "--memory-budget", "1GiB", "--recompute", "block"});
+  const auto free = [](const Freedom& f) {
+    return std::vector<bool>{f.micro_batch, f.recompute, f.head_chunk, f.gradient_blocks, f.offload};
+  };
+  EXPECT_EQ(free(freedom_left(setup)), (std::vector<bool>{true, false, true, true, true}));
+  setup.request.checkpoint = "runs/x/step_00000001";
+  EXPECT_EQ(free(freedom_left(setup)), (std::vector<bool>{false, false, false, false, true}));
+  EXPECT_EQ(free(full_freedom(setup)), (std::vector<bool>{false, true, false, false, true}));
+}
+
+TEST(Planner, TheChoiceEndsInTheOptions) {
+  const RunSetup setup = undecided({"--model", "tiny", "--seq-len", "32", "--memory-budget", "1GiB"});
+  EngineConfig choice = setup.engine;
+  choice.shapes.batch = 2;
+  choice.shapes.head_chunk = 24;
+  choice.shapes.recompute = Recompute::kAttention;
+  choice.sink.blocks = GradientBlocks::kAll;
+  choice.offload = {.activations = true, .state = true, .weights = true};
+  const RunSetup chosen = with_settings(setup, choice);
+  EXPECT_EQ(settings_flags(chosen.engine), settings_flags(choice));
+  EXPECT_EQ(chosen.options.micro_batch, 2);
+  EXPECT_EQ(chosen.options.tokens_per_step, 64);
+  EXPECT_EQ(chosen.options.recompute, "attention");
+  EXPECT_EQ(chosen.options.gradient_blocks, "all");
+  EXPECT_EQ(chosen.options.offload, "activations,weights");
+  EXPECT_EQ(chosen.options.head_chunk, 24);
+}
+
+TEST(Budget, WhatTheRuntimeTakesIsSetAside) {
+  const auto device = make_planning_backend();
+  Options options;
+  options.memory_budget = "24GiB";
+  const Budget budget = find_budget(options, *device, false);
+  EXPECT_GT(budget.set_aside, 0u);
+  EXPECT_EQ(budget.set_aside, device->runtime_bytes());
+  EXPECT_EQ(budget.limit.device + budget.set_aside, size_t{24} << 30);
+  options.memory_budget = "1MiB";
+  EXPECT_THROW(find_budget(options, *device, false), std::runtime_error);
+  options.memory_budget = "auto";
+  EXPECT_THROW(find_budget(options, *device, false), UsageError);
+
+  const auto cpu = make_cpu_backend({.threads = 1});
+  options.memory_budget = "1000TiB";  // a run gets no more than there is
+  EXPECT_LE(find_budget(options, *cpu, true).limit.device, cpu->memory_available() + (size_t{1} << 30));
+  EXPECT_GT(find_budget(options, *cpu, false).limit.device, size_t{900} << 40);
+}
+
+TEST(Speeds, AreMeasuredAndRemembered) {
+  const TemporaryDirectory directory;
+  const std::string path = directory.path() + "/cache/speeds.json";
+  const auto backend = make_cpu_backend({.threads = 1});
+  EngineConfig config = small_config();
+  config.weight_dtype = DType::kI8;
+  const std::string key = speeds_key(config, *backend);
+  EXPECT_FALSE(cached_speeds(path, key));
+  const Speeds measured = measure_speeds(config, *backend);
+  EXPECT_TRUE(measured.measured);
+  EXPECT_EQ(backend->allocated_bytes(), 0u);
+  for (const double value :
+       {measured.linear_forward.per_unit, measured.attention_backward.per_unit, measured.logits.per_unit,
+        measured.update_block, measured.update_row, measured.decode_block, measured.bandwidth, measured.to_host}) {
+    EXPECT_GT(value, 0);
+    EXPECT_TRUE(std::isfinite(value));
+  }
+  cache_speeds(path, key, measured);
+  cache_speeds(path, "another", measured);
+  const std::optional<Speeds> known = cached_speeds(path, key);
+  ASSERT_TRUE(known);
+  EXPECT_TRUE(known->measured);
+  EXPECT_EQ(known->linear_forward.per_unit, measured.linear_forward.per_unit);
+  EXPECT_EQ(known->to_device, measured.to_device);
+  EXPECT_EQ(predict_step(config, *known, {}).seconds(), predict_step(config, measured, {}).seconds());
+  config.optimizer.rank = 4;
+  EXPECT_NE(speeds_key(config, *backend), key);
+}
+
+TEST(Speeds, ADamagedCacheIsReplacedAndAnUnwritableOneIgnored) {
+  const TemporaryDirectory directory;
+  const std::string path = directory.path() + "/speeds.json";
+  Speeds speeds = nominal_speeds(small_config(), "cpu");
+  for (const char* damage : {"", "{", "[1, 2]", "{\"key\": 3}", "{\"key\": {\"gelu_per_unit\": \"x\"}}"}) {
+    std::ofstream(path) << damage;
+    EXPECT_FALSE(cached_speeds(path, "key")) << damage;
+    cache_speeds(path, "key", speeds);
+    EXPECT_TRUE(cached_speeds(path, "key")) << damage;
+  }
+  speeds.bandwidth = 0;
+  cache_speeds(path, "key", speeds);
+  EXPECT_FALSE(cached_speeds(path, "key")) << "a bandwidth of 0";
+  cache_speeds("/proc/nowhere/speeds.json", "key", speeds);
+  EXPECT_FALSE(cached_speeds("/proc/nowhere/speeds.json", "key"));
+}
+
+}  // namespace

@@ -1,0 +1,96 @@
+"""test_run_memory.py: what a CPU run has in memory, as the kernel counts it, is the plan and a constant.
+
+The arena is resident in full. On top of it come the program with its heap (about 18 MiB, 8 of them to write a
+checkpoint) and, in fp32, OpenBLAS's packing buffers (with two threads about 50 MiB once products are as large as those
+of 512 tokens, else less). None of it depends on the size of the model: a first run states the constant, and others, of
+other widths, optimizers and places of the weights, must keep to it. Bytes on the host count as the device's do: on a
+CPU both are the process's.
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from program import PROGRAM, ROOT, metrics, succeed, write_shard
+
+MIB = 1 << 20
+VOCABULARY = 50257
+FLAGS = ["--seq-len", 256, "--micro-batch", 2, "--device", "cpu", "--threads", 2, "--peak-tflops", 0.2,
+         "--eval-every", 0, "--checkpoint-every", 0, "--log-every", 1]
+
+OFFLOAD = ["--gradients", "fused", "--recompute", "block", "--offload", "weights,activations"]
+MASTER = ["--master-weights", "fp32", "--state-dtype", "fp32"]
+
+# dtype: the run that states the constant, then those that must keep to it: (layers, width, flags).
+RUNS = {
+    "fp32": [(6, 384, ["--optimizer", "adamw"]),
+             (6, 640, ["--optimizer", "adafactor", "--gradients", "fused"]),
+             (5, 1024, ["--optimizer", "flora", "--rank", 64, *OFFLOAD]),
+             (12, 768, ["--optimizer", "adamw"])],
+    "bf16": [(6, 384, ["--optimizer", "adamw", *MASTER]),
+             (4, 768, ["--optimizer", "adamw", *MASTER])],
+}
+
+
+def skip_where_it_cannot_hold():
+    if not PROGRAM.exists():
+        pytest.skip("./train_gpt2 is not built (make)")
+    libraries = subprocess.run(["ldd", str(PROGRAM)], capture_output=True, text=True).stdout
+    if "blas" not in libraries:
+        pytest.skip("built without a BLAS library: its products take too long here")
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    if not available or int(available[1]) < 3 << 20:
+        pytest.skip("less than 3 GiB of memory are available")
+
+
+def peak_resident(flags, out, whole):
+    """Bytes of the largest resident set of a run of one step; unless it is to be whole, it is ended before it writes
+    its checkpoint, which takes longer than the step. (The count begins at exec, with the size of this process as the
+    least: far below what is measured here.)"""
+    command = [PROGRAM, *flags, "--steps", 1 if whole else 2, "--out", out]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    file, ended = out / "metrics.jsonl", 0
+    while not ended:
+        time.sleep(0.02)
+        if not whole and file.exists() and file.read_text().count("\n") > 1:  # a header, a line per step
+            os.kill(process.pid, signal.SIGKILL)  # not process.kill(), which would wait for a process that has ended
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == (0 if whole else -signal.SIGKILL), command
+    assert [line["step"] for line in metrics(out)[1]][:1] == [1]
+    shutil.rmtree(out)
+    return usage.ru_maxrss << 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", RUNS)
+def test_the_resident_set_is_the_plan_and_a_constant(tmp_path, dtype):
+    skip_where_it_cannot_hold()
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, 4096)
+    shard = write_shard(tmp_path / "random_train_000000.bin", tokens, VOCABULARY)
+    constant = None
+    for layers, width, flags in RUNS[dtype]:
+        config, out = tmp_path / "config.json", tmp_path / "run"
+        config.write_text(json.dumps({"vocab_size": VOCABULARY, "n_positions": 256, "n_layer": layers,
+                                      "n_head": width // 64, "n_embd": width}))
+        flags = ["--model", config, "--dtype", dtype, *flags, *FLAGS, "--data", shard]
+        plan = json.loads(succeed("plan", "--json", *flags))
+        planned = plan["device_bytes"] + plan["host_bytes"]
+        resident = peak_resident(flags, out, whole=constant is None)
+        name = f"{dtype}, {layers} x {width}: {planned / MIB:.1f} MiB planned, {resident / MIB:.1f} resident"
+        if constant is None:
+            constant = resident - planned
+            print(f"\n{name}, constant {constant / MIB:.1f}")
+            assert 0 < constant < 100 * MIB, name
+            continue
+        difference = resident - planned - constant
+        print(f"{name}, {difference / planned:+.2%} beside the constant")
+        assert 0.5 * 1024 * MIB < planned < 2.3 * 1024 * MIB, name
+        assert ("--offload" in flags) == (plan["host_bytes"] > 0.1 * planned), name
+        assert abs(difference) <= 0.03 * planned, f"{name}, constant {constant / MIB:.1f}"
