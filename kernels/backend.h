@@ -86,8 +86,8 @@ class Backend {
   virtual std::string description() const = 0;  // for the banner: model of the device, threads, BLAS
   virtual size_t memory_available() const = 0;  // bytes a plan may take, what the runtime itself will need set aside
   // Bytes of the device's memory that the runtime takes beside allocate(), measured now. CPU: what of the process is
-  // resident and was not given out. CUDA: what is in use and was not given out, at most 1 GiB of it (others may use the
-  // device, too), and what kernels and graphs will still take.
+  // resident and was not given out, and what buffers of BLAS and of files will still take. CUDA: what is in use and was
+  // not given out, at most 1 GiB of it (others may use the device, too), and what kernels and graphs will still take.
   virtual size_t runtime_bytes() const = 0;
   virtual size_t host_memory_available() const = 0;  // bytes that allocate_host() can still give
   // What a user should know about memory that allocate_host() gave out, as one line; empty when all is well.

@@ -94,3 +94,20 @@ def test_the_resident_set_is_the_plan_and_a_constant(tmp_path, dtype):
         assert 0.5 * 1024 * MIB < planned < 2.3 * 1024 * MIB, name
         assert ("--offload" in flags) == (plan["host_bytes"] > 0.1 * planned), name
         assert abs(difference) <= 0.03 * planned, f"{name}, constant {constant / MIB:.1f}"
+
+
+def test_a_run_within_a_budget_stays_inside_to_the_last_byte_resident(tmp_path, monkeypatch):
+    """The budget is for the whole process: what is set aside for the runtime is enough, checkpoint included."""
+    skip_where_it_cannot_hold()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, 8192)
+    shard = write_shard(tmp_path / "random_train_000000.bin", tokens, VOCABULARY)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"vocab_size": VOCABULARY, "n_positions": 256, "n_layer": 4, "n_head": 6,
+                                  "n_embd": 384}))
+    for budget in (400, 700):
+        flags = ["--model", config, "--device", "cpu", "--threads", 2, "--peak-tflops", 0.2, "--eval-every", 0,
+                 "--data", shard, "--memory-budget", f"{budget}MiB"]
+        resident = peak_resident(flags, tmp_path / "run", whole=True)
+        print(f"\nbudget {budget} MiB, resident {resident / MIB:.1f} MiB")
+        assert 0.6 * budget * MIB < resident <= budget * MIB

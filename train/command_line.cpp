@@ -77,10 +77,9 @@ Command parse_command_line(int argc, char** argv, Options& options) {
   app.set_config("--config", "", "read flags from a TOML file: one 'name = value' per line")->type_name("FILE");
   app.allow_config_extras(CLI::config_extras_mode::error);
   app.set_version_flag("--version", kVersion);
-  CLI::App* plan = app.add_subcommand("plan",
-                                      "print the memory plan, and what each technique saves; with --memory-budget and "
-                                      "no --model: the largest models that "
-                                      "fit (no device needed)");
+  CLI::App* plan = app.add_subcommand(
+      "plan", wrapped("print the memory plan, and what each technique saves; with --memory-budget and no --model: the "
+                      "largest models that fit (no device needed)"));
   CLI::App* generate = app.add_subcommand("generate", "continue --prompt with the --model given");
   CLI::App* eval = app.add_subcommand("eval", "loss of the --model given on --val-data");
   app.require_subcommand(0, 1);

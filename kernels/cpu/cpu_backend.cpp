@@ -25,6 +25,10 @@ namespace {
 constexpr size_t kAlignment = 256;
 constexpr size_t kHugePage = size_t{2} << 20;
 
+// Memory that the process takes later: pieces of checkpoints on their way to a file, and what OpenBLAS 0.3.21 packs
+// matrices into (measured: 24.3 MiB per thread for products of 512 rows and more, docs/performance.md).
+constexpr size_t kFileBuffers = size_t{16} << 20, kBlasBuffers = size_t{25} << 20;
+
 size_t round_up(size_t bytes, size_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
 
 // Large blocks are aligned to and advised for huge pages: strided walks through weights then miss the TLB far less.
@@ -86,7 +90,7 @@ size_t CpuBackend::runtime_bytes() const {
   for (const auto* blocks : {&device_blocks_, &host_blocks_})
     for (const auto& [memory, bytes] : *blocks) given_out += resident_bytes(memory, bytes);
   const size_t resident = resident_memory();
-  return resident > given_out ? resident - given_out : 0;
+  return (resident > given_out ? resident - given_out : 0) + kFileBuffers + kBlasBuffers * threads_;
 }
 
 // The best of a few products of 2048 x 1024 x 2048 (8.6 GFLOP) through matmul(), within about half a second.
