@@ -134,6 +134,41 @@ TEST(PlanVariants, AreWhatIsAllocated) {
       c.sink.accumulation_rank = sink == SinkKind::kCompressed ? 4 : 0;
     });
   }
+  const auto offload_all = [](EngineConfig& c) {
+    c.offload = {.activations = true, .state = true, .weights = true, .layers_in_flight = 2};
+    c.shapes.recompute = Recompute::kBlock;
+  };
+  const auto bf16_all = [](EngineConfig& c) {
+    c.shapes.dtype = c.weight_dtype = c.sink.gradient_dtype = c.optimizer.state_dtype = DType::kBF16;
+  };
+  for (const OptimizerKind optimizer :
+       {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd}) {
+    for (const auto blocks : {GradientBlocks::kWhole, GradientBlocks::kEmbedding, GradientBlocks::kAll}) {
+      for (const bool offload : {false, true}) {
+        for (const DType weights : {DType::kF32, DType::kBF16, DType::kI8}) {
+          for (const bool tied : {true, false}) {
+            with("offload, blocks, dtypes of weights", [&](EngineConfig& c) {
+              if (weights != DType::kF32) bf16_all(c);
+              if (weights == DType::kI8) c.weight_dtype = c.optimizer.state_dtype = DType::kI8;
+              if (offload) offload_all(c);
+              c.optimizer.kind = optimizer;
+              c.sink.blocks = blocks;
+              c.model.tied_head = tied;
+            });
+          }
+        }
+      }
+    }
+  }
+  with("streamed with master weights and several micro-batches", [&](EngineConfig& c) {
+    bf16_all(c);
+    offload_all(c);
+    c.master_weights = true;
+    c.sink.micro_batches = 3;
+    c.optimizer.kind = OptimizerKind::kAdamW;
+  });
+  with("forward only, streamed", [&](EngineConfig& c) { offload_all(c), c.shapes.training = false; });
+  with("one layer, streamed", [&](EngineConfig& c) { offload_all(c), c.model.layers = 1; });
   with("fused with projected sums",
        [](EngineConfig& c) { c.sink.kind = SinkKind::kFused, c.sink.accumulation_rank = 4, c.sink.micro_batches = 2; });
 }

@@ -24,6 +24,8 @@ RUNS = {
     "adamw-int8": ["--optimizer", "adamw", "--state-dtype", "int8"],
     "adamw-master": ["--optimizer", "adamw", "--master-weights", "fp32"],
     "adafactor": ["--optimizer", "adafactor"],
+    "flora-8-bit-offload": ["--rank", 16, "--weight-dtype", "int8", "--state-dtype", "int8", "--recompute", "block",
+                            "--offload", "weights,activations", "--gradient-blocks", "all"],
     "sgd-clipped": ["--optimizer", "sgd", "--beta1", 0.9, "--gradients", "fused", "--clip-norm", 1],
 }
 
@@ -139,6 +141,39 @@ def test_evaluation_samples_and_profile(data, model, tmp_path):
                   "--seq-len", 32, "--eval-batches", 2, "--device", "cuda")
     assert out.startswith("validation loss")
     succeed("generate", "--model", tmp_path / "run/latest", "--prompt", "a", "--sample-tokens", 3, "--device", "cuda")
+
+
+@pytest.mark.parametrize("offload", ["activations", "state", "weights,activations"])
+def test_offload_changes_no_bit(train, model, offload):
+    resident = train("resident", *model, "--rank", 16, "--recompute", "block", steps=6)
+    streamed = train("streamed", *model, "--rank", 16, "--recompute", "block", "--offload", offload, steps=6)
+    assert same_state(resident, streamed) and losses(resident) == losses(streamed)
+
+
+@on_shim
+def test_pinned_memory_that_is_refused_is_said_and_changes_no_bit(data, model, tmp_path):
+    def run(name, **variables):
+        result = call("--data", data / "text_train_*.bin", *model, *TINY[2:], "--rank", 16, "--offload", "weights",
+                      "--steps", 3, "--eval-every", 0, "--out", tmp_path / name, env=with_environment(**variables))
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+    assert run("pinned") == ""
+    warning = run("pageable", CUDA_ON_CPU_NO_PINNED=1)
+    assert "warning" in warning and "pinned host memory was refused" in warning and "pageable" in warning
+    assert same_state(tmp_path / "pinned", tmp_path / "pageable")
+
+
+@on_shim
+def test_a_budget_is_kept(data, model, tmp_path):
+    for budget, memory in (("40MiB", 96 << 20), ("auto", 38 << 20)):
+        out = tmp_path / budget
+        text = succeed("--data", data / "text_train_*.bin", *model, "--seq-len", 32, "--peak-tflops", 0.2, "--rank", 16,
+                       "--steps", 2, "--eval-every", 0, "--memory-budget", budget, "--out", out,
+                       env=with_environment(CUDA_ON_CPU_MEMORY=memory, XDG_CACHE_HOME=tmp_path))
+        assert "chosen " in text and "runner-up " in text and "predicted" in text
+        (line,) = [line for line in text.splitlines() if line.startswith("budget")]
+        _, steps = metrics(out)
+        assert 0 < steps[0]["device_bytes"] <= min(memory, 40 << 20), line
 
 
 def test_plan_is_what_is_allocated(train, model):

@@ -67,11 +67,12 @@ std::string plan_table(const MemoryPlan& plan) {
   if (plan.host_bytes() > 0) text += "  host               " + format_bytes(plan.host_bytes()) + "\n";
 
   std::vector<const Allocation*> largest;
-  for (const Allocation& allocation : plan.allocations()) largest.push_back(&allocation);
+  for (const Allocation& allocation : plan.allocations())
+    if (!allocation.host) largest.push_back(&allocation);
   std::stable_sort(largest.begin(), largest.end(),
                    [](const Allocation* a, const Allocation* b) { return a->bytes > b->bytes; });
   text += "largest of " + std::to_string(largest.size()) +
-          " allocations (those alive in different phases may share memory)\n";
+          " allocations on the device (those alive in different phases may share memory)\n";
   for (size_t i = 0; i < std::min(kLargest, largest.size()); ++i) {
     snprintf(line, sizeof line, "  %14s  %-16s %-22s %s\n", format_bytes(largest[i]->bytes).c_str(),
              category_name(largest[i]->category), phase_names(largest[i]->phases).c_str(), largest[i]->name.c_str());
