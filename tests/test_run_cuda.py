@@ -170,7 +170,8 @@ def test_a_budget_is_kept(data, model, tmp_path):
         text = succeed("--data", data / "text_train_*.bin", *model, "--seq-len", 32, "--peak-tflops", 0.2, "--rank", 16,
                        "--steps", 2, "--eval-every", 0, "--memory-budget", budget, "--out", out,
                        env=with_environment(CUDA_ON_CPU_MEMORY=memory, XDG_CACHE_HOME=tmp_path))
-        assert "chosen " in text and "runner-up " in text and "predicted" in text
+        assert "chosen " in text and "runner-up " in text
+        assert ("predicted" in text) == (budget != "auto")  # 38 MiB are too little to measure speeds in
         (line,) = [line for line in text.splitlines() if line.startswith("budget")]
         _, steps = metrics(out)
         assert 0 < steps[0]["device_bytes"] <= min(memory, 40 << 20), line
