@@ -209,15 +209,16 @@ TEST(Planner, MicroBatchesDivideTheStep) {
     std::set<int64_t> found;
     for (const Choice& choice :
          Planner(*backend, nominal_speeds(setup.engine, "cpu")).candidates(setup.engine, freedom_left(setup))) {
-      const SinkConfig& sink = choice.config.sink;
       found.insert(choice.config.shapes.batch);
-      EXPECT_TRUE(sink.blocks == GradientBlocks::kWhole || gradient_blocks_possible(sink));
+      EXPECT_TRUE(choice.config.sink.blocks == GradientBlocks::kWhole || gradient_blocks_possible(choice.config));
+      EXPECT_NO_THROW(Engine(choice.config, *backend));
     }
     return found;
   };
   EXPECT_EQ(batches({}), (std::set<int64_t>{1, 2, 4}));  // at most a CPU's default
   EXPECT_EQ(batches({"--tokens-per-step", "384"}), (std::set<int64_t>{1, 2, 3, 4, 6, 12}));
   EXPECT_EQ(batches({"--tokens-per-step", "32"}), (std::set<int64_t>{1}));
+  EXPECT_EQ(batches({"--no-factored"}), (std::set<int64_t>{1, 2, 4}));
   EXPECT_EQ(batches({"--tokens-per-step", "384", "--gradient-blocks", "all"}), (std::set<int64_t>{12}));
   EXPECT_EQ(batches({"--gradients", "dense"}), (std::set<int64_t>{1, 2, 4}));
 }

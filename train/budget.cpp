@@ -64,8 +64,11 @@ Budget find_budget(const Options& options, Backend& backend, bool for_run) {
   budget.bytes = parse_memory_size(kFlag, options.memory_budget);
   budget.set_aside = backend.runtime_bytes();
   if (budget.bytes <= budget.set_aside) {
+    const bool bare = options.memory_budget.find_first_not_of("0123456789.") == std::string::npos;
     throw std::runtime_error("--memory-budget " + options.memory_budget + ": the runtime alone takes " +
-                             std::to_string(budget.set_aside) + " bytes of the " + std::to_string(budget.bytes));
+                             std::to_string(budget.set_aside) + " bytes (" + format_bytes(budget.set_aside) +
+                             "), the budget has " + std::to_string(budget.bytes) +
+                             (bare ? "; did you mean " + options.memory_budget + "GiB?" : ""));
   }
   const size_t left = budget.bytes - budget.set_aside;
   budget.limit =

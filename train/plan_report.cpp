@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "train/metrics.h"
+#include "train/planner.h"
 #include "train/options.h"
 
 namespace {
@@ -115,8 +116,10 @@ std::vector<Technique> plan_techniques(const RunSetup& setup, Backend& backend) 
   config.optimizer.kind = OptimizerKind::kFlora;
   config.optimizer.rank = setup.options.rank;
   add("+ Flora, rank " + std::to_string(setup.options.rank));
-  config.sink.blocks = GradientBlocks::kEmbedding;
-  add("+ embedding's gradient in blocks");
+  if (gradient_blocks_possible(config)) {
+    config.sink.blocks = GradientBlocks::kEmbedding;
+    add("+ embedding's gradient in blocks");
+  }
   config.optimizer.state_dtype = config.weight_dtype = DType::kI8;
   add("+ 8-bit states and weights");
   config.weight_dtype = dtype;

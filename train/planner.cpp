@@ -114,8 +114,11 @@ bool fits(const Bytes& bytes, const MemoryLimit& limit) {
   return bytes.device <= limit.device && bytes.host + (limit.shared ? bytes.device : 0) <= limit.host;
 }
 
-bool gradient_blocks_possible(const SinkConfig& sink) {
-  return sink.kind == SinkKind::kFused && sink.micro_batches == 1;
+bool gradient_blocks_possible(const EngineConfig& config) {
+  const OptimizerKind kind = config.optimizer.kind;
+  const bool full_moment =
+      (kind == OptimizerKind::kFlora || kind == OptimizerKind::kAdafactor) && !config.optimizer.factored;
+  return config.sink.kind == SinkKind::kFused && config.sink.micro_batches == 1 && !full_moment;
 }
 
 std::vector<Choice> Planner::candidates(const EngineConfig& start, const Freedom& freedom) const {
@@ -133,7 +136,7 @@ std::vector<Choice> Planner::candidates(const EngineConfig& start, const Freedom
     for (const GradientBlocks blocks : kBlocks) {
       if (!freedom.gradient_blocks && blocks != start.sink.blocks) continue;
       config.sink.blocks = blocks;
-      if (blocks != GradientBlocks::kWhole && !gradient_blocks_possible(config.sink)) continue;
+      if (blocks != GradientBlocks::kWhole && !gradient_blocks_possible(config)) continue;
       for (const Recompute level : kLevels) {
         if (!freedom.recompute && level != start.shapes.recompute) continue;
         config.shapes.recompute = level;

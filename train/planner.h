@@ -35,8 +35,9 @@ struct Bytes {
 };
 Bytes least_bytes(const MemoryPlan& plan);
 
-// Gradients in blocks need the fused sink, and all of the step's tokens in one micro-batch.
-bool gradient_blocks_possible(const SinkConfig& sink);
+// Gradients in blocks need the fused sink, all of the step's tokens in one micro-batch, and of Flora and Adafactor a
+// factored second moment.
+bool gradient_blocks_possible(const EngineConfig& config);
 
 class Planner {
  public:

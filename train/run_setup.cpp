@@ -139,6 +139,7 @@ void check_gradient_blocks(const Options& o, const SinkConfig& sink, Undecided u
   if (sink.blocks == GradientBlocks::kWhole) return;
   const std::string flag = "--gradient-blocks " + o.gradient_blocks;
   if (sink.kind != SinkKind::kFused) throw UsageError(flag + " contradicts --gradients " + o.gradients);
+  if (o.no_factored) throw UsageError(flag + " contradicts --no-factored: a full second moment sees a gradient once");
   if (sink.micro_batches > 1 && undecided == Undecided::kNothing) {
     throw UsageError(flag + " needs all of --tokens-per-step " + std::to_string(o.tokens_per_step) +
                      " in one micro-batch, which has " + std::to_string(o.micro_batch * o.seq_len) + " tokens");
