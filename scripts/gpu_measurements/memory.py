@@ -1,8 +1,9 @@
 """memory.py: part `memory`: what is planned, what is allocated and what the driver says is used, per optimizer and
-model; then the largest model that completes two optimizer steps."""
+model; the largest model that completes two optimizer steps; then what each technique saves and costs
+(techniques.py)."""
 import json
 
-from . import machine, training
+from . import techniques, training
 from .session import Item, ItemFailed, OutOfMemory
 
 OPTIMIZERS = ("adamw", "adafactor", "sgd", "flora")
@@ -18,18 +19,11 @@ def optimizer_flags(session, optimizer):
 
 
 def one(session, model, optimizer):
-    """Two steps at the optimizer's default gradients, with block recompute; the driver's figure is the GPU's use while
-    the run is there, less what it was before: the plan, and what CUDA and its libraries take."""
+    """Two steps at the optimizer's default gradients, with block recompute."""
     flags = ["--model", model.preset, "--dtype", "bf16", "--recompute", "block", "--no-autotune",
              *session.sizes.memory_batch, *optimizer_flags(session, optimizer)]
-    planned, before, during = training.plan(session, flags), machine.memory_used(), []
-    run = training.train_without_end(session, flags, STEPS, at_the_end=lambda: during.append(machine.memory_used()))
-    allocated = run.rows[-1]["device_bytes"]
-    values = {"planned_bytes": planned, "allocated_bytes": allocated,
-              "driver_bytes": during[-1] - before if before is not None and during[-1] is not None else None}
-    if planned != allocated:
-        values["failed"] = f"planned {planned} bytes, allocated {allocated}"
-    return values
+    planned = training.whole_plan(session, flags)
+    return training.memory_values(planned, *training.train_beside_driver(session, flags, STEPS))
 
 
 def largest(session, name):
@@ -88,4 +82,5 @@ def items(session):
     sizes = session.sizes
     found = [Item(f"{optimizer} {model.name}", sizes.start_seconds, lambda o=optimizer, m=model: one(session, m, o))
              for model in sizes.memory_models for optimizer in OPTIMIZERS]
-    return found + [Item(name, 3 * sizes.start_seconds, lambda name=name: largest(session, name)) for name in SEARCHES]
+    found += [Item(name, 3 * sizes.start_seconds, lambda name=name: largest(session, name)) for name in SEARCHES]
+    return found + techniques.items(session)

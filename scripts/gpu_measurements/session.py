@@ -137,7 +137,9 @@ class Session:
 
     def readable(self, command):
         """The command as a reader would type it: paths below the repository, files of this call by their names."""
-        text = shlex.join(str(part) for part in command)
+        return self.shortened(shlex.join(str(part) for part in command))
+
+    def shortened(self, text):
         return text.replace(f"{self.folder}/", "/tmp/").replace(f"{ROOT}/", "")
 
     def execute(self, command, *, timeout=None, environment=None, watch=None, record=True):
@@ -146,7 +148,7 @@ class Session:
         command = [str(part) for part in command]
         if record:
             prefix = "".join(f"{name}={value} " for name, value in (environment or {}).items())
-            self.commands.append(prefix + self.readable(command))
+            self.commands.append(self.shortened(prefix) + self.readable(command))
         limit = time.monotonic() + min(self.left(), timeout or float("inf"))
         try:
             process = subprocess.Popen(

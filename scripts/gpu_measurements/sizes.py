@@ -59,6 +59,15 @@ class Sizes:
     head_channels: int
     search_memory: int  # bytes of the device; 0: what it says itself
     search_environment: dict = field(default_factory=dict)
+    # techniques (part memory) and part streaming, of one model; pairs of steps as above
+    streaming_model: tuple = ()  # without the micro-batch
+    streaming_start_seconds: float = 0  # as start_seconds
+    technique_steps: tuple = (0, 0)
+    overlap_micro_batches: tuple = ()
+    overlap_steps: tuple = (0, 0)
+    budgets: tuple = ()
+    budget_flags: tuple = ()
+    budget_steps: tuple = (0, 0)
     # learning
     learning_model: tuple = ()
     learning_tokens: int = 0  # per step
@@ -86,6 +95,9 @@ REAL = Sizes(
     micro_tokens=16384, large_tokens=524288, micro_steps=(3, 10), large_steps=(1, 2), profile_steps=20,
     memory_models=tuple(_GPT2.values()), memory_batch=("--micro-batch", "4", "--seq-len", "1024"),
     search_channels=(24, 128), head_channels=128, search_memory=0,
+    streaming_model=("--model", "gpt3:c4096", "--seq-len", "1024"), streaming_start_seconds=20, technique_steps=(2, 2),
+    overlap_micro_batches=(1, 4, 16), overlap_steps=(2, 3),
+    budgets=("8GiB", "16GiB", "24GiB"), budget_steps=(1, 3),
     learning_model=("--model", "d12", "--micro-batch", "32", "--seq-len", "1024"), learning_tokens=131072,
     learning_probe_steps=8,
 )
@@ -109,6 +121,9 @@ DRY = Sizes(
     memory_models=(Model("124M", "tiny", 2, 128, 2, 16, 200),), memory_batch=_TOY,
     search_channels=(1, 4), head_channels=64, search_memory=40 << 20,
     search_environment={"CUDA_ON_CPU_MEMORY": str(40 << 20)},
+    streaming_model=("--model", "tiny", "--seq-len", "16"), streaming_start_seconds=1, technique_steps=(1, 1),
+    overlap_micro_batches=(1, 2), overlap_steps=(1, 1),
+    budgets=("165200KiB", "165600KiB", "1GiB"), budget_flags=("--tokens-per-step", "32"), budget_steps=(1, 1),
     learning_model=("--model", "tiny", *_TOY), learning_tokens=64, learning_probe_steps=2, learning_longest_steps=6,
 )
 

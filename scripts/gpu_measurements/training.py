@@ -3,13 +3,16 @@ import array
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from .session import ItemFailed, OutOfMemory
+from . import machine
+from .session import ItemFailed, ItemSkipped, OutOfMemory
 
+CONTEXT_BYTES = 1 << 30  # more than CUDA and its libraries take beside the plan
 NO_EXTRAS = ("--eval-every", "0", "--checkpoint-every", "0", "--log-every", "1000")
 
 
@@ -132,11 +135,55 @@ def train_without_end(session, flags, steps, *, at_the_end=None, environment=Non
     return Training(out, header, rows[:steps], finished.output)
 
 
-def plan(session, flags):
-    """Bytes on the device, without running anything."""
+def whole_plan(session, flags):
+    """What `--plan --json` prints, without running anything."""
     finished = session.execute(command(session, [*flags, "--plan", "--json"]), timeout=60, record=False)
     finished.require("train_gpt2 --plan")
-    return json.loads(finished.output[finished.output.index("{"):])["device_bytes"]
+    return json.loads(finished.output[finished.output.index("{"):])
+
+
+def plan(session, flags):
+    """Bytes on the device."""
+    return whole_plan(session, flags)["device_bytes"]
+
+
+def why_it_does_not_fit(session, planned):
+    """An empty text where a run of this plan may be tried."""
+    free = session.device_memory()
+    if free and planned["device_bytes"] > free - CONTEXT_BYTES:
+        return f"plans {planned['device_bytes'] / 2**30:.2f} GiB on the device, which has {free / 2**30:.2f} GiB free"
+    match = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    if match and planned["host_bytes"] > 0.9 * (int(match[1]) << 10):
+        return (f"plans {planned['host_bytes'] / 2**30:.2f} GiB on the host, which has {int(match[1]) / 2**20:.2f} GiB "
+                "free")
+    return ""
+
+
+def fitting_plan(session, flags):
+    """The plan; the item is skipped where it does not fit into this machine."""
+    planned = whole_plan(session, flags)
+    if reason := why_it_does_not_fit(session, planned):
+        raise ItemSkipped(reason)
+    return planned
+
+
+def train_beside_driver(session, flags, steps, *, environment=None):
+    """The first steps of a run, and the driver's figure: the GPU's use while the run is there, less what it was before,
+    which is the plan, and what CUDA and its libraries take; None where there is no nvidia-smi."""
+    before, during = machine.memory_used(), []
+    run = train_without_end(session, flags, steps, at_the_end=lambda: during.append(machine.memory_used()),
+                            environment=environment)
+    return run, during[-1] - before if before is not None and during and during[-1] is not None else None
+
+
+def memory_values(planned, run, driver):
+    """Planned, allocated and used bytes of a run, which failed where it took other than its plan."""
+    allocated = run.rows[-1]["device_bytes"]
+    values = {"planned_bytes": planned["device_bytes"], "allocated_bytes": allocated,
+              "host_bytes": planned["host_bytes"], "driver_bytes": driver}
+    if values["planned_bytes"] != allocated:
+        values["failed"] = f"planned {values['planned_bytes']} bytes, allocated {allocated}"
+    return values
 
 
 def speed(run, warmup):
