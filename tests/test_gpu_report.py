@@ -20,7 +20,7 @@ EMULATION = ROOT / "build/cuda_on_cpu/train_gpt2"
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from gpu_measurements import (correctness, kernels, learning, machine, memory, peers, render, steps,  # noqa: E402
-                              training)
+                              streaming, techniques, training)
 from gpu_measurements.results import Results, read  # noqa: E402
 from gpu_measurements.session import Item, ItemFailed, ItemSkipped, OutOfMemory, Session  # noqa: E402
 from gpu_measurements.sizes import DRY, REAL  # noqa: E402
@@ -86,7 +86,7 @@ def whole(tmp_path_factory, fake_llmc):
     """One dry run of every part but the tests."""
     folder = tmp_path_factory.mktemp("report")
     began = time.monotonic()
-    result = dry_run(folder, "--parts", "right kernels steps memory learning", "--llmc", fake_llmc)
+    result = dry_run(folder, "--parts", "right kernels steps memory streaming learning", "--llmc", fake_llmc)
     return SimpleNamespace(folder=folder, seconds=time.monotonic() - began, parts=parts_in(folder), result=result,
                            page=(folder / f"{NAME}.md").read_text())
 
@@ -98,8 +98,8 @@ def whole(tmp_path_factory, fake_llmc):
 @pytest.mark.slow
 def test_a_dry_run_measures_every_part(whole):
     assert whole.seconds < 180
-    assert set(whole.parts) == {"right", "kernels", "steps-124M", "steps-6.7B", "memory", "learning"}
-    for part in ("right", "steps-124M", "steps-6.7B", "memory", "learning"):
+    assert set(whole.parts) == {"right", "kernels", "steps-124M", "steps-6.7B", "memory", "streaming", "learning"}
+    for part in ("right", "steps-124M", "steps-6.7B", "memory", "streaming", "learning"):
         for item, status in statuses(whole.parts[part]).items():
             lenient = "pytorch" in item and status.startswith("skipped: no Python here has PyTorch")
             assert status == "ok" or lenient, (part, item, status)
@@ -127,10 +127,60 @@ def test_the_items_hold_what_the_issue_asks_for(whole):
     largest = memory_items["largest flora"]["values"]
     assert len(largest["losses"]) == 2 and largest["allocated_bytes"] <= largest["free_bytes"]
     assert largest["parameters"] > memory_items["largest adamw"]["values"]["parameters"]
-    curves = {name: learned[name]["values"] for name in ("adamw", "flora")}
-    assert curves["adamw"]["tokens"] == curves["flora"]["tokens"] > 0
+    curves = {name: learned[name]["values"] for name in ("adamw", "flora", "flora 8-bit")}
+    assert curves["adamw"]["tokens"] == curves["flora"]["tokens"] == curves["flora 8-bit"]["tokens"] > 0
+    assert 0.98 < curves["flora 8-bit"]["loss_ratio"] < 1.02 and "loss_ratio" not in curves["flora"]
+    assert curves["flora 8-bit"]["final_loss"] != curves["flora"]["final_loss"]
     assert len(curves["flora"]["curve"]) == curves["flora"]["steps"]
     assert (whole.folder / learned["picture"]["values"]["file"]).stat().st_size > 500
+
+
+@needs_emulation
+@pytest.mark.slow
+def test_techniques_one_added_at_a_time(whole):
+    values = {name: whole.parts["memory"][name]["values"] for name in techniques.TECHNIQUES}
+    for name, technique in techniques.TECHNIQUES.items():
+        row = values[name]
+        assert row["planned_bytes"] == row["allocated_bytes"] > 0 and row["driver_bytes"] is None
+        assert row["time_ratio"] == pytest.approx(row["step_seconds"] / values[techniques.FIRST]["step_seconds"])
+        assert row["equal"] is (True if technique.same_bits else None)
+        assert (row["relative_difference"] is not None) == technique.near
+        assert (row["host_bytes"] > 4096) == ("--offload" in technique.flags)
+        assert " ".join(technique.flags) in whole.parts["memory"][name]["command"]
+        assert f"| {technique.title} | " in whole.page
+    planned = [row["planned_bytes"] for row in list(values.values())[:5]]
+    assert planned == sorted(planned, reverse=True) and len(set(planned)) == 5
+    assert values["technique 8-bit"]["relative_difference"] > 0
+
+
+@needs_emulation
+@pytest.mark.slow
+def test_streamed_beside_resident(whole):
+    for micro_batch in DRY.overlap_micro_batches:
+        values = whole.parts["streaming"][f"overlap {micro_batch}"]["values"]
+        resident, streamed = values["resident"], values["streamed"]
+        assert values["equal"] is True and streamed["host_bytes"] > resident["host_bytes"]
+        assert values["time_ratio"] == pytest.approx(streamed["step_seconds"] / resident["step_seconds"])
+        assert values["hidden"] == (values["extra_gb_per_second"] is None) == (values["time_ratio"] <= streaming.HIDDEN)
+        # Three times the weights of tiny's blocks (bf16), and some for states and residual stream.
+        weights = 2 * 2 * (12 * 128 * 128 + 13 * 128)
+        assert 3 * weights < values["moved_bytes"] < 4 * weights
+
+
+@needs_emulation
+@pytest.mark.slow
+def test_budgets_predicted_and_measured(whole):
+    for size in DRY.budgets:
+        entry = whole.parts["streaming"][f"budget {size}"]
+        chosen, other = entry["values"]["chosen"], entry["values"]["runner_up"]
+        for row in (chosen, other):
+            assert row["predicted_ms"] > 0 and row["step_ms"] > 0 and row["flags"].startswith("--micro-batch ")
+            assert row["planned_bytes"] == row["allocated_bytes"] <= entry["values"]["budget_bytes"]
+        assert chosen["flags"] != other["flags"] and chosen["predicted_ms"] <= other["predicted_ms"]
+        assert entry["values"]["choice_was_faster"] == (chosen["tokens_per_second"] > other["tokens_per_second"])
+        assert f"--memory-budget {size}" in entry["command"] and other["flags"] in entry["command"]
+        assert f"| {size} | `{chosen['flags']}` | " in whole.page
+        assert f"| {size}, runner-up | `{other['flags']}` | " in whole.page
 
 
 @needs_emulation
@@ -199,10 +249,10 @@ def test_the_time_limit_marks_what_was_skipped(tmp_path):
 @needs_emulation
 def test_the_time_of_the_build_belongs_to_the_first_part(tmp_path):
     """A part ends within nine minutes of the call of make."""
-    dry_run(tmp_path, "--parts", "memory learning", "--spent", "600")
+    dry_run(tmp_path, "--parts", "memory streaming", "--spent", "600")
     parts = parts_in(tmp_path)
     assert all(status.startswith("skipped: needs about") for status in statuses(parts["memory"]).values())
-    assert "ok" in statuses(parts["learning"]).values()
+    assert "ok" in statuses(parts["streaming"]).values()
 
 
 def names(cmdline, text):
@@ -247,12 +297,16 @@ def test_the_flags_of_a_real_run_are_accepted(session, monkeypatch):
     for model in REAL.models:
         one.run_part("steps", [item for item in steps.items(one, model) if "pytorch" not in item.name])
     one.run_part("right", correctness.right(one))
+    monkeypatch.setattr(training, "host_free", lambda: 64 << 30)
     one.run_part("memory", memory.items(one))
+    one.run_part("streaming", streaming.items(one))
     one.run_part("learning", learning.items(one))
+    for name in learning.RUNS:
+        assert training.plan(one, learning.Learning(one).flags(name)) < 80 << 30
     parts = read(one.results.path)["parts"]
     for part in parts.values():
         assert all(status.startswith("skipped: ") for status in statuses(part).values()), statuses(part)
-    assert len(seen) > 60 and all(0 < bytes_ < 80 << 30 for _, bytes_ in seen)
+    assert len(seen) > 75 and all(0 < bytes_ < 80 << 30 for _, bytes_ in seen)
     largest = [bytes_ for flags, bytes_ in seen if str(flags[1]).endswith(".json")]
     assert len(largest) == 2 and all(bytes_ > 75 << 30 for bytes_ in largest)
 
@@ -404,7 +458,8 @@ def test_a_page_of_a_real_run_names_what_was_not_measured():
     page = render.page({"machine": MACHINE, "dry_run": False, "parts": {}}, REAL, "test-gpu")
     assert "DRY RUN" not in page
     for row in ("AdamW, dense, 16K", "Flora, compressed accumulation, 0.5M", "llm.c, AdamW, fp32 states, 16K",
-                "adafactor 774M", "largest flora", "resumed == whole, fp32"):
+                "adafactor 774M", "largest flora", "resumed == whole, fp32", "+ gradient blocks: all", "micro-batch 16",
+                "24GiB", "flora 8-bit"):
         assert f"| {row} | not measured |" in page
     for model in ("124M", "355M", "774M", "1558M", "6.7B"):
         assert f"## Steps: {model}\n" in page

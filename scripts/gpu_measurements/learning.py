@@ -1,13 +1,19 @@
-"""learning.py: part `learning`: a model from scratch on real text for a few minutes, with AdamW and with Flora at the
-same number of tokens, and a picture of both losses."""
+"""learning.py: part `learning`: a model from scratch on real text for a few minutes, at the same number of tokens with
+AdamW, with Flora, and with Flora in 8 bits (weights and states), whose loss must be near that in bf16; and a picture of
+the losses."""
 from pathlib import Path
 
 from . import machine, training
 from .session import Item, ItemFailed, ItemSkipped
 
-OPTIMIZERS = {"adamw": ["--optimizer", "adamw"], "flora": ["--optimizer", "flora"]}
+RUNS = {
+    "adamw": ["--optimizer", "adamw"], "flora": ["--optimizer", "flora"],
+    "flora 8-bit": ["--optimizer", "flora", "--weight-dtype", "int8", "--state-dtype", "int8"],
+}
+REFERENCE = {"flora 8-bit": "flora"}  # a run: the one whose final loss it must reach
+LOSS_TOLERANCE = 0.02  # how far the two may be apart, relative
 POINTS = 200  # of a curve in the result file
-COLORS = {"adamw": "#c44e52", "flora": "#4c72b0"}
+COLORS = {"adamw": "#c44e52", "flora": "#4c72b0", "flora 8-bit": "#55a868"}
 
 
 def shards(session):
@@ -33,49 +39,67 @@ def thinned(rows):
 
 
 class Learning:
-    """What the items share: the number of steps, chosen once so that both runs fit into what is left of the part."""
+    """What the items share: the number of steps, chosen once so that all runs fit into what is left of the part."""
 
     def __init__(self, session):
         self.session, self.steps = session, None
+        self.final_losses = {}
 
-    def flags(self, optimizer):
+    def flags(self, name):
         sizes = self.session.sizes
-        rank = ["--rank", sizes.rank] if optimizer == "flora" else []
-        return [*sizes.learning_model, "--tokens-per-step", sizes.learning_tokens, *OPTIMIZERS[optimizer], *rank]
+        rank = ["--rank", sizes.rank] if "flora" in RUNS[name] else []
+        return [*sizes.learning_model, "--dtype", "bf16", "--tokens-per-step", sizes.learning_tokens, *RUNS[name],
+                *rank]
+
+    def folder(self, name):
+        return "learning_" + name.replace(" ", "_")
 
     def choose_steps(self):
-        """From the slower optimizer's measured speed; 15% are left for evaluations, checkpoints and the start."""
+        """From the slowest run's measured speed; 15% are left for evaluations, checkpoints and the start."""
         session, data = self.session, shards(self.session)
         rates = {}
-        for optimizer in OPTIMIZERS:
-            probe = training.train_without_end(session, self.flags(optimizer), session.sizes.learning_probe_steps,
+        for name in RUNS:
+            probe = training.train_without_end(session, self.flags(name), session.sizes.learning_probe_steps,
                                                data=data)
-            rates[optimizer] = training.speed(probe, 1)["step_seconds"]
-        seconds = 0.85 * (session.left() - 2 * session.sizes.start_seconds) / len(OPTIMIZERS)
+            rates[name] = training.speed(probe, 1)["step_seconds"]
+        seconds = 0.85 * (session.left() - len(RUNS) * session.sizes.start_seconds) / len(RUNS)
         self.steps = int(seconds / max(rates.values()))
         if session.sizes.learning_longest_steps:
             self.steps = min(self.steps, session.sizes.learning_longest_steps)
         if self.steps < 2:
-            raise ItemSkipped(f"{session.left():.0f} s are left, too few for two steps of each optimizer")
+            raise ItemSkipped(f"{session.left():.0f} s are left, too few for two steps of each run")
         return {"steps": self.steps, "step_seconds": rates}
 
-    def run(self, optimizer):
+    def run(self, name):
         session, data = self.session, shards(self.session)
         if self.steps is None:
             raise ItemSkipped("the number of steps is not known")
-        run = training.train(session, f"learning_{optimizer}", [
-            *self.flags(optimizer), "--eval-every", max(1, self.steps // 10), "--eval-batches", 10], self.steps,
-            data=data)
+        run = training.train(session, self.folder(name), [
+            *self.flags(name), "--eval-every", max(1, self.steps // 10), "--eval-batches", 10], self.steps, data=data)
         validation = [[row["tokens"], row["val_loss"]] for row in run.rows if row.get("val_loss") is not None]
-        return {"steps": len(run.rows), "tokens": run.rows[-1]["tokens"], "final_loss": thinned(run.rows)[-1][1],
+        final = self.final_losses[name] = thinned(run.rows)[-1][1]
+        return {"steps": len(run.rows), "tokens": run.rows[-1]["tokens"], "final_loss": final,
                 "final_val_loss": validation[-1][1] if validation else None, "curve": thinned(run.rows),
                 "validation": validation, "lr": run.header["options"]["lr"],
-                "tokens_per_second": training.speed(run, min(2, len(run.rows) - 1))["tokens_per_second"]}
+                "tokens_per_second": training.speed(run, min(2, len(run.rows) - 1))["tokens_per_second"],
+                **self.compared(name, final)}
+
+    def compared(self, name, final):
+        """The final loss over that of the run that it must be near, from the same seed; nothing where there is none."""
+        if name not in REFERENCE:
+            return {}
+        if REFERENCE[name] not in self.final_losses:
+            return {"failed": f"there is no run {REFERENCE[name]} to compare the loss with"}
+        ratio = final / self.final_losses[REFERENCE[name]]
+        values = {"loss_ratio": ratio}
+        if not abs(ratio - 1) <= LOSS_TOLERANCE:
+            values["failed"] = f"the final loss is {ratio:.4f} of that of {REFERENCE[name]}"
+        return values
 
     def picture(self):
         session = self.session
-        runs = {o: session.folder / f"learning_{o}" for o in OPTIMIZERS}
-        runs = {optimizer: path for optimizer, path in runs.items() if training.read_metrics(path)[1]}
+        runs = {name: session.folder / self.folder(name) for name in RUNS}
+        runs = {name: path for name, path in runs.items() if training.read_metrics(path)[1]}
         if not runs:
             raise ItemSkipped("there is no run to draw")
         stem = session.results.path.with_name(session.results.path.stem + "-learning")
@@ -83,7 +107,7 @@ class Learning:
         if python:
             path = stem.with_suffix(".png")
             session.execute([python, machine.ROOT / "scripts/plot_metrics.py",
-                             *[f"{optimizer}={run}" for optimizer, run in runs.items()], "-o", path, "--x", "tokens",
+                             *[f"{name}={run}" for name, run in runs.items()], "-o", path, "--x", "tokens",
                              "--smooth", 10]).require("plot_metrics.py")
         else:
             path = stem.with_suffix(".svg")
@@ -123,6 +147,6 @@ def svg(curves):
 
 def items(session):
     learning, start = Learning(session), session.sizes.start_seconds
-    return [Item("speed", 4 * start, learning.choose_steps),
-            *[Item(optimizer, 0, lambda optimizer=optimizer: learning.run(optimizer)) for optimizer in OPTIMIZERS],
+    return [Item("speed", 2 * len(RUNS) * start, learning.choose_steps),
+            *[Item(name, 0, lambda name=name: learning.run(name)) for name in RUNS],
             Item("picture", 0, learning.picture)]

@@ -2,7 +2,7 @@
 the commands that reproduce its rows."""
 from types import SimpleNamespace
 
-from . import correctness, steps
+from . import correctness, learning as learning_runs, steps, techniques, training
 from .sizes import (AIM_ATTENTION, AIM_COPY_PERCENT, AIM_DEVICE, AIM_FLORA_TIME, AIM_TOKENS_PER_SECOND)
 
 NONE = "not measured"
@@ -61,7 +61,9 @@ def number(value, digits=3):
 
 
 def gib(value):
-    return "-" if value is None else f"{value / 2**30:.2f} GiB"
+    if value is None:
+        return "-"
+    return f"{value / 2**30:.2f} GiB" if abs(value) >= 2**30 / 10 else f"{value / 2**20:.2f} MiB"
 
 
 def percent(value):
@@ -198,16 +200,86 @@ def memory(entries, dry_run, sizes):
         searched.add(item, lambda v: [
             f"{v['parameters'] / 1e9:.4g}B", f"{v['layers']} x {v['channels']}", gib(v["allocated_bytes"]),
             gib(v["free_bytes"]), number(v["step_seconds"]), ", ".join(f"{loss:.4f}" for loss in v["losses"])])
-    return table.text() + "\n" + searched.text()
+    return "\n".join([table.text(), searched.text(), techniques_table(entries, dry_run, sizes).text()])
+
+
+def ratio(value, digits=2):
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def yes_or_no(value):
+    return "-" if value is None else "yes" if value else "no"
+
+
+def beside_plan(values):
+    return None if values["driver_bytes"] is None else values["driver_bytes"] - values["planned_bytes"]
+
+
+def model_of(flags):
+    return ", ".join(value if flag == "--model" else f"{flag[2:]} {value}" for flag, value in training.pairs(flags))
+
+
+def techniques_table(entries, dry_run, sizes):
+    """Techniques that save memory. Time is that of Flora's row; losses are compared with those of the same gradient
+    blocks and dtypes (the same bits) or with Flora's row (relative difference)."""
+    table = Table(entries, dry_run, [f"technique ({model_of(sizes.streaming_model)}, micro-batch 1)", "planned",
+                                     "allocated", "host", "driver - planned", "s/step", "time / Flora",
+                                     "losses the same bits", "losses, relative difference"])
+    for item, technique in techniques.TECHNIQUES.items():
+        def cells(v):
+            distance = v["relative_difference"]
+            return [gib(v["planned_bytes"]), gib(v["allocated_bytes"]), gib(v["host_bytes"]), gib(beside_plan(v)),
+                    number(v["step_seconds"]), ratio(v["time_ratio"]), yes_or_no(v["equal"]),
+                    "-" if distance is None else f"{distance:.1e}"]
+        table.add(item, cells, technique.title)
+    return table
+
+
+def streaming(entries, dry_run, sizes):
+    table = Table(entries, dry_run, [f"{model_of(sizes.streaming_model)}, weights and activations streamed",
+                                     "planned, resident", "planned, streamed", "on the host", "s/step, resident",
+                                     "s/step, streamed", "streamed / resident", "copies hidden",
+                                     "GB moved per step", "GB/s of the extra time", "losses the same bits"])
+    for micro_batch in sizes.overlap_micro_batches:
+        def cells(v):
+            resident, streamed = v["resident"] or {}, v["streamed"]
+            return [gib(resident.get("planned_bytes")), gib(streamed["planned_bytes"]), gib(streamed["host_bytes"]),
+                    number(resident.get("step_seconds")), number(streamed["step_seconds"]), ratio(v["time_ratio"]),
+                    yes_or_no(v["hidden"]), number(v["moved_bytes"] / 1e9), number(v["extra_gb_per_second"]),
+                    yes_or_no(v["equal"])]
+        table.add(f"overlap {micro_batch}", cells, f"micro-batch {micro_batch}")
+        why = entries.get(f"overlap {micro_batch}", {}).get("values", {}).get("resident_skipped")
+        if why:
+            table.notes.append(f"micro-batch {micro_batch}, resident: skipped: {why}")
+    return table.text() + "\n" + budgets_table(entries, dry_run, sizes).text()
+
+
+def budgets_table(entries, dry_run, sizes):
+    """Two rows for each budget: what was chosen and the runner-up."""
+    table = Table(entries, dry_run, [f"--memory-budget ({model_of(sizes.streaming_model)})", "settings", "planned",
+                                     "on the host", "driver", "predicted, ms", "measured, ms", "predicted / measured",
+                                     "tokens/s", "faster than the runner-up"])
+    for size in sizes.budgets:
+        def cells(v, which="chosen"):
+            row = v[which]
+            predicted, faster = row["predicted_ms"], v["choice_was_faster"] if which == "chosen" else None
+            return [f"`{row['flags']}`", gib(row["planned_bytes"]), gib(row["host_bytes"]), gib(row["driver_bytes"]),
+                    number(predicted), number(row["step_ms"]), ratio(predicted and predicted / row["step_ms"]),
+                    number(row["tokens_per_second"]), yes_or_no(faster)]
+        table.add(f"budget {size}", cells, size)
+        if entries.get(f"budget {size}", {}).get("values", {}).get("runner_up"):
+            table.add(f"budget {size}", lambda v: cells(v, "runner_up"), f"{size}, runner-up")
+    return table
 
 
 def learning(entries, dry_run, _):
-    table = Table(entries, dry_run, ["optimizer", "steps", "tokens", "tokens/s", "peak lr", "last training loss",
-                                     "last validation loss"])
-    for item in ("adamw", "flora"):
+    table = Table(entries, dry_run, ["run", "steps", "tokens", "tokens/s", "peak lr", "last training loss",
+                                     "last validation loss", "training loss / Flora in bf16"])
+    for item in learning_runs.RUNS:
         table.add(item, lambda v: [v["steps"], number(v["tokens"]), number(v["tokens_per_second"]), f"{v['lr']:.1e}",
                                    f"{v['final_loss']:.4f}",
-                                   "-" if v["final_val_loss"] is None else f"{v['final_val_loss']:.4f}"])
+                                   "-" if v["final_val_loss"] is None else f"{v['final_val_loss']:.4f}",
+                                   ratio(v.get("loss_ratio"), 4)])
     for item in ("speed", "picture"):
         if entries.get(item, {}).get("status", "ok") != "ok":
             table.notes.append(f"{item}: {entries[item]['status']}")
@@ -231,7 +303,8 @@ def page(content, sizes, name):
     sections = [("tests", "Tests", tests), ("sanitizer", "Tests under compute-sanitizer", tests),
                 ("right", "Right", right), ("kernels", "Kernels", kernels)]
     sections += [(f"steps-{model.name}", f"Steps: {model.name}", steps_of(model)) for model in sizes.models]
-    sections += [("memory", "Memory", memory), ("learning", "Learning", learning)]
+    sections += [("memory", "Memory", memory), ("streaming", "Streaming and memory budgets", streaming),
+                 ("learning", "Learning", learning)]
     title = machine["gpu"] + (": DRY RUN" if dry_run else "")
     lines = [f"# {title}", "",
              f"Made by scripts/gpu_report.py from {name}.json; `make gpu-report` measures, `scripts/gpu_report.py "

@@ -1,11 +1,11 @@
-"""streaming.py: part `streaming`: does streaming hide its copies behind the computation, and does --memory-budget predict
-and choose well?
+"""streaming.py: part `streaming`: does streaming hide its copies behind the computation, and does --memory-budget
+predict and choose well?
 
 Overlap: a step moves 3 W + 2 S + 2 A bytes between host and device: the weights of the blocks W come in twice (forward,
 backward) and go out once, the states S and the residual stream A go in and out once each (less what the layers in
-flight keep at the turn). Prediction for gpt3:c4096 on PCIe 5 at 50 GB/s: 41 GB take 0.8 s, 1 x 1024 tokens of computation
-about 0.15 s at 400 TFLOP/s, so a streamed step takes some 6 times a resident one at micro-batch 1, 1.4 times at 4, and
-the copies are hidden at 16 (a ratio of 1.02 or less).
+flight keep at the turn). Prediction for gpt3:c4096 on PCIe 5 at 50 GB/s: 41 GB take 0.8 s, 1 x 1024 tokens about 0.15 s
+of computation at 400 TFLOP/s, so a streamed step takes some 5 times a resident one at micro-batch 1, 1.5 times at 4,
+and the copies are hidden at 16 (a ratio of 1.02 or less).
 
 Budgets: the program runs with the settings that it chose for a budget, then with its runner-up's. The driver's figure
 must stay within the budget; predicted times, and whether the choice was the faster one, are reported.
@@ -13,7 +13,7 @@ must stay within the budget; predicted times, and whether the choice was the fas
 import re
 
 from . import techniques, training
-from .session import Item, ItemFailed, ItemSkipped
+from .session import Item, ItemFailed, ItemSkipped, OutOfMemory
 
 HIDDEN = 1.02  # streamed / resident, up to which the copies count as hidden
 SETTINGS = re.compile(r"^(chosen|runner-up) +(--.*?): .*?(?:, predicted ([0-9.e+-]+) ms per step.*)?$", re.M)
@@ -35,8 +35,8 @@ def timed(session, flags, steps):
 
 
 def overlap(session, micro_batch):
-    """Resident against streamed at one micro-batch. GB/s are those of all copies over the time that they add; since some
-    of them are hidden even then, more than the link may have."""
+    """Resident against streamed at one micro-batch. GB/s are those of all copies over the time that they add: more than
+    the link has where some of them are hidden."""
     steps = session.sizes.overlap_steps
     flags = [*techniques.model_flags(session, techniques.FLORA), "--micro-batch", micro_batch]
     planned, streamed = timed(session, [*flags, *techniques.STREAMING], steps)
@@ -45,7 +45,7 @@ def overlap(session, micro_batch):
     failures = [streamed.pop("failed", "")]
     try:
         _, resident = timed(session, [*flags, "--offload", "none"], steps)
-    except ItemSkipped as reason:
+    except (ItemSkipped, OutOfMemory) as reason:
         values["resident_skipped"] = str(reason)
     else:
         failures.append(resident.pop("failed", ""))
@@ -56,8 +56,12 @@ def overlap(session, micro_batch):
         if ratio > HIDDEN:
             values["extra_gb_per_second"] = \
                 values["moved_bytes"] / (streamed["step_seconds"] - resident["step_seconds"]) / 1e9
-    values["failed"] = "; ".join(filter(None, failures))
-    return values
+    return with_failures(values, failures)
+
+
+def with_failures(values, failures):
+    text = "; ".join(filter(None, failures))
+    return {**values, "failed": text} if text else values
 
 
 def settings_in(output):
@@ -98,8 +102,7 @@ def budget(session, size):
         failures.append(other.pop("failed", ""))
         values.update(runner_up=other,
                       choice_was_faster=chosen["tokens_per_second"] > other["tokens_per_second"])
-    values["failed"] = "; ".join(filter(None, failures))
-    return values
+    return with_failures(values, failures)
 
 
 def items(session):

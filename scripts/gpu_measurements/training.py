@@ -147,15 +147,19 @@ def plan(session, flags):
     return whole_plan(session, flags)["device_bytes"]
 
 
+def host_free():
+    match = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    return int(match[1]) << 10 if match else None
+
+
 def why_it_does_not_fit(session, planned):
     """An empty text where a run of this plan may be tried."""
-    free = session.device_memory()
-    if free and planned["device_bytes"] > free - CONTEXT_BYTES:
-        return f"plans {planned['device_bytes'] / 2**30:.2f} GiB on the device, which has {free / 2**30:.2f} GiB free"
-    match = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-    if match and planned["host_bytes"] > 0.9 * (int(match[1]) << 10):
-        return (f"plans {planned['host_bytes'] / 2**30:.2f} GiB on the host, which has {int(match[1]) / 2**20:.2f} GiB "
-                "free")
+    device, host = session.device_memory(), host_free()
+    for where, needed, free, usable in (
+            ("device", planned["device_bytes"], device, device and device - CONTEXT_BYTES),
+            ("host", planned["host_bytes"], host, host and int(0.9 * host))):
+        if free is not None and needed > usable:
+            return f"plans {needed / 2**30:.2f} GiB on the {where}, which has {free / 2**30:.2f} GiB free"
     return ""
 
 
