@@ -207,13 +207,15 @@ Tensor Flora::compressed_of(const Slot& slot, const Scratch& scratch) const {
   return scratch.tensor({shape.compressed_rows(), shape.compressed_cols()});
 }
 
-// The stored momentum as numbers.
-Tensor Flora::decoded_momentum(const Slot& slot) {
+// A compressed momentum as numbers: as it is stored, or what decode_momentum() has made of its codes.
+Tensor Flora::momentum_numbers(const Slot& slot) const {
   const Tensor momentum = states_.get(slot.momentum);
-  if (momentum.dtype != DType::kI8) return momentum;
-  const Tensor decoded = compressed_of(slot, decoded_momentum_);
-  backend_.dequantize(decoded, momentum);
-  return decoded;
+  return momentum.dtype == DType::kI8 ? compressed_of(slot, decoded_momentum_) : momentum;
+}
+
+void Flora::decode_momentum(const Slot& slot) {
+  const Tensor momentum = states_.get(slot.momentum);
+  if (momentum.dtype == DType::kI8) backend_.dequantize(momentum_numbers(slot), momentum);
 }
 
 // gradient <- D = (1 - beta1) U + beta1 up(M); M <- beta1 M + (1 - beta1) down(U), in a new projection where that is
@@ -233,7 +235,8 @@ void Flora::compressed_momentum(const Slot& slot, Tensor gradient, StepScalars* 
   project_down(backend_, s, gradient, p2, shape, false);
   backend_.scale_rows_cols(s, s, shape.wide() ? Tensor{} : row_scale, shape.wide() ? col_scale : Tensor{}, 1.0f);
 
-  const Tensor momentum = decoded_momentum(slot);
+  decode_momentum(slot);
+  const Tensor momentum = momentum_numbers(slot);
   if (transfer_due_) project_with(slot, p2, &scalars->projection_index, scalars);
   const Tensor p_old = transfer_due_ ? p2 : p;
   backend_.scale_rows_cols(gradient, gradient, row_scale, col_scale, 1.0f - beta1);
@@ -251,7 +254,7 @@ void Flora::prepare_compressed(const Slot& slot, StepScalars* scalars) {
   backend_.scale_rows_cols(p, p, {}, shape.wide() ? row_scale_.tensor({shape.rows}) : col_scale_.tensor({shape.cols}),
                            1.0f);
   project_with(slot, projection_of(slot, projection2_), &scalars->projection_index, scalars);
-  decoded_momentum(slot);
+  decode_momentum(slot);
 }
 
 // Rows [begin, ...) of a gradient in blocks become those of D. With keep_momentum an uncompressed momentum stays as it
@@ -264,9 +267,8 @@ void Flora::to_update(const Slot& slot, Tensor gradient, int64_t begin, bool kee
   backend_.scale_rows_cols(gradient, gradient, row_scale, col_scale_.tensor({p.cols}),
                            slot.compressed ? 1.0f - beta1 : 1.0f);
   if (slot.compressed) {
-    const Tensor decoded = momentum.dtype == DType::kI8 ? compressed_of(slot, decoded_momentum_) : momentum;
-    project_rows_up(backend_, gradient, decoded, projection_of(slot, projection2_), compression(slot), begin, beta1,
-                    true);
+    project_rows_up(backend_, gradient, momentum_numbers(slot), projection_of(slot, projection2_), compression(slot),
+                    begin, beta1, true);
   } else if (has_momentum()) {
     const Tensor rows = momentum.slice(begin, gradient.rows());
     backend_.momentum_update(gradient, keep_momentum ? copied_momentum(rows) : rows, beta1, scalars);
@@ -290,8 +292,7 @@ void Flora::finish_compressed(const Slot& slot, StepScalars* scalars) {
   if (transfer_due_) {
     const Tensor p_new = projection_of(slot, projection_);
     project_with(slot, p_new, &scalars->next_projection_index, scalars);
-    const Tensor decoded = momentum.dtype == DType::kI8 ? compressed_of(slot, decoded_momentum_) : momentum;
-    change_projection(slot, decoded, projection_of(slot, projection2_), p_new);
+    change_projection(slot, momentum_numbers(slot), projection_of(slot, projection2_), p_new);
   }
   backend_.ema(momentum, s, config_.beta1, scalars);
 }

@@ -43,7 +43,8 @@ class Flora final : public Optimizer {
   void project_with(const Slot& slot, Tensor p, const uint32_t* index, StepScalars* scalars);
   Tensor projection_of(const Slot& slot, const Scratch& scratch) const;
   Tensor compressed_of(const Slot& slot, const Scratch& scratch) const;
-  Tensor decoded_momentum(const Slot& slot);
+  void decode_momentum(const Slot& slot);
+  Tensor momentum_numbers(const Slot& slot) const;
 
   // gradient <- D, the update before clipping; the momentum moves on.
   void normalise(const Slot& slot, Tensor gradient, StepScalars* scalars);

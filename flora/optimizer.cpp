@@ -10,7 +10,10 @@
 #include "flora/sgd.h"
 
 Optimizer::Optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
-    : config_(config), backend_(backend), states_(parameters, config.streamed_layers, backend), pieces_(backend) {
+    : config_(config),
+      backend_(backend),
+      states_(parameters, config.streamed_layers, backend),
+      pieces_(config.weight_piece, backend) {
   require_indexed(parameters);
   for (const Parameter& parameter : parameters) pieces_.reserve(parameter);
 }

@@ -46,6 +46,7 @@ struct OptimizerConfig {
   // Memory
   int streamed_layers = 0;  // > 0: states of the blocks are in host memory, so many layers at a time on the device
   GradientBlocks blocks = GradientBlocks::kWhole;  // which gradients come in blocks of rows
+  int64_t weight_piece = int64_t{1} << 22;  // elements of an 8-bit weight that are decoded for an update at a time
 };
 
 class Optimizer {

@@ -15,6 +15,10 @@ StateStore::StateStore(const std::vector<Parameter>& parameters, int streamed_la
   held_ = std::make_unique<HeldLayer<LayerStream>>(*stream_);
 }
 
+StateStore::~StateStore() {
+  if (held_) held_->forget();
+}
+
 int StateStore::add(const Parameter& parameter, const char* what, DType dtype, bool matrix, int64_t rows,
                     int64_t cols) {
   const Tensor shape = matrix ? Tensor::of(nullptr, dtype, {rows, cols}) : Tensor::of(nullptr, dtype, {rows * cols});

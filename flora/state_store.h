@@ -23,6 +23,7 @@ class StateStore {
  public:
   // streamed_layers > 0: states of the blocks are in host memory, so many layers at a time on the device.
   StateStore(const std::vector<Parameter>& parameters, int streamed_layers, Backend& backend);
+  ~StateStore();  // the memory may be gone, so nothing is written back
 
   // One more state: [rows, cols] of a matrix, else [rows * cols]. Returns its number.
   int add(const Parameter& parameter, const char* what, DType dtype, bool matrix, int64_t rows, int64_t cols);

@@ -18,7 +18,8 @@ struct RowRange {
 
 class WeightPieces {
  public:
-  explicit WeightPieces(Backend& backend) : backend_(backend) {}
+  // elements: of a piece, about.
+  WeightPieces(int64_t elements, Backend& backend) : elements_(elements), backend_(backend) {}
 
   void reserve(const Parameter& parameter) {
     if (parameter.quantized) piece_.reserve(std::min(parameter.rows, piece_rows(parameter)) * parameter.cols);
@@ -56,10 +57,9 @@ class WeightPieces {
 
  private:
   // A piece begins where a block of codes does.
-  static int64_t piece_rows(const Parameter& parameter) {
-    constexpr int64_t kElements = int64_t{1} << 22;
+  int64_t piece_rows(const Parameter& parameter) const {
     const int64_t step = kQuantBlock / std::gcd(kQuantBlock, parameter.cols);
-    return std::max<int64_t>(kElements / (parameter.cols * step), 1) * step;
+    return std::max<int64_t>(elements_ / (parameter.cols * step), 1) * step;
   }
 
   template <typename F>
@@ -73,6 +73,7 @@ class WeightPieces {
     }
   }
 
+  int64_t elements_;
   Backend& backend_;
   Scratch piece_{"update.weight_piece", DType::kF32};
 };

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <string>
 #include <vector>
 
@@ -89,7 +90,15 @@ template <typename Layers>
 class HeldLayer {
  public:
   explicit HeldLayer(Layers& layers) : layers_(layers) {}
-  ~HeldLayer() { release(); }
+  // After an exception nothing is written back: the device may be lost, and what is held half-changed.
+  ~HeldLayer() {
+    if (std::uncaught_exceptions() > exceptions_) return;
+    try {
+      release();
+    } catch (const std::exception&) {
+      // An error of the device stays with it and is reported by the next operation.
+    }
+  }
   HeldLayer(const HeldLayer&) = delete;
   HeldLayer& operator=(const HeldLayer&) = delete;
 
@@ -107,8 +116,12 @@ class HeldLayer {
     held_ = false;
   }
 
+  // Lets go of the layer without giving it back.
+  void forget() { held_ = false; }
+
  private:
   Layers& layers_;
+  int exceptions_ = std::uncaught_exceptions();
   bool held_ = false;
   int layer_ = 0;
   Access access_ = Access::kRead;

@@ -86,6 +86,10 @@ HOST_DEVICE inline bf16 from_float<bf16>(float value) {
 // Number of consecutive elements that share one scale in an 8-bit block-wise quantized tensor.
 inline constexpr int64_t kQuantBlock = 256;
 
+// 8-bit weights: the largest code, and a fresh scale as a fraction of the block's largest magnitude, which leaves room
+// for weights to grow before the scale has to change.
+inline constexpr float kMostWeightCode = 127.0f, kFreshWeightScale = 1.125f / kMostWeightCode;
+
 inline int64_t quant_blocks(int64_t elements) { return (elements + kQuantBlock - 1) / kQuantBlock; }
 
 struct Tensor {

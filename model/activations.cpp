@@ -1,6 +1,7 @@
 // activations.cpp: see activations.h.
 #include "model/activations.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -25,7 +26,8 @@ Activations::Activations(const Gpt2Config& config, const ActivationShapes& shape
     buffers_[kX].width = 0;
     const int count = static_cast<int>(L + 1);
     stream_ = std::make_unique<LayerStream>("activations.residual", Category::kActivations, count,
-                                            shapes.streamed_layers + 1, LayerStream::Order::kDown, backend);
+                                            std::min(shapes.streamed_layers, count - 1) + 1, LayerStream::Order::kDown,
+                                            backend);
     for (int l = 0; l < count; ++l) stream_->add(l, Tensor::of(nullptr, act, {shapes.batch * shapes.sequence, C}));
   }
   per_layer(kLn1, "ln_1", C, act, level < Recompute::kNormsGelu);

@@ -106,13 +106,28 @@ TEST_P(LayerStreams, KeepWhatTheyHold) {
   std::mt19937 generator(5);
   for (int visit = 0; visit < 60; ++visit) {
     const int layer = static_cast<int>(generator() % kLayers);
-    if (generator() % 2) {
+    const uint32_t what = generator() % 3;
+    if (what == 0) {
       bench.redouble(layer);
       expected[static_cast<size_t>(layer)] *= 2;
+    } else if (what == 1) {  // also where the layer is just being fetched ahead
+      bench.set(layer, expected[static_cast<size_t>(layer)] = static_cast<float>(visit));
     } else {
       bench.expect(layer, expected[static_cast<size_t>(layer)]);
     }
   }
+}
+
+// A layer that is being fetched ahead is overwritten: the copy must not come after.
+TEST_P(LayerStreams, OverwriteWhatIsOnItsWay) {
+  Bench bench(GetParam().slots, GetParam().order);
+  for (int layer = 0; layer < kLayers; ++layer) bench.set(layer, 1);
+  for (int layer = kLayers - 1; layer > 0; layer -= 2) {
+    bench.expect(layer, 1);  // fetches the next one
+    bench.set(layer - 1, static_cast<float>(100 + layer));
+    bench.backend->synchronize();  // the compute stream may be ahead of the copies
+  }
+  for (int layer = 0; layer < kLayers; ++layer) bench.expect(layer, layer % 2 ? 1 : static_cast<float>(101 + layer));
 }
 
 // Two layers held, as the forward pass does at the end of a block.

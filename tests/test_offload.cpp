@@ -180,6 +180,61 @@ TEST(Blocks, NeedAFusedSinkAndOneMicroBatch) {
   EXPECT_THROW(Engine(config, *backend), std::invalid_argument);
 }
 
+// AdamW and SGD work element by element, so the same gradient in blocks gives the same bits, whatever is rounded.
+TEST(Blocks, OfOneGradientChangeNoBitOfElementwiseOptimizers) {
+  for (const OptimizerKind kind : {OptimizerKind::kAdamW, OptimizerKind::kSgd}) {
+    for (const DType dtype : {DType::kBF16, DType::kI8}) {
+      std::vector<std::vector<uint8_t>> bits;
+      for (const int64_t block_rows : {int64_t{0}, int64_t{64}}) {
+        const std::unique_ptr<Backend> backend = make_test_backend();
+        Parameter p;
+        p.name = "w", p.layer = 0, p.rows = p.padded_rows = 200, p.cols = 96, p.matrix = p.decay = true;
+        p.quantized = dtype == DType::kI8;
+        OptimizerConfig config;
+        config.kind = kind, config.state_dtype = DType::kI8, config.beta1 = 0.9f, config.weight_decay = 0.1f;
+        config.weight_piece = 2048;
+        const auto optimizer = make_optimizer(config, {p}, DType::kBF16, *backend);
+        MemoryPlan plan;
+        optimizer->declare(plan);
+        plan.add_tensor("weight", Category::kWeights, dtype, p.elements());
+        plan.add_tensor("numbers", Category::kWeights, DType::kF32, p.elements());
+        plan.add_tensor("gradient", Category::kGradients, DType::kBF16, p.elements());
+        plan.add("scalars", Category::kWorkspace, sizeof(StepScalars));
+        plan.add("workspace", Category::kWorkspace, 1 << 20);
+        Arena arena(*backend, std::move(plan));
+        backend->set_workspace(arena.bytes("workspace", 1 << 20), 1 << 20);
+        optimizer->bind(arena);
+        const Tensor weight = arena.tensor("weight", dtype, {p.rows, p.cols});
+        const Tensor numbers = arena.tensor("numbers", DType::kF32, {p.rows, p.cols});
+        const Tensor gradient = arena.tensor("gradient", DType::kBF16, {p.rows, p.cols});
+        backend->fill_normal(numbers, 0, 0.02f, {.seed = 1});
+        if (dtype == DType::kI8) backend->quantize_weight(weight, numbers, {}, nullptr);
+        if (dtype != DType::kI8) backend->convert(weight, numbers);
+        auto* const scalars = static_cast<StepScalars*>(arena.bytes("scalars", sizeof(StepScalars)));
+        for (uint32_t t = 1; t <= 3; ++t) {
+          StepScalars host;
+          host.lr = 0.01f, host.step = t;
+          optimizer->begin_step(t, host);
+          backend->copy(scalars, &host, sizeof host);
+          backend->fill_normal(gradient, 0, 0.01f, {.seed = 2 + t});
+          if (block_rows == 0) {
+            optimizer->update(p, weight, {}, gradient, scalars);
+          } else {
+            const BlockedGradient blocks(p.rows, block_rows,
+                                         [&](int64_t begin, int64_t count) { return gradient.slice(begin, count); });
+            optimizer->update_in_blocks(p, weight, {}, blocks, scalars);
+          }
+        }
+        std::vector<uint8_t> all;
+        append(all, *backend, weight);
+        for (const StateTensor& state : optimizer->state()) append(all, *backend, state.tensor);
+        bits.push_back(all);
+      }
+      EXPECT_TRUE(bits[0] == bits[1]) << optimizer_name(kind) << ", " << dtype_name(dtype);
+    }
+  }
+}
+
 // Clipping by a second pass, with gradients in blocks: the norm is that of the whole gradient.
 TEST(Blocks, ClipByTheGlobalNorm) {
   EngineConfig config = deep_config(DType::kF32, OptimizerKind::kAdamW);
@@ -211,6 +266,25 @@ TEST_P(EightBitWeights, LearnAlmostLikeBf16) {
   EXPECT_LT(coded.losses.back(), coded.losses.front() - 0.02f);
   for (uint32_t t = 0; t < kSteps; ++t) EXPECT_NEAR(coded.losses[t], plain.losses[t], 0.02 * plain.losses[t]);
   EXPECT_TRUE(coded.bits != plain.bits);
+}
+
+// How large the pieces are in which codes are decoded and updated does not matter.
+TEST_P(EightBitWeights, PiecesChangeNoBit) {
+  for (const GradientBlocks blocks : {GradientBlocks::kWhole, GradientBlocks::kAll}) {
+    EngineConfig config = deep_config(DType::kBF16, GetParam());
+    config.model.layers = 1;
+    config.weight_dtype = config.optimizer.state_dtype = DType::kI8;
+    config.optimizer.scale_parameter = GetParam() == OptimizerKind::kAdafactor;
+    config.sink.blocks = blocks;
+    const Outcome whole = run(config);
+    config.optimizer.weight_piece = 1024;
+    if (config.optimizer.scale_parameter) {  // a sum of squares piece by piece is another order of additions
+      const Outcome pieces = run(config);
+      for (uint32_t t = 0; t < kFewSteps; ++t) EXPECT_NEAR(pieces.losses[t], whole.losses[t], 1e-3 * whole.losses[t]);
+    } else {
+      expect_same_bits(config, whole, "pieces");
+    }
+  }
 }
 
 TEST_P(EightBitWeights, StreamedAndInBlocksAndWithEightBitStates) {

@@ -84,6 +84,11 @@ def test_an_interrupted_run_goes_on_exactly(train, model, tmp_path, name):
     assert {t: loss for t, loss in losses(whole).items() if t > 5} == losses(tmp_path / "rest")
 
 
+def test_a_resume_with_nothing_to_do_says_so(train, model):
+    run = train("run", *model, *RUNS["flora-8-bit-offload"], steps=2)
+    assert "nothing to do" in fail("--resume", run, code=2)
+
+
 def test_a_signal_leaves_a_checkpoint(data, model, tmp_path):
     command = [PROGRAM, "--data", data / "text_train_*.bin", *TINY[2:], *model, "--rank", 16, "--steps", 2000,
                "--eval-every", 0, "--out", tmp_path / "run"]
@@ -228,9 +233,10 @@ def test_no_memory_at_all(data, tmp_path):
 
 
 @on_shim
-@pytest.mark.parametrize("blocking", [False, True])
-def test_an_error_in_the_middle_of_a_step(data, tmp_path, blocking):
-    flags = ["--device", "cuda", "--checkpoint-every", 2, "--no-cuda-graph", "--no-autotune", "--rank", 16]
+@pytest.mark.parametrize("blocking, offload", [(False, "none"), (True, "none"), (False, "activations,state,weights")])
+def test_an_error_in_the_middle_of_a_step(data, tmp_path, blocking, offload):
+    flags = ["--device", "cuda", "--checkpoint-every", 2, "--no-cuda-graph", "--no-autotune", "--rank", 16,
+             "--offload", offload]
     variables = {"CUDA_ON_CPU_FAIL_LAUNCH": "GeluGradient:9"}  # twice a step
     if blocking:
         variables["CUDA_LAUNCH_BLOCKING"] = "1"

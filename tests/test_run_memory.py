@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from program import PROGRAM, ROOT, metrics, succeed, write_shard
+from program import PROGRAM, ROOT, fail, metrics, succeed, write_shard
 
 MIB = 1 << 20
 VOCABULARY = 50257
@@ -103,11 +103,13 @@ def test_a_run_within_a_budget_stays_inside_to_the_last_byte_resident(tmp_path, 
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 8192)
     shard = write_shard(tmp_path / "random_train_000000.bin", tokens, VOCABULARY)
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"vocab_size": VOCABULARY, "n_positions": 256, "n_layer": 4, "n_head": 6,
+    config.write_text(json.dumps({"vocab_size": VOCABULARY, "n_positions": 256, "n_layer": 6, "n_head": 6,
                                   "n_embd": 384}))
-    for budget in (400, 700):
-        flags = ["--model", config, "--device", "cpu", "--threads", 2, "--peak-tflops", 0.2, "--eval-every", 0,
-                 "--data", shard, "--memory-budget", f"{budget}MiB"]
-        resident = peak_resident(flags, tmp_path / "run", whole=True)
-        print(f"\nbudget {budget} MiB, resident {resident / MIB:.1f} MiB")
-        assert 0.6 * budget * MIB < resident <= budget * MIB
+    flags = ["--model", config, "--device", "cpu", "--threads", 2, "--peak-tflops", 0.2, "--eval-every", 0,
+             "--data", shard]
+    message = fail(*flags, "--steps", 1, "--out", tmp_path / "run", "--memory-budget", "150MiB", code=1)
+    least = 150 * MIB + int(re.search(r"(\d+) bytes more", message)[1]) + 2 * MIB
+    for budget in (least, 700 * MIB):
+        resident = peak_resident([*flags, "--memory-budget", budget], tmp_path / "run", whole=True)
+        print(f"\nbudget {budget / MIB:.1f} MiB, resident {resident / MIB:.1f} MiB")
+        assert 0.6 * budget < resident <= budget

@@ -26,7 +26,9 @@ Freedom freedom_of(const RunSetup& setup, bool all) {
   if (asked.tokens_per_step > 0) {
     freedom.sequences_per_step = asked.tokens_per_step / setup.options.seq_len;
   } else {
-    freedom.largest_micro_batch = std::max(setup.options.micro_batch, default_micro_batch(setup.request.device));
+    // A micro-batch that was given is never made larger: without --tokens-per-step it is the whole step.
+    freedom.largest_micro_batch =
+        asked.was_given("micro-batch") ? setup.options.micro_batch : default_micro_batch(setup.request.device);
   }
   return freedom;
 }
@@ -71,8 +73,11 @@ Budget find_budget(const Options& options, Backend& backend, bool for_run) {
                              (bare ? "; did you mean " + options.memory_budget + "GiB?" : ""));
   }
   const size_t left = budget.bytes - budget.set_aside;
-  budget.limit =
-      for_run ? MemoryLimit{std::min(left, now.device), now.host, now.shared} : MemoryLimit{left, SIZE_MAX, false};
+  if (for_run) {
+    budget.limit = {std::min(left, now.device), now.shared ? std::min(left, now.host) : now.host, now.shared};
+  } else {
+    budget.limit = {left, now.shared ? left : SIZE_MAX, now.shared};
+  }
   return budget;
 }
 

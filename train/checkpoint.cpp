@@ -92,6 +92,7 @@ void for_each_tensor(Engine& engine, const std::vector<SavedTensor>& tensors, Ac
     f(saved, saved.find());
     engine.backend().synchronize();
   }
+  engine.optimizer().states().hold(-1, access);
 }
 
 FileSummary save_optimizer(const std::string& path, Engine& engine) {

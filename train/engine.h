@@ -107,11 +107,11 @@ class Engine {
 
   EngineConfig config_;
   Backend& backend_;
+  std::unique_ptr<Arena> arena_;  // outlives what lives in it
   WeightStore store_;
   Gpt2 model_;
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<UpdatingSink> sink_;
-  std::unique_ptr<Arena> arena_;
   GraphCache graphs_;
   Tensor loss_;
   StepScalars* scalars_ = nullptr;

@@ -65,7 +65,8 @@ std::optional<std::string> flags_that_fit(const Suggestion& suggestion, const Me
 void use_flora(Suggestion& s) {
   Options& o = s.request.options;
   if (o.optimizer != "flora") s.add("optimizer", o.optimizer = "flora");
-  if (o.gradients != "fused") s.add("gradients", o.gradients = "fused");
+  if (resolve(s.request, Undecided::kPlannersSettings).options.gradients != "fused")
+    s.add("gradients", o.gradients = "fused");
   if (o.master_weights == "fp32") s.add("master-weights", o.master_weights = "none");
 }
 
@@ -97,8 +98,8 @@ std::string advice(const RunSetup& setup, const MemoryLimit& limit, Backend& bac
   for (const auto& change : changes) {
     if (!found.empty()) return found;
     Suggestion changed = suggestion;
-    change(changed);
     try {
+      change(changed);
       resolve(changed.request, Undecided::kPlannersSettings);
     } catch (const UsageError&) {
       continue;  // contradicts something that was given
@@ -135,11 +136,13 @@ std::string budget_advice(const RunSetup& undecided, const Budget& budget, Backe
   const Planner planner(backend, nominal_speeds(undecided.engine, backend.name()));
   const std::optional<Choice> least =
       planner.smallest(planner.candidates(undecided.engine, freedom_left(undecided)), budget.limit);
+  // Where it is the same memory, the host's part counts, too.
+  const size_t need = least->device_bytes + (budget.limit.shared ? least->host_bytes : 0);
   std::string text = "--memory-budget " + undecided.options.memory_budget + " leaves " +
                      std::to_string(budget.limit.device) + " bytes for the plan; the smallest setting needs " +
-                     std::to_string(least->device_bytes);
-  if (least->device_bytes > budget.limit.device) {
-    text += ", " + std::to_string(least->device_bytes - budget.limit.device) + " bytes more";
+                     std::to_string(need);
+  if (need > budget.limit.device) {
+    text += ", " + std::to_string(need - budget.limit.device) + " bytes more";
   } else {
     text += " and " + std::to_string(least->host_bytes) + " of host memory, where " +
             std::to_string(budget.limit.host) + " are free";

@@ -90,6 +90,7 @@ void check_offload(const std::string& offload) {
                        "' is none of activations, state, weights; or leave it at none");
     }
   }
+  if (!offload.empty() && offload.back() == ',') throw UsageError("--offload " + offload + ": nothing after the comma");
   if (offload.empty()) throw UsageError("--offload needs a value: none, or activations,state,weights");
 }
 

@@ -5,8 +5,8 @@
 #include <nlohmann/json.hpp>
 
 #include "train/metrics.h"
-#include "train/planner.h"
 #include "train/options.h"
+#include "train/planner.h"
 
 namespace {
 

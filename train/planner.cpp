@@ -187,7 +187,9 @@ std::optional<Choice> Planner::smallest(const std::vector<Choice>& candidates, c
   for (const EngineConfig* config : Relatives(candidates).smallest()) {
     const MemoryPlan plan = Engine(*config, backend_).plan();
     Choice choice{.config = *config, .device_bytes = plan.device_bytes(), .host_bytes = plan.host_bytes()};
-    const auto rank = [&](const Choice& c) { return std::make_pair(!host_fits(c), c.device_bytes); };
+    const auto rank = [&](const Choice& c) {
+      return std::make_pair(!limit.shared && !host_fits(c), c.device_bytes + (limit.shared ? c.host_bytes : 0));
+    };
     if (!best || rank(choice) < rank(*best)) best = choice;
   }
   return best;

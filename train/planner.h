@@ -49,8 +49,8 @@ class Planner {
   // The first `count` of them that fit, in that order.
   std::vector<Choice> fitting(const std::vector<Choice>& candidates, const MemoryLimit& limit, size_t count) const;
 
-  // The one that takes the least memory on the device, among those whose host memory fits if there are such. Empty only
-  // without candidates.
+  // The one that takes the least memory on the device, among those whose host memory fits if there are such; where both
+  // are the same memory, the least in all. Empty only without candidates.
   std::optional<Choice> smallest(const std::vector<Choice>& candidates, const MemoryLimit& limit) const;
 
  private:

@@ -295,6 +295,8 @@ class Measurement {
     };
     speeds_.to_device = rate(device, host);
     speeds_.to_host = rate(host, device);
+    // Copies of pageable memory make the host wait.
+    speeds_.copies_overlap = speeds_.copies_overlap && backend_.host_memory_note().empty();
   }
 
   const EngineConfig& config_;

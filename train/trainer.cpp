@@ -84,11 +84,11 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
   std::string tokenizer_path;
   tokenizer_ = find_tokenizer(o, setup.engine.model.vocabulary, checkpoint, tokenizer_path);
   if (!tokenizer_path.empty()) tokenizer_file_ = read_file(tokenizer_path);
-  peak_flops_ = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : backend.measure_peak_flops();
   const MemoryPlan plan = engine_.plan();
   const MemoryLimit available = available_memory_limit(backend);
   if (!fits({plan.device_bytes(), plan.host_bytes()}, available))
     throw std::runtime_error(memory_advice(setup, available, backend));
+  peak_flops_ = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : backend.measure_peak_flops();
   engine_.allocate();
   std::optional<uint32_t> resumed;
   if (!checkpoint.empty()) {

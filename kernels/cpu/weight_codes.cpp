@@ -11,9 +11,6 @@
 
 namespace {
 
-constexpr float kMostCode = 127.0f;
-constexpr float kRoom = 1.125f / kMostCode;  // what a fresh scale leaves for weights to grow into
-
 // The largest magnitude; infinity when a number is not finite. Magnitudes are ordered as their bits are, NaNs last.
 float largest_magnitude(const float* in, int64_t count) {
   uint32_t largest = 0;
@@ -23,7 +20,7 @@ float largest_magnitude(const float* in, int64_t count) {
 }
 
 float fresh_scale(float largest) {
-  return std::isinf(largest) ? std::numeric_limits<float>::quiet_NaN() : kRoom * largest;
+  return std::isinf(largest) ? std::numeric_limits<float>::quiet_NaN() : kFreshWeightScale * largest;
 }
 
 // Four elements share a Philox block, 64 a call of philox_lanes(); a view may start inside of one.
@@ -41,7 +38,7 @@ const uint32_t* random_words(Words& words, int64_t begin, int64_t count, const R
 
 void encode_nearest(int8_t* codes, const float* in, int64_t count, float scale) {
   for (int64_t i = 0; i < count; ++i) {
-    const float x = std::clamp(in[i] / scale, -kMostCode, kMostCode);
+    const float x = std::clamp(in[i] / scale, -kMostWeightCode, kMostWeightCode);
     codes[i] = static_cast<int8_t>(std::nearbyint(x));
   }
 }
@@ -51,7 +48,7 @@ void encode_stochastic(int8_t* codes, const float* in, const uint32_t* words, in
   for (int64_t i = 0; i < count; ++i) {
     const float x = in[i] / scale, whole = std::floor(x);
     const float code = whole + (uniform_from_word(words[i]) >= 1.0f - (x - whole) ? 1.0f : 0.0f);
-    codes[i] = static_cast<int8_t>(std::clamp(code, -kMostCode, kMostCode));
+    codes[i] = static_cast<int8_t>(std::clamp(code, -kMostWeightCode, kMostWeightCode));
   }
 }
 
@@ -65,7 +62,7 @@ void CpuBackend::quantize_weight(Tensor out, Tensor in, RandomKey key, const Ste
     const float* const x = in.as<const float>() + begin;
     int8_t* const codes = out.as<int8_t>() + begin;
     float& scale = out.scales[begin / kQuantBlock];
-    const float largest = largest_magnitude(x, count), bound = kMostCode * scale;
+    const float largest = largest_magnitude(x, count), bound = kMostWeightCode * scale;
     const bool stays = scalars && 0.5f * bound < largest && largest <= bound && !std::isinf(largest);
     if (!stays) scale = fresh_scale(largest);
     if (!(scale > 0.0f)) {  // NaN, or nothing but zeros: all codes say the same

@@ -8,8 +8,6 @@
 
 namespace {
 
-constexpr float kMostCode = 127.0f;
-constexpr float kRoom = 1.125f / kMostCode;  // what a fresh scale leaves for weights to grow into
 constexpr uint32_t kInfinityBits = 0x7F800000u, kNotANumberBits = 0x7FC00000u;
 
 // The largest magnitude of a block; infinity when a number is not finite. Magnitudes are ordered as their bits are,
@@ -50,7 +48,7 @@ __device__ inline void random_words(uint32_t (&words)[kRun], const RandomStream&
   for (int i = 0; i < kRun; ++i) words[i] = skip & 1 ? all[i + 1] : all[i];
 }
 
-__device__ inline float clamp_code(float code) { return fminf(fmaxf(code, -kMostCode), kMostCode); }
+__device__ inline float clamp_code(float code) { return fminf(fmaxf(code, -kMostWeightCode), kMostWeightCode); }
 
 __device__ inline void store_codes(const BlockTensor& t, const Run& run, const float (&codes)[kRun]) {
   uint32_t words[2] = {0, 0};
@@ -77,10 +75,11 @@ __global__ void __launch_bounds__(kStateThreads)
   if (scalars && scalars->gate == 0) return;
   float x[kRun];
   decode(x, raw, in.dtype);
-  const float largest = largest_magnitude(x), bound = kMostCode * old_scale;
+  const float largest = largest_magnitude(x), bound = kMostWeightCode * old_scale;
   const bool is_finite = float_to_bits(largest) < kInfinityBits;
   const bool stays = scalars && 0.5f * bound < largest && largest <= bound && is_finite;
-  const float fresh = is_finite ? kRoom * largest : bits_to_float(kNotANumberBits), scale = stays ? old_scale : fresh;
+  const float fresh = is_finite ? kFreshWeightScale * largest : bits_to_float(kNotANumberBits),
+              scale = stays ? old_scale : fresh;
   __syncwarp();  // every lane has read the old scale
   if (threadIdx.x % kWarp == 0 && !stays) out.scales[run.block] = scale;
 
