@@ -146,9 +146,9 @@ SHIM         := $(BUILD)/cuda_on_cpu
 SANITIZED    := $(BUILD)/cuda_on_cpu_sanitized
 # Tests of operations run under the sanitizers; those of whole models would take too long with them, and the shim's own
 # are built plain, too.
-OPERATION_TESTS := attention classifier device_memory elementwise embedding factored_moment layernorm matmul \
+OPERATION_TESTS := attention classifier device_memory elementwise embedding factored_moment layer_stream layernorm matmul \
                    optimizer_ops quantize philox projection same_bits weight_codes
-MODEL_TESTS     := layer_stream flora flora_reference adamw sinks gpt2 gpt2_reference training offload
+MODEL_TESTS     := flora flora_reference adamw sinks gpt2 gpt2_reference training offload
 SHIM_OWN_TESTS  := $(patsubst tests/cuda_on_cpu/test_%.cpp,%,$(wildcard tests/cuda_on_cpu/test_*.cpp))
 MODEL_BINARIES  := $(MODEL_TESTS:%=$(SHIM)/tests/test_%)
 OWN_BINARIES    := $(SHIM_OWN_TESTS:%=$(SHIM)/tests/test_%)
