@@ -177,6 +177,7 @@ int plan(Options options) {
 
 // An engine without a training half, with the weights of --model.
 std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, RunSetup& setup, int64_t vocabulary) {
+  if (options.was_given("memory-budget")) throw UsageError("--memory-budget is for training and plan");
   if (options.model.empty()) throw UsageError("--model is needed: a checkpoint or another directory with weights");
   setup = resolve({options, backend.name(), vocabulary, false, ""});
   if (!setup.source.has_weights) throw UsageError("--model " + options.model + " has no weights");

@@ -227,6 +227,14 @@ def test_too_little_memory(data, tmp_path):
 
 
 @on_shim
+def test_too_little_host_memory(data, tmp_path):
+    """Known before the start: nothing is allocated."""
+    message = refused(data, tmp_path, "--device", "cuda", "--model", "gpt3:c12288", "--micro-batch", 1, "--recompute",
+                      "block", "--offload", "weights,activations", code=1, CUDA_ON_CPU_MEMORY=64 << 30)
+    assert message.startswith("train_gpt2: out of host memory: the plan takes 3") and "are free" in message
+
+
+@on_shim
 def test_no_memory_at_all(data, tmp_path):
     message = refused(data, tmp_path, "--device", "cuda", code=1, CUDA_ON_CPU_MEMORY=1 << 20)
     assert "a smaller --model is needed" in message

@@ -14,6 +14,12 @@ STEPS, LAST = 300, 20
 FLAGS = ["--device", "cpu", "--model", "tiny", "--dtype", "bf16", "--seq-len", 64, "--micro-batch", 8, "--schedule",
          "cosine", "--optimizer", "flora", "--rank", 32, "--lr", 1e-3, "--steps", STEPS, "--eval-every", 0,
          "--checkpoint-every", 0, "--log-every", 100, "--threads", 2, "--peak-tflops", 0.2]
+RUNS = {
+    "bf16": [],
+    "8-bit weights": ["--weight-dtype", "int8"],
+    "8-bit states": ["--state-dtype", "int8"],
+    "both": ["--weight-dtype", "int8", "--state-dtype", "int8"],
+}
 
 
 @pytest.mark.slow
@@ -25,16 +31,17 @@ def test_eight_bits_learn_what_bf16_learns(tmp_path):
     subprocess.run([sys.executable, str(ROOT / "data/prepare.py"), str(TEXT), "--tokenizer", "bytes", "--out",
                     str(tmp_path / "data")], check=True, capture_output=True)
 
-    def losses(name, *flags):
-        """(mean of the first steps, of the last)"""
+    curves = {}
+    for name, flags in RUNS.items():
         succeed(*FLAGS, *flags, "--data", tmp_path / "data/*_train_*.bin", "--out", tmp_path / name)
-        values = [line["loss"] for line in metrics(tmp_path / name)[1]]
-        assert len(values) == STEPS
-        return sum(values[:LAST]) / LAST, sum(values[-LAST:]) / LAST
-
-    first, bf16 = losses("bf16")
-    _, eight_bit = losses("eight-bit", "--weight-dtype", "int8", "--state-dtype", "int8")
-    print(f"\nlast {LAST} steps: bf16 {bf16:.4f}, 8 bits {eight_bit:.4f}, ratio {eight_bit / bf16:.4f}")
-    assert bf16 < 0.65 * first, "bf16 has learned something"
-    assert eight_bit != bf16, "they are not the same run"
-    assert abs(eight_bit / bf16 - 1) <= 0.02
+        curves[name] = [line["loss"] for line in metrics(tmp_path / name)[1]]
+        assert len(curves[name]) == STEPS
+        means = [sum(curves[name][t - 10:t]) / 10 for t in range(20, STEPS + 1, 40)]
+        print(f"\n{name}, every 40 steps:", *(f"{mean:.3f}" for mean in means), end="")
+    first = sum(curves["bf16"][:LAST]) / LAST
+    last = {name: sum(curve[-LAST:]) / LAST for name, curve in curves.items()}
+    print(f"\nlast {LAST} steps:", *(f"{name} {mean / last['bf16']:.4f} of bf16's," for name, mean in last.items()))
+    assert last["bf16"] < 0.65 * first, "bf16 has learned something"
+    for name, mean in last.items():
+        assert name == "bf16" or mean != last["bf16"], "they are not the same run"
+        assert abs(mean / last["bf16"] - 1) <= 0.02, name

@@ -7,10 +7,8 @@ other widths, optimizers and places of the weights, must keep to it. Bytes on th
 CPU both are the process's.
 """
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -50,22 +48,27 @@ def skip_where_it_cannot_hold():
 
 
 def peak_resident(flags, out, whole):
-    """Bytes of the largest resident set of a run of one step; unless it is to be whole, it is ended before it writes
-    its checkpoint, which takes longer than the step. (The count begins at exec, with the size of this process as the
-    least: far below what is measured here.)"""
-    command = [PROGRAM, *flags, "--steps", 1 if whole else 2, "--out", out]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    file, ended = out / "metrics.jsonl", 0
-    while not ended:
-        time.sleep(0.02)
-        if not whole and file.exists() and file.read_text().count("\n") > 1:  # a header, a line per step
-            os.kill(process.pid, signal.SIGKILL)  # not process.kill(), which would wait for a process that has ended
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == (0 if whole else -signal.SIGKILL), command
+    """Bytes of the largest resident set of a run of one step, as the kernel counts it for this program alone
+    (getrusage() would begin with the size of the process that started it). Unless the run is to be whole, it is ended
+    before it writes its checkpoint, which takes longer than the step; a whole one says itself what it was."""
+    command = [str(part) for part in [PROGRAM, *flags, "--steps", 1 if whole else 2, "--out", out]]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    if whole:
+        output, _ = process.communicate()
+        assert process.returncode == 0, command
+        amount, unit = re.search(r"([0-9.]+) (MiB|GiB) resident", output).groups()
+        peak = round(float(amount) * (MIB if unit == "MiB" else 1024 * MIB))
+    else:
+        file = out / "metrics.jsonl"
+        while not file.exists() or file.read_text().count("\n") < 2:  # a header, a line per step
+            assert process.poll() is None, command
+            time.sleep(0.02)
+        peak = int(re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1]) << 10
+        process.kill()
+        process.communicate()
     assert [line["step"] for line in metrics(out)[1]][:1] == [1]
     shutil.rmtree(out)
-    return usage.ru_maxrss << 10
+    return peak
 
 
 @pytest.mark.slow

@@ -126,6 +126,7 @@ std::string budget_report(const BudgetChoice& choice) {
   text += "chosen      " + described(choice.chosen, choice.measured) + "\n";
   text +=
       "runner-up   " + (choice.runner_up ? described(*choice.runner_up, choice.measured) : "nothing else fits") + "\n";
+  if (!choice.measured) text += "speeds      not measured on this device: no step times\n";
   return text;
 }
 

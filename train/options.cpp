@@ -115,6 +115,7 @@ void restore_options(Options& options, const nlohmann::json& saved) {
   options.plan = before.plan;
   options.json = before.json;
   options.profile = before.profile;
+  options.memory_budget = before.memory_budget;  // what it led to is in the other options
   options.resume = before.resume;
 }
 
