@@ -105,7 +105,7 @@ BlockBytes block_bytes(const EngineConfig& config, Backend& backend) {
     const bool codes = config.weight_dtype == DType::kI8;
     const DType dtype = codes && !parameter.matrix ? config.shapes.dtype : config.weight_dtype;
     bytes.weights += static_cast<double>(parameter.elements() * static_cast<int64_t>(dtype_size(dtype)));
-    if (config.master_weights) bytes.state += 4.0 * static_cast<double>(parameter.elements());
+    if (config.master_weights) bytes.weights += 4.0 * static_cast<double>(parameter.elements());
   }
   return bytes;
 }
