@@ -6,7 +6,7 @@
 #include "flora/optimizer_state.h"
 
 AdamW::AdamW(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
-    : Optimizer(config, parameters, backend) {
+    : ElementwiseOptimizer(config, parameters, backend) {
   for (const Parameter& p : parameters) {
     Slot slot;
     if (config.beta1 > 0)
@@ -24,21 +24,8 @@ void AdamW::begin_step(uint32_t step, StepScalars& scalars) {
   scalars.bias_correction2 = static_cast<float>(1.0 - std::pow(static_cast<double>(config_.beta2), t));
 }
 
-void AdamW::update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) {
-  update_rows(parameter, weight, master, gradient, {}, scalars);
-}
-
-void AdamW::update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master, const BlockedGradient& gradient,
-                             StepScalars* scalars) {
-  gradient.pass([&](int64_t begin, Tensor rows) {
-    update_rows(parameter, weight, master, rows, {begin, rows.rows()}, scalars);
-  });
-}
-
-// `gradient` holds these rows only, everything else is whole.
 void AdamW::update_rows(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, const RowRange& rows,
                         StepScalars* scalars) {
-  states_.hold(parameter.layer, Access::kUpdate);
   const Slot& slot = slots_.at(static_cast<size_t>(parameter.index));
   const Tensor m = rows.of(states_.get(slot.momentum)), v = rows.of(states_.get(slot.second_moment));
   pieces_.update(

@@ -11,10 +11,6 @@ namespace {
 
 constexpr int64_t kVectorAlignment = 64;  // elements
 
-Tensor view_of(void* memory, DType dtype, const Parameter& p) {
-  return p.matrix ? Tensor::of(memory, dtype, {p.rows, p.cols}) : Tensor::of(memory, dtype, {p.cols});
-}
-
 }  // namespace
 
 GradientStorage::GradientStorage(const SinkConfig& config, const std::vector<Parameter>& parameters,
@@ -124,19 +120,19 @@ void GradientStorage::bind(Arena& arena) {
   for (Entry& e : entries_) {
     const Parameter& p = e.parameter;
     if (e.keep == Keep::kFull)
-      e.sum = view_of(arena.tensor(p.name + ".gradient", full_dtype(p), {p.padded_elements()}).data, full_dtype(p), p);
+      e.sum = p.tensor(arena.tensor(p.name + ".gradient", full_dtype(p), {p.padded_elements()}).data, full_dtype(p));
     if (e.keep == Keep::kCompressed)
       e.sum = arena.tensor(p.name + ".accumulator", config_.accumulation_dtype,
                            {compression(e).compressed_rows(), compression(e).compressed_cols()});
     if (p.long_lived && block_rows(p) > 0) {
-      e.slot = view_of(rows, DType::kF32, p);
+      e.slot = p.tensor(rows, DType::kF32);
     } else if (e.has_slot && p.long_lived) {
-      e.slot = view_of(arena.tensor(p.name + ".gradient", DType::kF32, {p.padded_elements()}).data, DType::kF32, p);
+      e.slot = p.tensor(arena.tensor(p.name + ".gradient", DType::kF32, {p.padded_elements()}).data, DType::kF32);
     } else if (uses_shared_matrix(e)) {
-      e.slot = view_of(matrix, dtype, p);
+      e.slot = p.tensor(matrix, dtype);
     } else if (uses_vectors(e)) {
       char* const base = p.layer < 0 ? top_vectors : vectors;
-      e.slot = view_of(base + static_cast<size_t>(e.vector_offset) * dtype_size(dtype), dtype, p);
+      e.slot = p.tensor(base + static_cast<size_t>(e.vector_offset) * dtype_size(dtype), dtype);
     }
   }
   for (Scratch* scratch : {&projection_, &projected_, &factor_}) scratch->bind(arena);

@@ -24,4 +24,8 @@ struct Parameter {
   int64_t elements() const { return rows * cols; }
   int64_t padded_elements() const { return padded_rows * cols; }
   uint32_t hash() const { return hash_name(name.c_str()); }
+  // A tensor of its shape without padding, [rows, cols] or [cols], in `memory`.
+  Tensor tensor(void* memory, DType dtype) const {
+    return matrix ? Tensor::of(memory, dtype, {rows, cols}) : Tensor::of(memory, dtype, {cols});
+  }
 };

@@ -27,20 +27,9 @@ void project_up(Backend& backend, Tensor out, Tensor m, Tensor p, const Compress
   }
 }
 
-namespace {
-
-// Columns [begin, begin + count) of a projection.
-Tensor columns(Tensor p, int64_t begin, int64_t count) {
-  p.data = static_cast<char*>(p.data) + static_cast<size_t>(begin) * dtype_size(p.dtype);
-  p.shape[1] = count;
-  return p;
-}
-
-}  // namespace
-
 void project_rows_down(Backend& backend, Tensor out, Tensor g, Tensor p, const Compression& shape, int64_t begin) {
   if (shape.wide()) {
-    backend.matmul(out, columns(p, begin, g.rows()), g, {.accumulate = begin > 0});
+    backend.matmul(out, p.columns(begin, g.rows()), g, {.accumulate = begin > 0});
   } else {
     backend.matmul(out.slice(begin, g.rows()), g, p, {.transpose_b = true});
   }
@@ -49,7 +38,7 @@ void project_rows_down(Backend& backend, Tensor out, Tensor g, Tensor p, const C
 void project_rows_up(Backend& backend, Tensor g, Tensor m, Tensor p, const Compression& shape, int64_t begin,
                      float alpha, bool accumulate) {
   if (shape.wide()) {
-    backend.matmul(g, columns(p, begin, g.rows()), m, {.transpose_a = true, .accumulate = accumulate, .alpha = alpha});
+    backend.matmul(g, p.columns(begin, g.rows()), m, {.transpose_a = true, .accumulate = accumulate, .alpha = alpha});
   } else {
     backend.matmul(g, m.slice(begin, g.rows()), p, {.accumulate = accumulate, .alpha = alpha});
   }

@@ -4,20 +4,17 @@
 
 #include <vector>
 
-#include "flora/optimizer.h"
+#include "flora/elementwise_optimizer.h"
 
-class Sgd final : public Optimizer {
+class Sgd final : public ElementwiseOptimizer {
  public:
   Sgd(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend);
 
   void begin_step(uint32_t, StepScalars&) override {}
-  void update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) override;
-  void update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master, const BlockedGradient& gradient,
-                        StepScalars* scalars) override;
 
  private:
   void update_rows(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, const RowRange& rows,
-                   StepScalars* scalars);
+                   StepScalars* scalars) override;
 
   std::vector<int> momentum_;  // numbers in states_, by Parameter::index; -1 with beta1 = 0
 };

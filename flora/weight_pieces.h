@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 
 #include "flora/parameter.h"
 #include "flora/projection.h"
@@ -58,7 +57,7 @@ class WeightPieces {
  private:
   // A piece begins where a block of codes does.
   int64_t piece_rows(const Parameter& parameter) const {
-    const int64_t step = kQuantBlock / std::gcd(kQuantBlock, parameter.cols);
+    const int64_t step = quant_rows(parameter.cols);
     return std::max<int64_t>(elements_ / (parameter.cols * step), 1) * step;
   }
 

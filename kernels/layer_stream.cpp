@@ -6,14 +6,6 @@
 #include <stdexcept>
 #include <utility>
 
-namespace {
-
-size_t aligned(size_t bytes) {
-  return (bytes + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
-}
-
-}  // namespace
-
 LayerStream::LayerStream(std::string name, Category category, int layers, int slots, Order order, Backend& backend)
     : name_(std::move(name)),
       category_(category),
@@ -27,10 +19,10 @@ LayerStream::LayerStream(std::string name, Category category, int layers, int sl
 int LayerStream::add(int layer, const Tensor& shape) {
   Layer& to = layers_.at(static_cast<size_t>(layer));
   Member member{shape, to.bytes, 0};
-  to.bytes += aligned(shape.bytes());
+  to.bytes += MemoryPlan::aligned(shape.bytes());
   if (shape.dtype == DType::kI8 || shape.dtype == DType::kU8) {
     member.scales_offset = to.bytes;
-    to.bytes += aligned(static_cast<size_t>(quant_blocks(shape.elements())) * sizeof(float));
+    to.bytes += MemoryPlan::aligned(static_cast<size_t>(quant_blocks(shape.elements())) * sizeof(float));
   }
   to.members.push_back(member);
   return static_cast<int>(to.members.size()) - 1;

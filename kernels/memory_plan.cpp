@@ -22,10 +22,6 @@ const char* category_name(Category category) {
 
 namespace {
 
-size_t align_up(size_t offset) {
-  return (offset + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
-}
-
 // Greedy first fit, largest first: every allocation takes the lowest aligned offset at which it touches no allocation
 // of a common phase that has its place already. Returns the extent.
 size_t place(std::vector<Allocation>& allocations, bool host) {
@@ -46,7 +42,7 @@ size_t place(std::vector<Allocation>& allocations, bool host) {
     for (const Allocation* other : placed) {
       if ((other->phases & allocation.phases) == 0) continue;
       if (offset + allocation.bytes <= other->offset) break;
-      offset = std::max(offset, align_up(other->offset + other->bytes));
+      offset = std::max(offset, MemoryPlan::aligned(other->offset + other->bytes));
     }
     allocation.offset = offset;
     extent = std::max(extent, offset + allocation.bytes);

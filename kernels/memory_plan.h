@@ -38,6 +38,7 @@ struct Allocation {
 class MemoryPlan {
  public:
   static constexpr size_t kAlignment = 256;
+  static size_t aligned(size_t offset) { return (offset + kAlignment - 1) / kAlignment * kAlignment; }
 
   // Declares `bytes` under a unique name. Throws std::logic_error for a name that exists already.
   void add(const std::string& name, Category category, size_t bytes, uint32_t phases = kPhaseAlways, bool host = false);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -92,6 +93,9 @@ inline constexpr float kMostWeightCode = 127.0f, kFreshWeightScale = 1.125f / kM
 
 inline int64_t quant_blocks(int64_t elements) { return (elements + kQuantBlock - 1) / kQuantBlock; }
 
+// The smallest number of rows of `cols` elements that are whole blocks.
+inline int64_t quant_rows(int64_t cols) { return kQuantBlock / std::gcd(kQuantBlock, cols); }
+
 struct Tensor {
   void* data = nullptr;
   DType dtype = DType::kF32;
@@ -163,6 +167,15 @@ struct Tensor {
       t.scales = scales + first / kQuantBlock;
     }
     t.shape[0] = count;
+    return t;
+  }
+
+  // Columns [begin, begin + count) of every row; not of a tensor with scales.
+  Tensor columns(int64_t begin, int64_t count) const {
+    if (scales || begin < 0 || count < 0 || begin + count > cols()) throw std::logic_error("columns: out of range");
+    Tensor t = *this;
+    t.data = static_cast<char*>(data) + static_cast<size_t>(begin) * dtype_size(dtype);
+    t.shape[rank - 1] = count;
     return t;
   }
 

@@ -183,9 +183,7 @@ void Gpt2::head(GradientSink* sink, float gradient_scale) {
     backend_.matmul(d_norm.slice(begin, count), logits, head_weight);
     if (blocks) continue;
     const GradientSink::Target target = sink->target(head);
-    Tensor d_logits = logits;
-    d_logits.shape[1] = V;
-    backend_.matmul(target.tensor, d_logits, in, {.transpose_a = true, .accumulate = target.accumulate});
+    backend_.matmul(target.tensor, logits.columns(0, V), in, {.transpose_a = true, .accumulate = target.accumulate});
   }
   store_.release(-1, false);
 }

@@ -3,24 +3,13 @@
 #include "model/gpt2.h"
 #include "model/gpt2_layer.h"
 
-namespace {
-
-// Columns [begin, begin + count) of every row.
-Tensor columns(Tensor t, int64_t begin, int64_t count) {
-  t.data = static_cast<char*>(t.data) + static_cast<size_t>(begin) * dtype_size(t.dtype);
-  t.shape[static_cast<size_t>(t.rank) - 1] = count;
-  return t;
-}
-
-}  // namespace
-
 // d_input = d_output W^T, times gelu'(gelu_input) where the input is a GELU's output; dW = input^T d_output, db =
 // column sums of d_output.
 void Gpt2::linear_backward(GradientSink& sink, const Parameter& weight_parameter, const Parameter& bias_parameter,
                            Tensor d_input, Tensor input, Tensor d_output, Tensor gelu_input) {
   backend_.matmul(d_input, d_output, weight(weight_parameter), {.transpose_b = true, .gelu_input = gelu_input});
   sink.from_rows(weight_parameter, [&](Tensor out, int64_t begin, bool accumulate) {
-    backend_.matmul(out, columns(input, begin, out.rows()), d_output, {.transpose_a = true, .accumulate = accumulate});
+    backend_.matmul(out, input.columns(begin, out.rows()), d_output, {.transpose_a = true, .accumulate = accumulate});
   });
   const GradientSink::Target d_bias = sink.target(bias_parameter);
   backend_.bias_backward(d_bias.tensor, d_output, d_bias.accumulate);

@@ -3,19 +3,7 @@
 #include "model/weight_store.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
-
-namespace {
-
-Tensor view_of(void* memory, DType dtype, const Parameter& p, int64_t rows) {
-  return p.matrix ? Tensor::of(memory, dtype, {rows, p.cols}) : Tensor::of(memory, dtype, {p.cols});
-}
-
-// The smallest number of rows that is made of whole blocks of codes.
-int64_t code_rows(const Parameter& p) { return kQuantBlock / std::gcd(kQuantBlock, p.cols); }
-
-}  // namespace
 
 WeightStore::WeightStore(std::vector<Parameter> parameters, const WeightStoreConfig& config, Backend& backend)
     : parameters_(std::move(parameters)), config_(config), backend_(backend), places_(parameters_.size()) {
@@ -25,7 +13,7 @@ WeightStore::WeightStore(std::vector<Parameter> parameters, const WeightStoreCon
     layers = std::max(layers, p.layer + 1);
     if (!p.quantized) continue;
     const int64_t fp32_elements =
-        code_rows(p) * p.cols * static_cast<int64_t>(sizeof(float) / dtype_size(config_.plain_dtype));
+        quant_rows(p.cols) * p.cols * static_cast<int64_t>(sizeof(float) / dtype_size(config_.plain_dtype));
     decoded_elements_ = std::max({decoded_elements_, p.elements(), fp32_elements});
   }
   if (config_.streamed_layers > 0)
@@ -33,9 +21,8 @@ WeightStore::WeightStore(std::vector<Parameter> parameters, const WeightStoreCon
                                             LayerStream::Order::kUpAndDown, backend);
   for (const Parameter& p : parameters_) {
     if (!streamed(p)) continue;
-    place(p).streamed_weight = stream_->add(p.layer, view_of(nullptr, stored_dtype(p), p, p.rows));
-    if (config_.master_weights)
-      place(p).streamed_master = stream_->add(p.layer, view_of(nullptr, DType::kF32, p, p.rows));
+    place(p).streamed_weight = stream_->add(p.layer, p.tensor(nullptr, stored_dtype(p)));
+    if (config_.master_weights) place(p).streamed_master = stream_->add(p.layer, p.tensor(nullptr, DType::kF32));
   }
 }
 
@@ -60,7 +47,7 @@ void WeightStore::bind(Arena& arena) {
   for (const Parameter& p : parameters_) {
     if (streamed(p)) continue;
     const Tensor padded = arena.tensor(p.name, stored_dtype(p), {p.padded_rows, p.cols});
-    place(p).weight = view_of(padded.data, padded.dtype, p, p.rows);
+    place(p).weight = p.tensor(padded.data, padded.dtype);
     place(p).weight.scales = padded.scales;
     const int64_t padding_rows = p.padded_rows - p.rows;
     if (padding_rows > 0) {
@@ -68,8 +55,7 @@ void WeightStore::bind(Arena& arena) {
       backend_.fill(padding.data, 0, padding.bytes());
     }
     if (config_.master_weights)
-      place(p).master =
-          view_of(arena.tensor(p.name + ".master", DType::kF32, {p.rows, p.cols}).data, DType::kF32, p, p.rows);
+      place(p).master = p.tensor(arena.tensor(p.name + ".master", DType::kF32, {p.rows, p.cols}).data, DType::kF32);
   }
   if (stream_) stream_->bind(arena);
   if (decoded_elements_ > 0) decoded_ = arena.tensor("weights.decoded", config_.plain_dtype, {decoded_elements_}).data;
@@ -91,7 +77,7 @@ Tensor WeightStore::stored(const Parameter& parameter) {
 Tensor WeightStore::weight(const Parameter& parameter) {
   const Tensor kept = stored(parameter);
   if (!parameter.quantized) return kept;
-  const Tensor decoded = view_of(decoded_, config_.plain_dtype, parameter, parameter.rows);
+  const Tensor decoded = parameter.tensor(decoded_, config_.plain_dtype);
   backend_.dequantize_weight(decoded, kept);
   return decoded;
 }
@@ -110,7 +96,7 @@ void WeightStore::assign(const Parameter& p, const std::function<void(Tensor, in
     return;
   }
   const int64_t room = decoded_elements_ * static_cast<int64_t>(dtype_size(config_.plain_dtype) / 2) / 2;
-  const int64_t step = std::max<int64_t>(room / (p.cols * code_rows(p)), 1) * code_rows(p);
+  const int64_t step = std::max<int64_t>(room / (p.cols * quant_rows(p.cols)), 1) * quant_rows(p.cols);
   for (int64_t begin = 0; begin < p.rows; begin += step) {
     const int64_t rows = std::min(step, p.rows - begin);
     const Tensor piece = Tensor::of(decoded_, DType::kF32, {rows, p.cols});

@@ -419,6 +419,19 @@ TEST_P(OptimizerOps, AreIndependentOfThreads) {
   });
 }
 
+// States and scales that a factored second moment makes of g, from states of 0.5.
+std::vector<uint8_t> second_moment_bits(TestDevice& device, const Tensor& g) {
+  const int64_t n = g.rows(), m = g.cols();
+  const Tensor row = device.upload(Values(n, 0.5), DType::kF32, {n}),
+               col = device.upload(Values(m, 0.5), DType::kF32, {m});
+  const Tensor row_scale = device.poisoned(DType::kF32, {n}), col_scale = device.poisoned(DType::kF32, {m});
+  const DeviceValue<StepScalars> s(device, scalars_of());
+  device->factored_second_moment(row, col, row_scale, col_scale, g, 1e-30f, s.data());
+  std::vector<uint8_t> bits;
+  for (const Tensor& t : {row, col, row_scale, col_scale}) append_bits(device, bits, t);
+  return bits;
+}
+
 TEST_P(OptimizerOps, FactoredSecondMomentOfStridedRows) {
   TestDevice device(backend());
   const int64_t n = 70, m = 300;
@@ -426,13 +439,7 @@ TEST_P(OptimizerOps, FactoredSecondMomentOfStridedRows) {
   const Values values = device.read(device.random(1, dtype(), {n, m}));
   for (int64_t pitch : {0, 304, 333}) {
     const Tensor g = device.upload(values, dtype(), {n, m}, pitch);
-    const Tensor row = device.upload(Values(n, 0.5), DType::kF32, {n}),
-                 col = device.upload(Values(m, 0.5), DType::kF32, {m}), row_scale = device.poisoned(DType::kF32, {n}),
-                 col_scale = device.poisoned(DType::kF32, {m});
-    const DeviceValue<StepScalars> s(device, scalars_of());
-    device->factored_second_moment(row, col, row_scale, col_scale, g, 1e-30f, s.data());
-    std::vector<uint8_t> bits;
-    for (const Tensor& t : {row, col, row_scale, col_scale}) append_bits(device, bits, t);
+    const std::vector<uint8_t> bits = second_moment_bits(device, g);
     if (pitch == 0) expected = bits;
     EXPECT_TRUE(bits == expected) << pitch;
   }
@@ -451,13 +458,7 @@ TEST_P(GpuOptimizerOps, FactoredSecondMomentInRanges) {
     const Tensor workspace = device.poisoned(DType::kF32, {8192});
     if (small) device->set_workspace(workspace.data, workspace.bytes());
     const Tensor g = device.random(1, dtype(), {n, m});
-    const Tensor row = device.upload(Values(n, 0.5), DType::kF32, {n}),
-                 col = device.upload(Values(m, 0.5), DType::kF32, {m}), row_scale = device.poisoned(DType::kF32, {n}),
-                 col_scale = device.poisoned(DType::kF32, {m});
-    const DeviceValue<StepScalars> s(device, scalars_of());
-    device->factored_second_moment(row, col, row_scale, col_scale, g, 1e-30f, s.data());
-    std::vector<uint8_t> bits;
-    for (const Tensor& t : {row, col, row_scale, col_scale}) append_bits(device, bits, t);
+    const std::vector<uint8_t> bits = second_moment_bits(device, g);
     if (!small) expected = bits;
     EXPECT_TRUE(bits == expected);
     device->fill(workspace.data, 0xff, workspace.bytes());

@@ -53,15 +53,11 @@ std::vector<SavedTensor> optimizer_tensors(Engine& engine) {
   }
   ParameterStore& store = engine.store();
   for (const Parameter& parameter : store.parameters()) {
-    const auto shape = [&](DType dtype) {
-      return parameter.matrix ? Tensor::of(nullptr, dtype, {parameter.rows, parameter.cols})
-                              : Tensor::of(nullptr, dtype, {parameter.cols});
-    };
     if (engine.config().master_weights)
-      tensors.push_back({parameter.name + ".master", parameter.layer, shape(DType::kF32),
+      tensors.push_back({parameter.name + ".master", parameter.layer, parameter.tensor(nullptr, DType::kF32),
                          [&store, &parameter] { return store.master(parameter); }});
     if (parameter.quantized)
-      tensors.push_back({parameter.name + ".codes", parameter.layer, shape(DType::kI8),
+      tensors.push_back({parameter.name + ".codes", parameter.layer, parameter.tensor(nullptr, DType::kI8),
                          [&store, &parameter] { return store.stored(parameter); }});
   }
   const size_t count = tensors.size();

@@ -166,6 +166,18 @@ __device__ inline uint32_t encode(float x, float s, DType dtype) {
   return x == 0.0f ? 0u : static_cast<uint32_t>(code > 1 ? code : 1);
 }
 
+// The codes of a run, four to a word.
+__device__ inline void store_codes(const BlockTensor& t, const Run& run, const uint32_t (&words)[2]) {
+  uint8_t* const out = static_cast<uint8_t*>(t.data) + run.first;
+  if (run.full && t.aligned) {
+    memcpy(__builtin_assume_aligned(out, 8), words, 8);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRun; ++i)
+    if (i < run.count) out[i] = static_cast<uint8_t>(words[i / 4] >> (i % 4 * 8));
+}
+
 __device__ inline void store_quantized(const BlockTensor& t, const Run& run, const float (&x)[kRun]) {
   float largest = 0.0f;
 #pragma unroll
@@ -178,14 +190,7 @@ __device__ inline void store_quantized(const BlockTensor& t, const Run& run, con
 #pragma unroll
     for (int i = 0; i < kRun; ++i) words[i / 4] |= encode(x[i], largest, t.dtype) << (i % 4 * 8);
   }
-  uint8_t* const out = static_cast<uint8_t*>(t.data) + run.first;
-  if (run.full && t.aligned) {
-    memcpy(__builtin_assume_aligned(out, 8), words, 8);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kRun; ++i)
-    if (i < run.count) out[i] = static_cast<uint8_t>(words[i / 4] >> (i % 4 * 8));
+  store_codes(t, run, words);
 }
 
 // Writes bf16 numbers, two to a word.

@@ -55,14 +55,7 @@ __device__ inline void store_codes(const BlockTensor& t, const Run& run, const f
 #pragma unroll
   for (int i = 0; i < kRun; ++i)
     words[i / 4] |= (static_cast<uint32_t>(static_cast<int>(codes[i])) & 0xffu) << (i % 4 * 8);
-  uint8_t* const out = static_cast<uint8_t*>(t.data) + run.first;
-  if (run.full && t.aligned) {
-    memcpy(__builtin_assume_aligned(out, 8), words, 8);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kRun; ++i)
-    if (i < run.count) out[i] = static_cast<uint8_t>(words[i / 4] >> (i % 4 * 8));
+  store_codes(t, run, words);
 }
 
 __global__ void __launch_bounds__(kStateThreads)
