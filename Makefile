@@ -1,6 +1,7 @@
 # make                  builds ./train_gpt2
 # make demo             installs what is missing, builds, trains a small GPT-2 with Flora on text found here, samples from it
 # make test             installs what is missing, builds, runs every test, ends with "N passed, N failed"
+# make check            the quick part of it, for work in progress: the CPU backend's tests that take seconds
 # make test-cuda-on-cpu the CUDA backend's part of it: its kernels and its host code, run on this CPU
 # make test-gpu         the same tests on the GPU of this machine; SANITIZE=1: under compute-sanitizer
 # make gpu-report       builds, tests and measures everything on the GPU of this machine, into docs/results/, in parts of at
@@ -18,8 +19,8 @@
 # CUDA Toolkit.
 #
 # Variables: CXX, BLAS (name of a CBLAS library; none: a plain one of our own), CPU_ARCH (-march), BUILD (folder),
-# SANITIZE (address,undefined, ...), PYTHON (of tests and plots), V=1 (shows the commands). Objects do not depend on the
-# flags: give another BUILD with another SANITIZE or CXX.
+# SANITIZE (address,undefined, ...), PYTHON (of tests and plots), V=1 (shows the commands). What was built with other flags
+# is built anew; another BUILD keeps both. ./train_gpt2 is a link to the one that was built last.
 
 CXX      ?= g++
 CPU_ARCH ?= native
@@ -28,13 +29,15 @@ BLAS     ?= $(if $(BUNDLE),none,openblas)
 PYTHON   ?= .venv/bin/python
 BUILD    ?= build
 Q        := $(if $(V),,@)
+.DEFAULT_GOAL := all
 SANITIZE ?=
 
-# -Wno-restrict: GCC 12 warns about its own std::string (GCC bug 105651).
-WARNINGS := -Wall -Wextra -Werror -Wno-restrict
+# -Wno-restrict: GCC 12 warns about its own std::string (GCC bug 105651); Clang does not know this warning.
+WARNINGS := -Wall -Wextra -Werror $(if $(findstring clang,$(CXX)),,-Wno-restrict)
 # -ffp-contract=off: fused multiply-adds only where the source says fma, so that random numbers are the same everywhere.
 CXXFLAGS := -std=c++20 -O3 -march=$(CPU_ARCH) -ffp-contract=off -fno-math-errno -fopenmp -g1 $(WARNINGS) -I.
-LDLIBS   := -lz -lgomp -lpthread
+LDFLAGS  += -fopenmp
+LDLIBS   := -lz -lpthread
 ifeq ($(BLAS),none)
   CXXFLAGS += -Ikernels/cpu/no_blas
 else
@@ -75,16 +78,14 @@ ifeq ($(CUDA),1)
   NVCCFLAGS  := -std=c++20 -O3 -fmad=false -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-restrict,-Werror \
                 -diag-suppress 1675 -Werror all-warnings -lineinfo -I. $(GENCODE)
   CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
-  # The objects are made anew when the architectures change: this file then does (but not under make -n).
-  ifeq (,$(findstring n,$(firstword -$(MAKEFLAGS))))
-  $(shell mkdir -p $(BUILD); [ "$$(cat $(BUILD)/.cuda-archs 2>/dev/null)" = "$(CUDA_ARCHS)" ] || echo "$(CUDA_ARCHS)" >$(BUILD)/.cuda-archs)
-  endif
   CUDART     := $(firstword $(wildcard $(foreach d,lib64 lib targets/x86_64-linux/lib,$(CUDA_ROOT)/$(d)/libcudart_static.a)))
   LDLIBS     += -L$(or $(dir $(CUDART)),$(CUDA_ROOT)/lib64) -lcudart_static -ldl -lrt
 else
   CUDA_SOURCES :=
 endif
 CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=$(BUILD)/%.o)
+# What the program says where it has no CUDA backend.
+WITHOUT_CUDA := $(if $(filter-out undefined default file,$(origin CUDA)),CUDA=$(CUDA) was given,no nvcc was found)
 
 # ---- sources
 
@@ -97,26 +98,54 @@ TEST_SOURCES := $(wildcard tests/test_*.cpp)
 TESTS        := $(TEST_SOURCES:tests/%.cpp=$(BUILD)/tests/%)
 LIB          := $(BUILD)/libtrain_gpt2.a
 KERNEL_BENCH := $(patsubst %,$(BUILD)/bench/%.o,kernels kernel_cases model_cases optimizer_cases)
+
+# Flags that what is there was built with. Where others hold now, the file is out of date, and with it what depends on it.
+COMPILED := $(strip $(CXX) $(CXXFLAGS))
+LINKED   := $(strip $(CXX) $(CXXFLAGS) $(LDFLAGS) $(LDLIBS) $(if $(CUDA_SOURCES),,$(WITHOUT_CUDA)))
+NVCC_RAN := $(strip $(NVCC) $(NVCCFLAGS))
+stale     = $(if $(subst x$(2),,x$(strip $(file <$(1)))),FORCE)
+define REMEMBER
+@mkdir -p $(@D) && printf '%s\n' '$(1)' >$@
+endef
+$(BUILD)/.compiled: $(call stale,$(BUILD)/.compiled,$(COMPILED))
+	$(call REMEMBER,$(COMPILED))
+$(BUILD)/.linked: $(call stale,$(BUILD)/.linked,$(LINKED))
+	$(call REMEMBER,$(LINKED))
+$(BUILD)/.nvcc: $(call stale,$(BUILD)/.nvcc,$(NVCC_RAN))
+	$(call REMEMBER,$(NVCC_RAN))
+
 # Options, files and tests gain nothing from -O3 and compile twice as fast without it.
 $(BUILD)/train/%.o $(BUILD)/train_gpt2.o $(BUILD)/tests/%.o: OPTIMIZE := -O1
 
 all: train_gpt2
 
-train_gpt2: $(BUILD)/train_gpt2.o $(LIB)
-	@echo "  LINK  $@"
-	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+train_gpt2: $(BUILD)/train_gpt2 $(if $(filter $(BUILD)/train_gpt2,$(shell readlink train_gpt2)),,FORCE)
+	@ln -sfn $< $@
 
-$(LIB): $(LIB_OBJECTS)
+# Whatever is linked goes through here: objects and libraries, then the flags that are libraries.
+define LINK
+@mkdir -p $(@D)
+@echo "  LINK  $@"
+$(Q)$(CXX) $(LDFLAGS) -o $@ $(filter %.o %.a,$^)
+endef
+
+$(BUILD)/train_gpt2: $(BUILD)/train_gpt2.o $(LIB) $(BUILD)/.linked
+	$(LINK) $(LDLIBS)
+
+$(LIB): $(LIB_OBJECTS) $(BUILD)/.linked
 	@rm -f $@
 	@echo "  AR    $@"
-	$(Q)ar rcs $@ $^
+	$(Q)ar rcs $@ $(LIB_OBJECTS)
 
-$(BUILD)/train_gpt2.o: train_gpt2.cu | $(BUILD)/.packages
+$(BUILD)/kernels/without_cuda.o: CXXFLAGS += -DWITHOUT_CUDA='"$(WITHOUT_CUDA)"'
+$(BUILD)/kernels/without_cuda.o: $(BUILD)/.linked
+
+$(BUILD)/train_gpt2.o: train_gpt2.cu $(BUILD)/.compiled | $(BUILD)/.packages
 	@mkdir -p $(@D)
 	@echo "  CXX   $<"
 	$(Q)$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -x c++ -o $@ $<
 
-$(BUILD)/%.o: %.cpp | $(BUILD)/.packages
+$(BUILD)/%.o: %.cpp $(BUILD)/.compiled | $(BUILD)/.packages
 	@mkdir -p $(@D)
 	@echo "  CXX   $<"
 	$(Q)$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -o $@ $<
@@ -126,16 +155,13 @@ $(BUILD)/googletest/%.o: $(BUNDLE)/googletest/src/%.cc
 	@echo "  CXX   $<"
 	$(Q)$(CXX) -std=c++20 -O1 -I$(BUNDLE)/include -I$(BUNDLE)/googletest -c -o $@ $<
 
-$(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu $(BUILD)/.cuda-archs | $(BUILD)/.packages
+$(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu $(BUILD)/.nvcc | $(BUILD)/.packages
 	@mkdir -p $(@D)
 	@echo "  NVCC  $<"
 	$(Q)scripts/nvcc.sh $@ $(NVCC) $(NVCCFLAGS) -MMD -MP -c $<
 
-$(BUILD)/.cuda-archs: ;
-
-$(TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(filter %.o,$(GTEST)) $(LIB)
-	@echo "  LINK  $@"
-	$(Q)$(CXX) $(LDFLAGS) -o $@ $(filter %.o %.a,$^) $(filter -l%,$(GTEST)) $(LDLIBS)
+$(TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(filter %.o,$(GTEST)) $(LIB) $(BUILD)/.linked
+	$(LINK) $(filter -l%,$(GTEST)) $(LDLIBS)
 
 # ---- the CUDA backend on the CPU: the same sources, compiled by g++ against the shim of tests/cuda_on_cpu/
 
@@ -154,7 +180,7 @@ MODEL_BINARIES  := $(MODEL_TESTS:%=$(SHIM)/tests/test_%)
 OWN_BINARIES    := $(SHIM_OWN_TESTS:%=$(SHIM)/tests/test_%)
 SANITIZED_BINARIES := $(OPERATION_TESTS:%=$(SANITIZED)/tests/test_%)
 # Loads that a kernel leaves out at the edge of a tensor look uninitialised to GCC.
-SHIM_FLAGS      := $(filter-out -O3 -I.,$(CXXFLAGS)) -Wno-unknown-pragmas -Wno-maybe-uninitialized -Itests/cuda_on_cpu/include -I.
+SHIM_FLAGS      := $(filter-out -O3 -I.,$(CXXFLAGS)) -Wno-unknown-pragmas $(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized) -Itests/cuda_on_cpu/include -I.
 SHIM_LDLIBS     := -lboost_context $(GTEST) $(LDLIBS)
 
 $(SANITIZED)/%.o: SHIM_FLAGS += -O1 -fsanitize=address,undefined -fno-omit-frame-pointer
@@ -168,41 +194,35 @@ define COMPILE_FOR_SHIM
 $(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -x c++ -o $@ $<
 endef
 
-$(SHIM)/%.o: %.cu | $(BUILD)/.packages
+$(SHIM)/%.o: %.cu $(BUILD)/.compiled | $(BUILD)/.packages
 	$(COMPILE_FOR_SHIM)
-$(SHIM)/%.o: %.cpp | $(BUILD)/.packages
+$(SHIM)/%.o: %.cpp $(BUILD)/.compiled | $(BUILD)/.packages
 	$(COMPILE_FOR_SHIM)
-$(SANITIZED)/%.o: %.cu | $(BUILD)/.packages
+$(SANITIZED)/%.o: %.cu $(BUILD)/.compiled | $(BUILD)/.packages
 	$(COMPILE_FOR_SHIM)
-$(SANITIZED)/%.o: %.cpp | $(BUILD)/.packages
+$(SANITIZED)/%.o: %.cpp $(BUILD)/.compiled | $(BUILD)/.packages
 	$(COMPILE_FOR_SHIM)
 
 # The shim's own tests are compiled against it, all others see nothing but a Backend.
 $(OWN_BINARIES): $(SHIM)/tests/%: $(SHIM)/tests/cuda_on_cpu/%.o
 $(MODEL_BINARIES): $(SHIM)/tests/%: $(BUILD)/tests/%.o
-$(OWN_BINARIES) $(MODEL_BINARIES): $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB)
-	@mkdir -p $(@D)
-	@echo "  LINK  $@"
-	$(Q)$(CXX) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LIB) $(SHIM_LDLIBS)
+$(OWN_BINARIES) $(MODEL_BINARIES): $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB) $(BUILD)/.linked
+	$(LINK) $(SHIM_LDLIBS)
 
-$(SANITIZED_BINARIES): $(SANITIZED)/tests/%: $(BUILD)/tests/%.o $(SHIM_OBJECTS:%=$(SANITIZED)/%) $(LIB)
-	@mkdir -p $(@D)
-	@echo "  LINK  $@"
-	$(Q)$(CXX) $(LDFLAGS) -fsanitize=address,undefined -o $@ $^ $(SHIM_LDLIBS)
+$(SANITIZED_BINARIES): $(SANITIZED)/tests/%: $(BUILD)/tests/%.o $(SHIM_OBJECTS:%=$(SANITIZED)/%) $(LIB) $(BUILD)/.linked
+	$(LINK) -fsanitize=address,undefined $(SHIM_LDLIBS)
 
-$(SHIM)/train_gpt2: $(BUILD)/train_gpt2.o $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB)
-	@echo "  LINK  $@"
-	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(SHIM_LDLIBS)
+$(SHIM)/train_gpt2: $(BUILD)/train_gpt2.o $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB) $(BUILD)/.linked
+	$(LINK) $(SHIM_LDLIBS)
 
-$(SHIM)/bench_kernels: $(KERNEL_BENCH) $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB)
-	@echo "  LINK  $@"
-	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(SHIM_LDLIBS)
+$(SHIM)/bench_kernels: $(KERNEL_BENCH) $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB) $(BUILD)/.linked
+	$(LINK) $(SHIM_LDLIBS)
 
 tests: $(TESTS)
 shim-tests: $(MODEL_BINARIES) $(OWN_BINARIES) $(SANITIZED_BINARIES) $(SHIM)/train_gpt2 $(SHIM)/bench_kernels
 
 # Names what a build needs and this machine lacks; costs one run of the preprocessor, once.
-$(BUILD)/.packages:
+$(BUILD)/.packages: $(BUILD)/.linked
 	@$(if $(BUNDLE),test -d $(BUNDLE)/include || { echo "BUNDLE=$(BUNDLE): no such folder; make bundle makes one" >&2; exit 1; },scripts/setup.sh --check build)
 	@mkdir -p $(@D) && touch $@
 
@@ -214,10 +234,22 @@ demo:
 	+$(MAKE) $(PARALLEL) train_gpt2
 	PYTHON=$(PYTHON) scripts/demo.sh
 
+# What a long target is doing, and when.
+BEGAN := $(shell date +%s)
+say    = @echo "make $@: $(1) ($$(( $$(date +%s) - $(BEGAN) )) s so far)"
+
 test:
+	$(call say,1 of 3: what is missing is installed)
 	scripts/setup.sh test
-	+$(MAKE) $(PARALLEL) train_gpt2 tests shim-tests
-	$(PYTHON) tests/run.py
+	$(call say,2 of 3: $$($(MAKE) -n train_gpt2 tests shim-tests 2>/dev/null | grep -cE '"  (CXX|NVCC|LINK|AR) ') files to compile and link)
+	+@$(MAKE) --no-print-directory $(PARALLEL) train_gpt2 tests shim-tests
+	$(call say,3 of 3: the tests)
+	@$(PYTHON) tests/run.py --began $(BEGAN)
+
+check:
+	scripts/setup.sh test
+	+@$(MAKE) --no-print-directory $(PARALLEL) train_gpt2 tests
+	@$(PYTHON) tests/run.py --suite cpu --fast
 
 test-cuda-on-cpu:
 	scripts/setup.sh test
@@ -250,13 +282,11 @@ bench:
 	python3 scripts/bench_steps.py --python $(PYTHON)
 
 # Needs no Google Benchmark, unlike the one of operations.
-$(BUILD)/bench/kernels: $(KERNEL_BENCH) $(LIB)
-	@echo "  LINK  $@"
-	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+$(BUILD)/bench/kernels: $(KERNEL_BENCH) $(LIB) $(BUILD)/.linked
+	$(LINK) $(LDLIBS)
 
-$(BUILD)/bench/%: $(BUILD)/bench/%.o $(LIB)
-	@echo "  LINK  $@"
-	$(Q)$(CXX) $(LDFLAGS) -o $@ $^ -lbenchmark $(LDLIBS)
+$(BUILD)/bench/%: $(BUILD)/bench/%.o $(LIB) $(BUILD)/.linked
+	$(LINK) -lbenchmark $(LDLIBS)
 
 FORMATTED := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 format:
@@ -267,8 +297,9 @@ lint:
 clean:
 	rm -rf $(BUILD) train_gpt2
 
-.PHONY: all tests shim-tests demo test test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
-.SECONDARY:
+FORCE:
+.PHONY: FORCE all tests shim-tests demo test check test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
+.PRECIOUS: $(BUILD)/%.o
 
 -include $(LIB_OBJECTS:.o=.d) $(TEST_SOURCES:%.cpp=$(BUILD)/%.d) $(BUILD)/train_gpt2.d $(wildcard $(BUILD)/bench/*.d)
 -include $(SHIM_OBJECTS:%.o=$(SHIM)/%.d) $(SHIM_OBJECTS:%.o=$(SANITIZED)/%.d)

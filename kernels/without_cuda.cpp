@@ -4,6 +4,6 @@
 
 #include "kernels/backend.h"
 
-std::string cuda_unavailable() { return "this program was built without CUDA (no nvcc was found)"; }
+std::string cuda_unavailable() { return "this program was built without CUDA (" WITHOUT_CUDA ")"; }
 
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions&) { throw std::runtime_error(cuda_unavailable()); }

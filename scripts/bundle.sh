@@ -4,7 +4,7 @@
 # There, `make BUNDLE=FOLDER` builds from it (with the CPU backend's own matmul in the place of a BLAS).
 set -euo pipefail
 folder=${1:?usage: scripts/bundle.sh FOLDER}
-cxx=${CXX:-g++}
+read -ra cxx <<<"${CXX:-g++}"
 
 fail() {
   echo "bundle: $*" >&2
@@ -14,7 +14,7 @@ fail() {
 # The folder that an include like <CLI/CLI.hpp> is found in.
 include_root() {
   local path
-  path=$(printf '#include <%s>\n' "$1" | "$cxx" -std=c++20 -E -x c++ - 2>/dev/null |
+  path=$(printf '#include <%s>\n' "$1" | "${cxx[@]}" -std=c++20 -E -x c++ - 2>/dev/null |
     sed -n "s|^# [0-9]* \"\(.*\)/$1\".*|\1|p" | head -n 1)
   [ -n "$path" ] || fail "the header $1 is not there; scripts/setup.sh test installs it"
   echo "$path"
@@ -25,7 +25,7 @@ for candidate in /usr/src/googletest/googletest /usr/src/gtest; do
   [ -f "$candidate/src/gtest-all.cc" ] && googletest=$candidate && break
 done
 [ -n "$googletest" ] || fail "the sources of GoogleTest are not there (Debian: libgtest-dev, googletest)"
-zlib=$("$cxx" -print-file-name=libz.a)
+zlib=$("${cxx[@]}" -print-file-name=libz.a)
 [ -f "$zlib" ] || fail "the static library of zlib is not there (Debian: zlib1g-dev)"
 
 rm -rf "$folder"

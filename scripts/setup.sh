@@ -20,7 +20,7 @@ if [ "${1:-}" = --check ]; then
 fi
 target=${1:-build}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cxx=${CXX:-g++}
+read -ra cxx <<<"${CXX:-g++}" # a name, or words like "ccache g++"
 blas=${BLAS:-openblas}
 venv=$root/.venv
 log=$root/build/setup.log
@@ -48,13 +48,13 @@ required=()  # without these the target cannot be made
 optional=()  # some tests are skipped without these
 
 has_header() {
-  printf '#if !__has_include(<%s>)\n#error\n#endif\n' "$1" | "$cxx" -std=c++20 -E -x c++ - >/dev/null 2>&1
+  printf '#if !__has_include(<%s>)\n#error\n#endif\n' "$1" | "${cxx[@]}" -std=c++20 -E -x c++ - >/dev/null 2>&1
 }
 
 has_library() {
   local file
   for file in "lib$1.so" "lib$1.a"; do
-    [ "$("$cxx" -print-file-name="$file" 2>/dev/null)" != "$file" ] && return 0
+    [ "$("${cxx[@]}" -print-file-name="$file" 2>/dev/null)" != "$file" ] && return 0
   done
   return 1
 }
@@ -68,9 +68,13 @@ find_missing() {
     command -v clang-format >/dev/null || required+=(clang-format)
     return
   fi
-  if ! command -v "$cxx" >/dev/null; then
-    [ "$cxx" = g++ ] || fail "the compiler CXX=$cxx is not there"
+  if ! command -v "${cxx[0]}" >/dev/null; then
+    [ "${cxx[0]}" = g++ ] || fail "the compiler CXX=${cxx[*]} is not there"
     required+=(g++)
+  fi
+  # Clang's OpenMP is a package of its own, in a folder that only the compiler knows.
+  if [[ ${cxx[*]} = *clang* ]] && ! echo 'int main() {}' | "${cxx[@]}" -fopenmp -x c++ -o /dev/null - 2>/dev/null; then
+    required+=(libomp-dev)
   fi
   command -v make >/dev/null || required+=(make)
   need libcli11-dev CLI/CLI.hpp ""

@@ -25,9 +25,10 @@ namespace {
 constexpr size_t kAlignment = 256;
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Memory that the process takes later: pieces of checkpoints on their way to a file, and what OpenBLAS 0.3.21 packs
-// matrices into (measured: 24.3 MiB per thread for products of 512 rows and more, docs/performance.md).
-constexpr size_t kFileBuffers = size_t{16} << 20, kBlasBuffers = size_t{25} << 20;
+// Memory that the process takes later: pieces of checkpoints on their way to a file, and what a thread of OpenBLAS packs
+// matrices into: kGemmRows times a depth of at most 512 (Nehalem's; 320 or 384 on later processors), and about 1.5 MiB
+// for the other operand, in whole huge pages.
+constexpr size_t kFileBuffers = size_t{16} << 20, kBlasBuffers = size_t{8} << 20;
 
 size_t round_up(size_t bytes, size_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
 

@@ -9,6 +9,7 @@ struct GemmShape {
   int64_t m, n, k;
   bool transpose_a = false, transpose_b = false;
 };
+inline constexpr int64_t kGemmRows = 2048;  // of c, that one call of the library computes
 void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb, float beta,
           float* c, int64_t ldc);
 

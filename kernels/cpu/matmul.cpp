@@ -29,9 +29,14 @@ void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, cons
                 static_cast<int>(shape.transpose_a ? lda : 1), beta, c, 1);
     return;
   }
-  cblas_sgemm(CblasRowMajor, op_a, op_b, static_cast<int>(shape.m), static_cast<int>(shape.n),
-              static_cast<int>(shape.k), alpha, a, static_cast<int>(lda), b, static_cast<int>(ldb), beta, c,
-              static_cast<int>(ldc));
+  // OpenBLAS packs all rows of a at once into memory that it keeps: as many rows as the product has, times a depth that
+  // depends on the processor. kGemmRows bounds what no plan would know of.
+  for (int64_t row = 0; row < shape.m; row += kGemmRows) {
+    const int64_t rows = std::min(kGemmRows, shape.m - row);
+    cblas_sgemm(CblasRowMajor, op_a, op_b, static_cast<int>(rows), static_cast<int>(shape.n),
+                static_cast<int>(shape.k), alpha, a + row * (shape.transpose_a ? 1 : lda), static_cast<int>(lda), b,
+                static_cast<int>(ldb), beta, c + row * ldc, static_cast<int>(ldc));
+  }
 }
 
 namespace {
