@@ -8,7 +8,7 @@
 #include <string>
 
 #include "data/token_loader.h"
-#include "kernels/cpu/thread_waiting.h"
+#include "kernels/cpu/library_settings.h"
 #include "train/budget.h"
 #include "train/checkpoint.h"
 #include "train/command_line.h"
@@ -225,7 +225,7 @@ int eval(Options options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  spin_briefly(argv);
+  choose_library_settings(argv);
   try {
     Options options;
     switch (parse_command_line(argc, argv, options)) {

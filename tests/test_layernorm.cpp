@@ -172,6 +172,7 @@ TEST_P(LayerNorm, Backward) {
   for (const bool accumulate : {false, true}) {
     for (const int64_t rows : {1, 35, 1100}) {
       for (const int64_t channels : {3, 80, 391}) {
+        if (rows == 1100 && accumulate != (channels == 80)) continue;  // long, and the same code
         TestDevice device(backend());
         const Tensor in = device.random(1, dtype(), {rows, channels}, 2, rows == 35 ? channels + 3 : 0);
         const Tensor dout = device.random(2, dtype(), {rows, channels});

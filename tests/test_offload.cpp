@@ -65,7 +65,7 @@ TEST_P(OffloadDtype, EveryOptimizerAndSinkChangesNoBit) {
        {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd}) {
     for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
       EngineConfig config = deep_config(GetParam(), optimizer, sink);
-      config.model.layers = 4;
+      config.model.layers = 3;
       config.master_weights = GetParam() == DType::kBF16 && optimizer == OptimizerKind::kAdamW;
       const Outcome resident = run(config);
       config.offload = {.activations = true, .state = true, .weights = true};

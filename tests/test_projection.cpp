@@ -198,7 +198,7 @@ TEST_P(CompressionTest, IsUnbiased) {
   const Tensor p = device.poisoned(DType::kF32, {r, n}), down = device.poisoned(DType::kF32, {r, m});
   const Tensor scratch = device.poisoned(DType::kF32, {2 * r * r});
   for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal}) {
-    const uint32_t count = 2000;
+    const uint32_t count = 600;
     const DeviceValue<StepScalars> scalars(device);
     DeviceValue<uint32_t> number(device);
     const Tensor sum = device.upload(Values(n * m, 0.0), DType::kF32, {n, m});

@@ -10,7 +10,7 @@ import pytest
 from program import PROGRAM, ROOT, metrics, succeed
 
 TEXT = ROOT.parent / "shared/data/text/tinyshakespeare.txt"
-STEPS, LAST = 300, 20
+STEPS, LAST = 150, 20
 FLAGS = ["--device", "cpu", "--model", "tiny", "--dtype", "bf16", "--seq-len", 64, "--micro-batch", 8, "--schedule",
          "cosine", "--optimizer", "flora", "--rank", 32, "--lr", 1e-3, "--steps", STEPS, "--eval-every", 0,
          "--checkpoint-every", 0, "--log-every", 100, "--threads", 2, "--peak-tflops", 0.2]

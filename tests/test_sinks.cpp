@@ -286,6 +286,7 @@ TEST(Sinks, Bf16SumsAreCloseAndUnbiased) {
 // ---- memory
 
 TEST(Sinks, PlanIsWhatIsUsed) {
+  int combination = 0;
   for (OptimizerKind kind : kOptimizers)
     for (SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed})
       for (int micro_batches : {1, 2})
@@ -304,6 +305,7 @@ TEST(Sinks, PlanIsWhatIsUsed) {
                   FakeModel model(options);
                   ASSERT_EQ(model.arena().unbound(), std::vector<std::string>{});
                   ASSERT_EQ(model.backend().allocated_bytes(), model.arena().plan().device_bytes());
+                  if (test_backend_name() != "cpu" && combination++ % 7 != 0) continue;  // a step takes long there
                   run(model, 3);
                   for (double w : model.weights()) ASSERT_TRUE(std::isfinite(w));
                 }

@@ -12,6 +12,15 @@ void use_one_blas_thread() {
   if (openblas_set_num_threads) openblas_set_num_threads(1);
 }
 
+bool blas_misses_avx2() {
+#if defined(__x86_64__)
+  return openblas_get_corename && std::string(openblas_get_corename()) == "Prescott" &&
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
 std::string blas_description() {
   return openblas_get_corename ? std::string("OpenBLAS ") + openblas_get_corename() : "CBLAS";
 }

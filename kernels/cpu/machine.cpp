@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <fstream>
 #include <limits>
 #include <sstream>
@@ -64,6 +65,7 @@ std::string processor_name() {
 }
 
 int usable_cores() {
+  if (std::getenv("OMP_NUM_THREADS")) return std::max(1, omp_get_max_threads());  // libgomp has read it
   double cores = omp_get_num_procs();
   for (const std::string& group : control_groups()) {
     std::ifstream file(group + "/cpu.max");
