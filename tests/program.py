@@ -35,7 +35,7 @@ def language(count, seed):
     return tokens
 
 
-def call(*arguments, cwd=None, timeout=60, **options):
+def call(*arguments, cwd=None, timeout=300, **options):
     """Runs the program to its end."""
     return subprocess.run([str(PROGRAM), *map(str, arguments)], cwd=cwd or ROOT, capture_output=True, text=True,
                           errors="replace",  # a sample may be any bytes

@@ -225,7 +225,7 @@ def cpu_jobs(arguments):
 
 
 def cuda_on_cpu_jobs(arguments):
-    cuda = {"TEST_BACKENDS": "cuda"}
+    cuda = {"TEST_BACKENDS": "cuda", "CUDA_ON_CPU_THREADS": "2"}  # blocks race each other, on any number of cores
     jobs = []
     sanitized = binaries_in(BUILD / "cuda_on_cpu_sanitized/tests")
     for path in sanitized:

@@ -27,7 +27,7 @@ import memory_footprint  # noqa: E402
 
 def run(*arguments, program=PROGRAM, code=0, environment=None):
     result = subprocess.run([sys.executable, str(SCRIPT), "--program", str(program), *map(str, arguments)],
-                            capture_output=True, text=True, timeout=170, stdin=subprocess.DEVNULL,
+                            capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
                             env={**os.environ, **(environment or {})})
     assert result.returncode == code, result.stdout + result.stderr
     return result
