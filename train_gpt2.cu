@@ -1,13 +1,20 @@
 // train_gpt2.cu: main(). Options, device, data, plan, trainer; and the subcommands plan, generate and eval.
 // Compiled by g++ where there is no nvcc: nothing in this file is CUDA.
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <ctime>
 #include <exception>
 #include <filesystem>
+#include <new>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "data/json_text.h"
 #include "data/token_loader.h"
+#include "data/tokenizer.h"
 #include "kernels/cpu/library_settings.h"
 #include "train/budget.h"
 #include "train/checkpoint.h"
@@ -98,10 +105,11 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
 int train(Options options) {
   std::string checkpoint;
   TrainerState state;
+  std::vector<std::string> changes;
   if (!options.resume.empty()) {
     checkpoint = find_checkpoint(options.resume);
     state = read_checkpoint(checkpoint);
-    restore_options(options, state.options);
+    changes = restore_options(options, state.options);
     if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
     if (!options.was_given("out")) options.out = std::filesystem::path(checkpoint).parent_path();
     if (newest_step(options.out) > state.step) {
@@ -126,6 +134,7 @@ int train(Options options) {
   const RunSetup setup = choice ? choice->setup : resolve(request);
   Trainer trainer(setup, *backend, checkpoint, state);
   print_banner(setup, *backend, why, choice ? budget_report(*choice) : "", trainer);
+  for (const std::string& change : changes) std::printf("changed     %s\n", change.c_str());
   trainer.run();
   return 0;
 }
@@ -218,7 +227,33 @@ int eval(Options options) {
   int64_t tokens;
   const float loss =
       validation_loss(*engine, loader, options.was_given("eval-batches") ? options.eval_batches : 0, tokens);
+  if (!std::isfinite(loss)) throw std::runtime_error(options.model + ": its loss is not a number; are its weights?");
   std::printf("validation loss %.6f (%lld tokens)\n", loss, static_cast<long long>(tokens));
+  return 0;
+}
+
+// One line, whatever characters came with a value; of a very long one the beginning and the end.
+int report(std::string message, int code) {
+  constexpr size_t kLongest = 560, kEnd = 200;
+  if (message.size() > kLongest) {
+    message = message.substr(0, kLongest - kEnd) + " ... " + message.substr(message.size() - kEnd);
+  }
+  std::replace_if(
+      message.begin(), message.end(), [](char c) { return c == '\n' || c == '\t'; }, ' ');
+  std::fprintf(stderr, "train_gpt2: %s\n", printable(message).c_str());
+  return code;
+}
+
+int run(Command command, const Options& options) {
+  switch (command) {
+    case Command::kTrain: return train(options);
+    case Command::kPlan: plan(options); break;
+    case Command::kGenerate: generate(options); break;
+    case Command::kEval: eval(options); break;
+    case Command::kExit: break;
+  }
+  // What was asked for is what is printed.
+  if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw std::runtime_error("standard output cannot be written");
   return 0;
 }
 
@@ -228,19 +263,19 @@ int main(int argc, char** argv) {
   choose_library_settings(argv);
   try {
     Options options;
-    switch (parse_command_line(argc, argv, options)) {
-      case Command::kTrain: return train(options);
-      case Command::kPlan: return plan(options);
-      case Command::kGenerate: return generate(options);
-      case Command::kEval: return eval(options);
-      case Command::kExit: return 0;
-    }
+    const Command command = parse_command_line(argc, argv, options);
+    return run(command, options);
   } catch (const UsageError& error) {
-    std::fprintf(stderr, "train_gpt2: %s\n", error.what());
-    return 2;
+    return report(error.what(), 2);
+  } catch (const std::bad_alloc&) {
+    return report("out of memory: a smaller --micro-batch, or --memory-budget auto, takes less", 1);
+  } catch (const std::length_error&) {
+    return report("out of memory: a size is beyond what can be allocated", 1);
+  } catch (const std::filesystem::filesystem_error& error) {
+    return report((error.path1().empty() ? "" : error.path1().string() + ": ") + error.code().message(), 1);
+  } catch (const nlohmann::json::exception& error) {
+    return report("damaged JSON: " + problem_of(error), 1);
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "train_gpt2: %s\n", error.what());
-    return 1;
+    return report(error.what(), 1);
   }
-  return 1;
 }

@@ -1,15 +1,13 @@
 // tokenizer.cpp: see tokenizer.h. The vocabulary is held twice, by id and by bytes: about 5 MB for GPT-2's.
 #include "data/tokenizer.h"
 
-#include <cerrno>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 #include <queue>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
 
+#include "data/input_file.h"
 #include "data/shard.h"
 #include "data/unicode_classes.h"
 
@@ -19,11 +17,11 @@ namespace {
 class TokenizerFile {
  public:
   explicit TokenizerFile(const std::string& path) : path_(path) {
-    std::ifstream file(path, std::ios::binary);
-    if (!file)
-      fail(std::string("cannot open the tokenizer: ") + std::strerror(errno) +
-           "; data/prepare.py writes one beside the shards");
-    bytes_.assign(std::istreambuf_iterator<char>(file), {});
+    try {
+      bytes_ = read_file(path);
+    } catch (const std::runtime_error& error) {
+      throw std::runtime_error(std::string(error.what()) + "; data/prepare.py writes a tokenizer beside the shards");
+    }
     if (bytes_.empty()) fail("the tokenizer file is empty; prepare it again");
   }
 

@@ -1,11 +1,13 @@
-// memory_plan.cpp: the layout of planned allocations and the arena that holds them. Costs O(n^2) comparisons in the
-// number of allocations (a few thousand), once per run.
+// memory_plan.cpp: the layout of planned allocations and the arena that holds them. Costs at most O(n^2) comparisons in
+// the number of allocations (a few thousand), once per run.
 #include "kernels/memory_plan.h"
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "kernels/backend.h"
 
@@ -23,7 +25,9 @@ const char* category_name(Category category) {
 namespace {
 
 // Greedy first fit, largest first: every allocation takes the lowest aligned offset at which it touches no allocation
-// of a common phase that has its place already. Returns the extent.
+// of a common phase that has its place already. Returns the extent. The layers of a model are alike, so most
+// allocations have the size and the phases of one before: the search goes on from that one's place, below which there
+// was no room.
 size_t place(std::vector<Allocation>& allocations, bool host) {
   std::vector<size_t> order;
   for (size_t i = 0; i < allocations.size(); ++i) {
@@ -34,21 +38,27 @@ size_t place(std::vector<Allocation>& allocations, bool host) {
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return allocations[a].bytes > allocations[b].bytes; });
 
-  std::vector<const Allocation*> placed;  // by offset
-  size_t extent = 0;
+  struct Place {
+    size_t offset, end;
+    uint32_t phases;
+  };
+  const auto before = [](const Place& place, size_t offset) { return place.offset < offset; };
+  std::vector<Place> placed;         // by offset
+  std::map<uint32_t, size_t> alike;  // by phases: where the last one of this size was placed
+  size_t extent = 0, bytes = 0;
   for (size_t i : order) {
     Allocation& allocation = allocations[i];
-    size_t offset = 0;
-    for (const Allocation* other : placed) {
+    if (std::exchange(bytes, allocation.bytes) != allocation.bytes) alike.clear();
+    size_t offset = alike[allocation.phases];
+    for (auto other = std::lower_bound(placed.begin(), placed.end(), offset, before); other != placed.end(); ++other) {
       if ((other->phases & allocation.phases) == 0) continue;
-      if (offset + allocation.bytes <= other->offset) break;
-      offset = std::max(offset, MemoryPlan::aligned(other->offset + other->bytes));
+      if (offset + bytes <= other->offset) break;
+      offset = std::max(offset, other->end);
     }
-    allocation.offset = offset;
-    extent = std::max(extent, offset + allocation.bytes);
-    placed.insert(std::upper_bound(placed.begin(), placed.end(), &allocation,
-                                   [](const Allocation* a, const Allocation* b) { return a->offset < b->offset; }),
-                  &allocation);
+    allocation.offset = alike[allocation.phases] = offset;
+    extent = std::max(extent, offset + bytes);
+    placed.insert(std::lower_bound(placed.begin(), placed.end(), offset, before),
+                  {offset, MemoryPlan::aligned(offset + bytes), allocation.phases});
   }
   return extent;
 }

@@ -1,12 +1,18 @@
 // config.cpp: presets, Hugging Face's config.json, and the list of parameters that follows from a configuration.
 #include "model/config.h"
 
-#include <fstream>
+#include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "data/input_file.h"
+#include "data/json_text.h"
+
 namespace {
+
+// Ten times what any model has, and small enough that sizes are sums and products far below 2^63.
+constexpr int64_t kMostTokens = int64_t{1} << 24, kMostBlocks = 1024, kMostChannels = int64_t{1} << 17;
 
 struct Shape {
   int64_t layers, channels, head_dim, positions;
@@ -79,25 +85,27 @@ Gpt2Config preset(const std::string& name) {
 }
 
 Gpt2Config read_config(const std::string& path) {
-  std::ifstream file(path);
-  if (!file) throw std::runtime_error(path + ": cannot be read; a model directory needs a config.json");
-  nlohmann::json json;
+  std::string text;
   try {
-    json = nlohmann::json::parse(file);
-  } catch (const nlohmann::json::exception& error) {
-    throw std::runtime_error(path + ": not valid JSON (" + error.what() + ")");
+    text = read_file(path);
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(std::string(error.what()) + "; a model directory needs a config.json");
   }
+  nlohmann::json json = parse_json(text, path);
   const auto integer = [&](const char* key) -> int64_t {
     if (!json.contains(key) || !json[key].is_number_integer()) {
       throw std::runtime_error(path + ": has no integer '" + key + "'; is it the config.json of a GPT-2?");
     }
-    return json[key].get<int64_t>();
+    // Above what an int64_t holds it would come out negative.
+    return json[key].is_number_unsigned()
+               ? static_cast<int64_t>(std::min<uint64_t>(json[key].get<uint64_t>(), INT64_MAX))
+               : json[key].get<int64_t>();
   };
   const auto optional = [&](const char* key, const auto& otherwise) {
     try {
       return json.value(key, otherwise);
     } catch (const nlohmann::json::exception&) {
-      throw std::runtime_error(path + ": " + key + " cannot be " + json[key].dump());
+      throw std::runtime_error(path + ": " + key + " cannot be " + json[key].dump().substr(0, 100));
     }
   };
   Gpt2Config config;
@@ -106,27 +114,29 @@ Gpt2Config read_config(const std::string& path) {
   config.layers = integer("n_layer");
   config.heads = integer("n_head");
   config.channels = integer("n_embd");
+  try {
+    validate(config);
+  } catch (const std::invalid_argument& error) {
+    throw std::runtime_error(path + ": " + error.what());
+  }
   config.tied_head = optional("tie_word_embeddings", true);
   if (json.contains("model_type") && json["model_type"] != "gpt2") {
-    throw std::runtime_error(path + ": model_type is " + json["model_type"].dump() + ", this program trains gpt2");
+    throw std::runtime_error(path + ": model_type is " + json["model_type"].dump().substr(0, 100) +
+                             ", this program trains gpt2");
   }
   if (json.contains("n_inner") && !json["n_inner"].is_null() && json["n_inner"] != 4 * config.channels) {
     throw std::runtime_error(path + ": n_inner must be null or 4 * n_embd");
   }
   const auto activation = optional("activation_function", std::string("gelu_new"));
   if (activation != "gelu_new" && activation != "gelu_pytorch_tanh" && activation != "gelu_fast") {
-    throw std::runtime_error(path + ": activation_function '" + activation + "' is not supported (gelu_new is)");
+    throw std::runtime_error(path + ": activation_function '" + activation.substr(0, 100) +
+                             "' is not supported (gelu_new is)");
   }
   if (optional("layer_norm_epsilon", 1e-5) != 1e-5) {
     throw std::runtime_error(path + ": layer_norm_epsilon must be 1e-5");
   }
-  if (!json.value("scale_attn_weights", true) || json.value("scale_attn_by_inverse_layer_idx", false)) {
+  if (!optional("scale_attn_weights", true) || optional("scale_attn_by_inverse_layer_idx", false)) {
     throw std::runtime_error(path + ": scale_attn_weights must be true and scale_attn_by_inverse_layer_idx false");
-  }
-  try {
-    validate(config);
-  } catch (const std::invalid_argument& error) {
-    throw std::runtime_error(path + ": " + error.what());
   }
   return config;
 }
@@ -156,14 +166,18 @@ std::string config_json(const Gpt2Config& config) {
 }
 
 void validate(const Gpt2Config& config) {
-  const auto positive = [](int64_t value, const char* what) {
+  const auto bounded = [](int64_t value, int64_t most, const char* what) {
     if (value <= 0) throw std::invalid_argument(std::string("a model needs a positive ") + what);
+    if (value > most) {
+      throw std::invalid_argument(std::string("the ") + what + " can be at most " + std::to_string(most) + ", not " +
+                                  std::to_string(value));
+    }
   };
-  positive(config.vocabulary, "vocabulary (vocab_size)");
-  positive(config.positions, "number of positions (n_positions)");
-  positive(config.layers, "number of layers (n_layer)");
-  positive(config.heads, "number of heads (n_head)");
-  positive(config.channels, "width (n_embd)");
+  bounded(config.vocabulary, kMostTokens, "vocabulary (vocab_size)");
+  bounded(config.positions, kMostTokens, "number of positions (n_positions)");
+  bounded(config.layers, kMostBlocks, "number of layers (n_layer)");
+  bounded(config.channels, kMostChannels, "width (n_embd)");
+  bounded(config.heads, kMostChannels, "number of heads (n_head)");
   if (config.channels % config.heads != 0) {
     throw std::invalid_argument("the width " + std::to_string(config.channels) + " (n_embd) is not divisible by " +
                                 std::to_string(config.heads) + " heads (n_head)");

@@ -35,7 +35,7 @@ Gpt2Config read_config(const std::string& path);
 std::string config_json(const Gpt2Config& config);
 
 // Throws std::invalid_argument when the numbers cannot be a model (a head dimension that does not divide, zero layers,
-// ...).
+// a number beyond all models, ...).
 void validate(const Gpt2Config& config);
 
 // All trained tensors in the order of Hugging Face's files: wte, wpe, the blocks, ln_f, and lm_head when it is untied.

@@ -7,6 +7,7 @@
 #include <functional>
 #include <vector>
 
+#include "data/json_text.h"
 #include "train/file_io.h"
 #include "train/safetensors.h"
 #include "train/version.h"
@@ -200,7 +201,7 @@ TrainerState read_checkpoint(const std::string& checkpoint) {
   TrainerState state;
   nlohmann::json json;
   try {
-    json = nlohmann::json::parse(read_file(path));
+    json = parse_json(read_file(path), path);
     if (json.at("format") != kFormatVersion) {
       throw std::runtime_error(path + ": format " + json["format"].dump() + ", this program reads " +
                                std::to_string(kFormatVersion));
@@ -226,7 +227,7 @@ TrainerState read_checkpoint(const std::string& checkpoint) {
       }
     }
   } catch (const nlohmann::json::exception& error) {
-    throw std::runtime_error(path + ": damaged (" + error.what() + ")");
+    throw std::runtime_error(path + ": damaged (" + problem_of(error) + ")");
   }
   return state;
 }

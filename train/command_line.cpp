@@ -1,11 +1,20 @@
-// command_line.cpp: see command_line.h.
+// command_line.cpp: see command_line.h. CLI11 finds the flags and lays out --help; what their values mean, and the file
+// of --config, is ours.
 #include "train/command_line.h"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
 #include <cstdio>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <set>
 #include <sstream>
 #include <type_traits>
+#include <utility>
 
+#include "train/config_file.h"
 #include "train/version.h"
 
 namespace {
@@ -34,28 +43,109 @@ std::string wrapped(const std::string& text) {
   return out;
 }
 
+// What --help of a subcommand shows; the others are accepted, so that a file of --config serves all.
+const std::set<std::string>& flags_of(Command command) {
+  static const std::set<std::string> generate = {
+      "model",   "prompt", "sample-tokens", "temperature",      "top-k",  "tokenizer", "seed",
+      "seq-len", "dtype",  "weight-dtype",  "activation-dtype", "device", "threads",   "tf32"};
+  static const std::set<std::string> eval = {"model",       "data",    "val-data", "data-format",  "eval-batches",
+                                             "micro-batch", "seq-len", "dtype",    "weight-dtype", "activation-dtype",
+                                             "head-chunk",  "device",  "threads",  "tf32"};
+  return command == Command::kGenerate ? generate : eval;
+}
+
+const std::set<std::string>& not_of_plan() {
+  static const std::set<std::string> flags = {
+      "val-data",   "tokenizer",      "plan",    "out",         "resume", "checkpoint-every", "keep-checkpoints",
+      "eval-every", "eval-batches",   "prompt",  "temperature", "top-k",  "sample-every",     "sample-tokens",
+      "log-every",  "skip-nonfinite", "profile", "peak-tflops"};
+  return flags;
+}
+
+// Changes of one character that make one word of the other.
+size_t distance(const std::string& a, const std::string& b) {
+  std::vector<size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), size_t{0});
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i);
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t changed = diagonal + (a[i - 1] != b[j - 1]);
+      diagonal = row[j];
+      row[j] = std::min({changed, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row[b.size()];
+}
+
+// ", did you mean --rank?", or nothing where no name is near.
+std::string suggestion(std::string word, const std::vector<std::string>& names, const std::string& dashes) {
+  constexpr size_t kLongest = 100;
+  if (word.size() > kLongest) return "";
+  std::replace(word.begin(), word.end(), '_', '-');
+  std::string nearest;
+  size_t least = std::max<size_t>(2, word.size() / 3) + 1;
+  for (const std::string& name : names) {
+    const size_t changes = distance(word, name);
+    if (changes < least) least = changes, nearest = name;
+  }
+  return nearest.empty() ? "" : ", did you mean " + dashes + nearest + "?";
+}
+
+[[noreturn]] void refuse(const std::string& flag, const std::string& why) { throw UsageError("--" + flag + " " + why); }
+
+template <typename T>
+T number_of(const std::string& flag, const std::string& text) {
+  const char* const end = text.data() + text.size();
+  T value{};
+  const auto [rest, error] = std::from_chars(text.data(), end, value);
+  if (text.empty()) refuse(flag, "needs a value");
+  if (error == std::errc::result_out_of_range && rest == end) refuse(flag, text + " is out of range");
+  if (error != std::errc() || rest != end) {
+    refuse(flag,
+           std::string("needs a ") + (std::is_same_v<T, double> ? "number" : "whole number") + ", not '" + text + "'");
+  }
+  return value;
+}
+
 struct ToCommandLine {
   CLI::App& app;
+  std::map<std::string, std::function<void(const std::string&)>> setters;  // by flag, from the text of a value
   std::string current_group;
   void group(const char* name) { current_group = name; }
 
   template <typename T>
   void operator()(T& field, const char* flag, const char* unit, const char* help,
                   const std::vector<std::string>& choices, OnResume) {
-    const std::string name = std::string("--") + flag;
+    const std::string name = flag;
+    std::function<void(const std::string&)>& set = setters[name];
     CLI::Option* option;
     if constexpr (std::is_same_v<T, bool>) {
-      option = app.add_flag(name, field, wrapped(std::string(help) + " [off]"));
+      set = [&field, name](const std::string& text) {
+        if (text != "true" && text != "false") refuse(name, "is true or false, not '" + text + "'");
+        field = text == "true";
+      };
+      option = app.add_flag("--" + name, field, wrapped(std::string(help) + " [off]"));
     } else {
+      set = [&field, name, choices](const std::string& text) {
+        if constexpr (std::is_same_v<T, std::string>) {
+          // An empty prompt is one; all other strings name something.
+          if (text.empty() && name != "prompt") refuse(name, "needs a value");
+          if (!choices.empty() && std::find(choices.begin(), choices.end(), text) == choices.end()) {
+            refuse(name, "'" + text + "' is none of " + CLI::detail::join(choices, ", "));
+          }
+          field = text;
+        } else {
+          field = number_of<T>(name, text);
+        }
+      };
       std::string text = help;
       const bool chosen_later = text.find("default:") != std::string::npos;
       const std::string value = shown(field);
       if (!chosen_later && !value.empty()) text += " [" + value + "]";
-      option = app.add_option(name, field, wrapped(text));
+      option = app.add_option_function<std::string>("--" + name, set, wrapped(text));
       std::string type = unit;
       if (!choices.empty()) {
         type = CLI::detail::join(choices, "|");
-        option->check(CLI::IsMember(choices).description(""));
       } else if (type.empty()) {
         type = std::is_same_v<T, int64_t> ? "INT" : "NUMBER";
       }
@@ -65,46 +155,127 @@ struct ToCommandLine {
   }
 };
 
+class Parser {
+ public:
+  explicit Parser(Options& options) : options_(options), visitor_{app_, {}, ""} {
+    app_.name("train_gpt2");
+    app_.option_defaults()->always_capture_default(false);
+    app_.get_formatter()->column_width(kNameColumn);
+    app_.add_option("--config", config_, "read flags from a TOML file: one 'name = value' per line")->type_name("FILE");
+    app_.set_version_flag("--version", kVersion);
+    add(Command::kPlan, "plan",
+        "print the memory plan, and what each technique saves; with --memory-budget and no --model: the largest models "
+        "that fit (no device needed)");
+    add(Command::kGenerate, "generate", "continue --prompt with the --model given");
+    add(Command::kEval, "eval", "loss of the --model given on --val-data");
+    app_.require_subcommand(0, 1);
+    describe(options_, visitor_);
+    for (const auto& [name, set] : visitor_.setters) names_.push_back(name);
+  }
+
+  Command parse(int argc, char** argv) {
+    try {
+      app_.parse(argc, argv);
+    } catch (const CLI::CallForHelp&) {
+      print_help(command());
+      return Command::kExit;
+    } catch (const CLI::CallForVersion&) {
+      std::puts(kVersion);
+      return Command::kExit;
+    } catch (const CLI::ExtrasError&) {
+      throw UsageError(surplus());
+    } catch (const CLI::ArgumentMismatch& error) {
+      const std::string what = error.what();
+      const std::string flag = what.substr(0, what.find(": "));
+      throw UsageError(flag + " needs a value (./train_gpt2 --help lists the flags)");
+    } catch (const CLI::ParseError& error) {
+      throw UsageError(std::string(error.what()) + " (./train_gpt2 --help lists the flags)");
+    }
+    for (const std::string& name : names_) {
+      if (app_.get_option("--" + name)->count() > 0) options_.given.push_back(name);
+    }
+    if (app_.get_option("--config")->count() > 0) take_config_file();
+    const Command found = command();
+    if (found == Command::kPlan) options_.plan = true;
+    return options_.plan && found == Command::kTrain ? Command::kPlan : found;
+  }
+
+ private:
+  void add(Command command, const char* name, const std::string& help) {
+    CLI::App* subcommand = app_.add_subcommand(name, wrapped(help));
+    subcommand->fallthrough();
+    subcommands_[command] = subcommand;
+  }
+
+  Command command() const {
+    for (const auto& [command, subcommand] : subcommands_) {
+      if (subcommand->parsed()) return command;
+    }
+    return Command::kTrain;
+  }
+
+  // What is neither a flag nor a subcommand.
+  std::string surplus() {
+    const std::string help = " (./train_gpt2 --help lists the flags)";
+    for (const std::string& word : app_.remaining(true)) {
+      if (word == "--") continue;
+      if (!word.starts_with("-")) {
+        std::vector<std::string> names;
+        for (const auto& [command, subcommand] : subcommands_) names.push_back(subcommand->get_name());
+        return "'" + word + "' is no flag and no subcommand" + suggestion(word, names, "") + help;
+      }
+      const std::string flag = word.substr(0, word.find('='));
+      const size_t dashes = std::min(flag.find_first_not_of('-'), flag.size());
+      return "there is no flag " + flag + suggestion(flag.substr(dashes), names_, "--") + help;
+    }
+    return "a word too many" + help;
+  }
+
+  // What is on the command line as well is taken from there.
+  void take_config_file() {
+    if (config_.empty()) refuse("config", "needs a value");
+    for (const ConfigLine& line : read_config_file(config_)) {
+      const auto set = visitor_.setters.find(line.name);
+      if (set == visitor_.setters.end()) {
+        throw UsageError(line.where + ": there is no flag '" + line.name + "'" + suggestion(line.name, names_, ""));
+      }
+      if (options_.was_given(line.name)) continue;
+      try {
+        set->second(line.value);
+      } catch (const UsageError& error) {
+        throw UsageError(line.where + ": " + error.what());
+      }
+      options_.given.push_back(line.name);
+    }
+  }
+
+  void print_help(Command command) {
+    std::string about =
+        "Pretrains GPT-2 on one device: compressed momentum (Flora), updates fused into the backward pass (LOMO),\n"
+        "and recomputed activations. Without arguments it trains a small model on text found on this machine.";
+    if (command != Command::kTrain) {
+      const CLI::App& subcommand = *subcommands_.at(command);
+      about = subcommand.get_description();
+      app_.name("train_gpt2 " + subcommand.get_name());
+      for (const std::string& name : names_) {
+        const bool shown = command == Command::kPlan ? !not_of_plan().contains(name) : flags_of(command).contains(name);
+        if (!shown) app_.get_option("--" + name)->group("");  // hidden
+      }
+      for (const auto& [other, hidden] : subcommands_) hidden->group("")->disabled();
+    }
+    app_.description(about);
+    // App::help() would leave it to the subcommand, which has no flags of its own.
+    std::fputs(app_.get_formatter()->make_help(&app_, app_.get_name(), CLI::AppFormatMode::Normal).c_str(), stdout);
+  }
+
+  Options& options_;
+  CLI::App app_;
+  ToCommandLine visitor_;
+  std::string config_;
+  std::map<Command, CLI::App*> subcommands_;
+  std::vector<std::string> names_;  // of all flags, without the dashes
+};
+
 }  // namespace
 
-Command parse_command_line(int argc, char** argv, Options& options) {
-  CLI::App app{
-      "Pretrains GPT-2 on one device: compressed momentum (Flora), updates fused into the backward pass (LOMO),\n"
-      "and recomputed activations. Without arguments it trains a small model on text found on this machine."};
-  app.name("train_gpt2");
-  app.option_defaults()->always_capture_default(false);
-  app.get_formatter()->column_width(kNameColumn);
-  app.set_config("--config", "", "read flags from a TOML file: one 'name = value' per line")->type_name("FILE");
-  app.allow_config_extras(CLI::config_extras_mode::error);
-  app.set_version_flag("--version", kVersion);
-  CLI::App* plan = app.add_subcommand(
-      "plan", wrapped("print the memory plan, and what each technique saves; with --memory-budget and no --model: the "
-                      "largest models that fit (no device needed)"));
-  CLI::App* generate = app.add_subcommand("generate", "continue --prompt with the --model given");
-  CLI::App* eval = app.add_subcommand("eval", "loss of the --model given on --val-data");
-  app.require_subcommand(0, 1);
-  for (CLI::App* subcommand : {plan, generate, eval}) subcommand->fallthrough();
-  ToCommandLine visitor{app, ""};
-  describe(options, visitor);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp&) {
-    std::fputs(app.help().c_str(), stdout);
-    return Command::kExit;
-  } catch (const CLI::CallForVersion&) {
-    std::puts(kVersion);
-    return Command::kExit;
-  } catch (const CLI::ParseError& error) {
-    throw UsageError(std::string(error.what()) + " (./train_gpt2 --help lists the flags)");
-  }
-  for (const CLI::Option* option : app.get_options()) {
-    if (option->count() > 0 && !option->get_lnames().empty()) options.given.push_back(option->get_lnames().front());
-  }
-  if (plan->parsed()) {
-    options.plan = true;
-    return Command::kPlan;
-  }
-  if (generate->parsed()) return Command::kGenerate;
-  if (eval->parsed()) return Command::kEval;
-  return options.plan ? Command::kPlan : Command::kTrain;
-}
+Command parse_command_line(int argc, char** argv, Options& options) { return Parser(options).parse(argc, argv); }

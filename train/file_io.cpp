@@ -9,8 +9,6 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <sstream>
 #include <stdexcept>
 #include <vector>
 
@@ -63,25 +61,15 @@ FileSummary write_file(const std::string& path, const std::string& contents) {
 }
 
 FileSummary summarize_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail(path, "cannot be read");
+  InputFile file(path);
   FileSummary summary;
   std::vector<char> buffer(size_t{4} << 20);
-  while (file) {
-    file.read(buffer.data(), static_cast<std::streamsize>(buffer.size()));
-    const size_t count = static_cast<size_t>(file.gcount());
+  for (size_t count = buffer.size(); count == buffer.size();) {
+    count = file.read(buffer.data(), buffer.size());
     summary.crc32 = update_crc(summary.crc32, buffer.data(), count);
     summary.bytes += count;
   }
   return summary;
-}
-
-std::string read_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail(path, "cannot be read");
-  std::ostringstream contents;
-  contents << file.rdbuf();
-  return contents.str();
 }
 
 void sync_directory(const std::string& path) {

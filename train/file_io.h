@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "data/input_file.h"
+
 struct FileSummary {
   uint64_t bytes = 0;
   uint32_t crc32 = 0;  // zlib's
@@ -30,7 +32,6 @@ class FileWriter {
 
 FileSummary write_file(const std::string& path, const std::string& contents);
 FileSummary summarize_file(const std::string& path);  // reads all of it
-std::string read_file(const std::string& path);
 void sync_directory(const std::string& path);
 
 // Gives `link` the new target in one step (a new symbolic link renamed over the old one).

@@ -3,10 +3,10 @@
 
 #include <array>
 #include <cstdint>
-#include <filesystem>
-#include <fstream>
 #include <map>
 #include <stdexcept>
+
+#include "data/input_file.h"
 
 namespace {
 
@@ -18,9 +18,11 @@ struct Header {
   int64_t padded_vocabulary;
 };
 
-Header read_header(std::ifstream& file, const std::string& path) {
+// The header, once it is known that the file has as many weights as it promises.
+Header read_header(InputFile& file) {
+  const std::string& path = file.path();
   std::array<int32_t, 256> words{};
-  if (!file || !file.read(reinterpret_cast<char*>(words.data()), sizeof words)) {
+  if (file.read(words.data(), sizeof words) < sizeof words) {
     throw std::runtime_error(path + ": shorter than the header of an llm.c model");
   }
   if (words[0] != kMagic) {
@@ -45,19 +47,29 @@ Header read_header(std::ifstream& file, const std::string& path) {
   if (header.padded_vocabulary < header.config.vocabulary) {
     throw std::runtime_error(path + ": the padded vocabulary is smaller than the vocabulary");
   }
+  const int64_t padding = (header.padded_vocabulary - header.config.vocabulary) * header.config.channels;
+  const uint64_t weights = static_cast<uint64_t>(header.config.parameter_count() + padding);
+  const uint64_t promised = sizeof words + weights * (header.version == 3 ? sizeof(float) : sizeof(bf16));
+  if (file.bytes() != promised) {
+    throw std::runtime_error(path + (file.bytes() < promised ? ": truncated" : ": longer than its header promises") +
+                             ": " + std::to_string(file.bytes()) + " bytes, the header promises " +
+                             std::to_string(promised));
+  }
   return header;
 }
 
-std::vector<float> read_values(std::ifstream& file, const std::string& path, int32_t version, int64_t count) {
+std::vector<float> read_values(InputFile& file, int32_t version, int64_t count) {
   std::vector<float> values(static_cast<size_t>(count));
+  const auto read = [&](void* to, size_t bytes) {
+    if (file.read(to, bytes) < bytes) throw std::runtime_error(file.path() + ": truncated while it was read");
+  };
   if (version == 3) {
-    file.read(reinterpret_cast<char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(float)));
+    read(values.data(), values.size() * sizeof(float));
   } else {
     std::vector<bf16> rounded(values.size());
-    file.read(reinterpret_cast<char*>(rounded.data()), static_cast<std::streamsize>(rounded.size() * sizeof(bf16)));
+    read(rounded.data(), rounded.size() * sizeof(bf16));
     for (size_t i = 0; i < values.size(); ++i) values[i] = to_float(rounded[i]);
   }
-  if (!file) throw std::runtime_error(path + ": truncated: the header promises more weights than there are");
   return values;
 }
 
@@ -72,27 +84,27 @@ std::vector<float> transposed(const std::vector<float>& values, int64_t rows, in
 }  // namespace
 
 Gpt2Config llmc_config(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return read_header(file, path).config;
+  InputFile file(path);
+  return read_header(file).config;
 }
 
 void load_llmc(const std::string& path, const std::vector<Parameter>& parameters,
                const std::function<void(const Parameter&, const std::vector<float>&)>& set) {
-  std::ifstream file(path, std::ios::binary);
-  const Header header = read_header(file, path);
+  InputFile file(path);
+  const Header header = read_header(file);
   std::map<std::string, const Parameter*> by_name;
   for (const Parameter& parameter : parameters) by_name[parameter.name] = &parameter;
 
   const auto embedding = [&](const std::string& name, int64_t rows_in_file) {
     const Parameter& parameter = *by_name.at(name);
-    std::vector<float> values = read_values(file, path, header.version, rows_in_file * parameter.cols);
+    std::vector<float> values = read_values(file, header.version, rows_in_file * parameter.cols);
     values.resize(static_cast<size_t>(parameter.elements()));
     set(parameter, values);
   };
   const auto every_layer = [&](const std::string& role) {
     for (int64_t l = 0; l < header.config.layers; ++l) {
       const Parameter& parameter = *by_name.at("h." + std::to_string(l) + "." + role);
-      std::vector<float> values = read_values(file, path, header.version, parameter.elements());
+      std::vector<float> values = read_values(file, header.version, parameter.elements());
       set(parameter, parameter.matrix ? transposed(values, parameter.rows, parameter.cols) : values);
     }
   };
@@ -105,6 +117,4 @@ void load_llmc(const std::string& path, const std::vector<Parameter>& parameters
   }
   embedding("ln_f.weight", 1);
   embedding("ln_f.bias", 1);
-  file.peek();
-  if (!file.eof()) throw std::runtime_error(path + ": longer than its header promises");
 }

@@ -8,9 +8,10 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
+#include <sstream>
 #include <stdexcept>
 
+#include "data/json_text.h"
 #include "train/file_io.h"
 
 namespace {
@@ -29,12 +30,18 @@ size_t terminal_columns() {
 
 // The lines of an interrupted run that a resumed one keeps: whole lines up to the step of the checkpoint.
 std::string lines_until(const std::string& path, uint32_t last_step) {
-  std::ifstream file(path);
+  std::istringstream file(read_file(path));
   std::string kept, line;
   while (std::getline(file, line)) {
-    const nlohmann::json json = nlohmann::json::parse(line, nullptr, false);
-    if (json.is_discarded()) continue;
-    if (!json.contains("step") || json["step"].get<uint32_t>() <= last_step) kept += line + "\n";
+    nlohmann::json json;
+    try {
+      json = parse_json(line, path);
+    } catch (const std::runtime_error&) {
+      continue;
+    }
+    if (!json.is_object()) continue;
+    const auto step = json.find("step");
+    if (step == json.end() || (step->is_number_unsigned() && *step <= last_step)) kept += line + "\n";
   }
   return kept;
 }

@@ -2,7 +2,9 @@
 #include "train/options.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <cstdio>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <type_traits>
@@ -10,6 +12,8 @@
 #include "train/memory_size.h"
 
 namespace {
+
+constexpr int64_t kMostThreads = 1024;
 
 std::string underscored(std::string flag) {
   std::replace(flag.begin(), flag.end(), '-', '_');
@@ -28,6 +32,7 @@ struct ToJson {
 struct FromJson {
   const nlohmann::json& saved;
   const Options& options;
+  std::vector<std::string> changes;
   void group(const char*) {}
   template <typename T>
   void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>& choices,
@@ -45,28 +50,39 @@ struct FromJson {
         throw std::runtime_error("the checkpoint's option '" + key + "' is '" + value + "'; the file is damaged");
       }
     }
+    const nlohmann::json given = field;
     if (!options.was_given(flag)) {
       field = value;
+    } else if (on_resume == OnResume::kMayChangeTraining && field != value) {
+      changes.push_back(std::string(flag) + " was " + saved[key].dump() + ", is now " + given.dump());
     } else if (on_resume == OnResume::kFixed && field != value) {
-      nlohmann::json given = field;
       throw UsageError(std::string("--") + flag + " " + given.dump() + " contradicts the checkpoint, which has " +
                        saved[key].dump() + "; it cannot change on resume: leave the flag out, or start a new run");
     }
   }
 };
 
-// Sizes and counts are multiplied with each other, and positions on the device are 32 bits wide.
-struct RefuseHugeNumbers {
+// Sizes and counts are multiplied with each other, and positions on the device are 32 bits wide. Fractions become fp32,
+// where one that is 0 or 1 by rounding would switch off what it scales.
+struct RefuseNumbersOutOfRange {
   void group(const char*) {}
   template <typename T>
   void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>&, OnResume) {
     if constexpr (std::is_same_v<T, int64_t>) {
-      if (field > INT32_MAX && std::string(flag) != "seed") {
-        throw UsageError(std::string("--") + flag + " must be at most " + std::to_string(INT32_MAX));
-      }
+      const std::string name = flag;
+      const int64_t most = name == "seed" ? INT64_MAX : name == "threads" ? kMostThreads : INT32_MAX;
+      if (field > most) throw UsageError("--" + name + " must be at most " + std::to_string(most));
     }
     if constexpr (std::is_same_v<T, double>) {
+      const auto refuse = [&](const std::string& why) {
+        char text[32];
+        snprintf(text, sizeof text, "%.17g", field);
+        throw UsageError(std::string("--") + flag + " " + text + " " + why);
+      };
       if (!std::isfinite(field)) throw UsageError(std::string("--") + flag + " must be a finite number");
+      if (std::abs(field) > FLT_MAX) refuse("is more than fp32 holds");
+      if (field != 0 && std::abs(field) < FLT_MIN) refuse("is less than fp32 holds: it would be 0");
+      if (field != 1 && static_cast<float>(field) == 1.0f) refuse("would be 1 in fp32");
     }
   }
 };
@@ -107,9 +123,9 @@ nlohmann::ordered_json options_to_json(const Options& options) {
   return visitor.json;
 }
 
-void restore_options(Options& options, const nlohmann::json& saved) {
+std::vector<std::string> restore_options(Options& options, const nlohmann::json& saved) {
   const Options before = options;
-  FromJson visitor{saved, before};
+  FromJson visitor{saved, before, {}};
   describe(options, visitor);
   // What is asked for now is never what the earlier call asked for.
   options.plan = before.plan;
@@ -117,11 +133,12 @@ void restore_options(Options& options, const nlohmann::json& saved) {
   options.profile = before.profile;
   options.memory_budget = before.memory_budget;  // what it led to is in the other options
   options.resume = before.resume;
+  return visitor.changes;
 }
 
 void check_options(const Options& o) {
   Options copy = o;
-  RefuseHugeNumbers bounds;
+  RefuseNumbersOutOfRange bounds;
   describe(copy, bounds);
   at_least(static_cast<double>(o.seq_len), o.was_given("seq-len") ? 1 : 0, "seq-len");
   at_least(static_cast<double>(o.micro_batch), o.was_given("micro-batch") ? 1 : 0, "micro-batch");

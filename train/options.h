@@ -63,7 +63,8 @@ struct Options {
   bool was_given(const std::string& flag) const;
 };
 
-enum class OnResume : uint8_t { kMayChange, kFixed };
+// kMayChangeTraining: what a run learns, or in which portions; said when it changes.
+enum class OnResume : uint8_t { kMayChange, kMayChangeTraining, kFixed };
 
 // Calls the visitor once per option: visitor(field, flag, unit, help, choices, on_resume); group(name) starts a new
 // group.
@@ -74,8 +75,9 @@ void describe(Options& o, Visitor& v);
 nlohmann::ordered_json options_to_json(const Options& options);
 
 // Takes from a checkpoint's options everything that was not given on the command line. A given option that differs and
-// must not change on resume throws UsageError naming the flag and both values.
-void restore_options(Options& options, const nlohmann::json& saved);
+// must not change on resume throws UsageError naming the flag and both values. Returns a line for each that changes the
+// training: what was and what is.
+std::vector<std::string> restore_options(Options& options, const nlohmann::json& saved);
 
 // Throws UsageError for values out of range and for flags that contradict each other.
 void check_options(const Options& options);
@@ -83,7 +85,7 @@ void check_options(const Options& options);
 template <typename Visitor>
 void describe(Options& o, Visitor& v) {
   using S = std::vector<std::string>;
-  const OnResume fixed = OnResume::kFixed, free = OnResume::kMayChange;
+  const OnResume fixed = OnResume::kFixed, free = OnResume::kMayChange, said = OnResume::kMayChangeTraining;
   const S float_dtypes = {"bf16", "fp32"};
   v.group("data");
   v(o.data, "data", "GLOB[,GLOB]", "training shards; default: text found on this machine, as bytes", S{}, free);
@@ -94,9 +96,9 @@ void describe(Options& o, Visitor& v) {
   v(o.tokenizer, "tokenizer", "FILE", "tokenizer.bin for prompts and samples; default: beside the shards", S{}, free);
   v(o.seq_len, "seq-len", "tokens", "sequence length T; default: 256 on a CPU, else the model's positions", S{}, fixed);
   v(o.micro_batch, "micro-batch", "sequences",
-    "sequences per forward and backward pass; default: 4 on a CPU, 16 on a GPU", S{}, fixed);
+    "sequences per forward and backward pass; default: 4 on a CPU, 16 on a GPU", S{}, said);
   v(o.tokens_per_step, "tokens-per-step", "tokens",
-    "tokens per update, a multiple of micro-batch x seq-len; default: one micro-batch", S{}, fixed);
+    "tokens per update, a multiple of micro-batch x seq-len; default: one micro-batch", S{}, said);
   v.group("model");
   v(o.model, "model", "NAME|DIR|FILE",
     "preset (tiny mini small d12 d24 d36 d48 gpt2:dN gpt3:cN), Hugging Face directory, config.json, or llm.c .bin; "
@@ -120,13 +122,13 @@ void describe(Options& o, Visitor& v) {
   v(o.rank, "rank", "", "Flora: rank of the compressed momentum", S{}, fixed);
   v(o.kappa, "kappa", "steps", "Flora: steps between two projections", S{}, fixed);
   v(o.lr, "lr", "", "peak learning rate; default: 5e-4 for flora and adafactor, 6e-4 for adamw, 0.1 for sgd", S{},
-    fixed);
+    said);
   v(o.schedule, "schedule", "", "of the learning rate after the warmup (wsd: constant, then 1-sqrt cooldown)",
-    S{"cosine", "linear", "constant", "wsd"}, fixed);
-  v(o.warmup_steps, "warmup-steps", "steps", "linear warmup; default: 5% of steps", S{}, fixed);
-  v(o.cooldown_steps, "cooldown-steps", "steps", "cooldown of wsd; default: 20% of steps", S{}, free);
-  v(o.final_lr, "final-lr", "fraction", "learning rate at the end, as a fraction of the peak", S{}, fixed);
-  v(o.weight_decay, "weight-decay", "", "of matrices and embeddings, times lr; default: 0.1, sgd 0", S{}, fixed);
+    S{"cosine", "linear", "constant", "wsd"}, said);
+  v(o.warmup_steps, "warmup-steps", "steps", "linear warmup; default: 5% of steps", S{}, said);
+  v(o.cooldown_steps, "cooldown-steps", "steps", "cooldown of wsd; default: 20% of steps", S{}, said);
+  v(o.final_lr, "final-lr", "fraction", "learning rate at the end, as a fraction of the peak", S{}, said);
+  v(o.weight_decay, "weight-decay", "", "of matrices and embeddings, times lr; default: 0.1, sgd 0", S{}, said);
   v(o.beta1, "beta1", "", "momentum; 0 keeps none; default: 0.9, sgd 0", S{}, fixed);
   v(o.beta2, "beta2", "", "AdamW: decay of the second moment", S{}, fixed);
   v(o.eps, "eps", "", "AdamW: added to the root of the second moment", S{}, fixed);
@@ -177,7 +179,7 @@ void describe(Options& o, Visitor& v) {
   v(o.plan, "plan", "", "print the memory plan and exit", S{}, free);
   v(o.json, "json", "", "with plan: as JSON", S{}, free);
   v.group("run");
-  v(o.steps, "steps", "steps", "updates to make in all", S{}, free);
+  v(o.steps, "steps", "steps", "updates to make in all", S{}, said);
   v(o.out, "out", "DIR", "checkpoints and metrics.jsonl; default: runs/<date and time>", S{}, free);
   v(o.resume, "resume", "DIR", "go on from a run's directory or one of its checkpoints", S{}, free);
   v(o.checkpoint_every, "checkpoint-every", "steps", "0: only at the end", S{}, free);

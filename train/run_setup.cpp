@@ -15,6 +15,7 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr int64_t kCpuMicroBatch = 4, kGpuMicroBatch = 16;
+constexpr int64_t kMostActivations = int64_t{1} << 50;  // elements of the residual stream, all layers
 
 DType dtype_of(const std::string& name) {
   if (name == "bf16") return DType::kBF16;
@@ -217,6 +218,13 @@ RunSetup resolve(const RunRequest& request, Undecided undecided) {
                      "): " + options.model);
   }
   choose_defaults(options, cpu, config, preset_model, request.training, undecided);
+  // Sizes of activations are sums of multiples of this.
+  const int64_t activations = options.micro_batch * options.seq_len * config.channels;  // at most 2^48
+  if (activations > kMostActivations / config.layers) {
+    throw UsageError("--micro-batch " + std::to_string(options.micro_batch) + " x --seq-len " +
+                     std::to_string(options.seq_len) + " of a model of " + std::to_string(config.layers) +
+                     " layers of " + std::to_string(config.channels) + " channels is more than any machine holds");
+  }
   check_options(options);  // what was chosen may contradict what was given
   setup.engine = engine_config(options, config, request.training);
   check_gradient_blocks(options, setup.engine.sink, undecided);

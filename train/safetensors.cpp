@@ -1,16 +1,17 @@
 // safetensors.cpp: see safetensors.h.
 #include "train/safetensors.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-#include <algorithm>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
+#include <utility>
+
+#include "data/input_file.h"
+#include "data/json_text.h"
 
 namespace {
 
@@ -19,6 +20,31 @@ size_t element_size(const std::string& dtype) {
                                                       {"BF16", 2}, {"I16", 2}, {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
   const auto entry = sizes.find(dtype);
   return entry == sizes.end() ? 0 : entry->second;
+}
+
+constexpr uint64_t kLargestHeader = 100'000'000;  // as in Hugging Face's reader
+
+// Throws std::invalid_argument or the JSON library's exceptions.
+TensorEntry entry_of(const std::string& name, const nlohmann::json& value) {
+  TensorEntry entry{name, value.at("dtype"), {}, nullptr};
+  if (element_size(entry.dtype) == 0) throw std::invalid_argument("has the unknown type " + entry.dtype);
+  const auto natural = [](const nlohmann::json& number) { return number.is_number_unsigned(); };
+  const nlohmann::json& shape = value.at("shape");
+  if (!shape.is_array() || !std::all_of(shape.begin(), shape.end(), natural)) {
+    throw std::invalid_argument("has a shape that is no list of whole numbers");
+  }
+  uint64_t room = uint64_t{1} << 60;  // what is left of the largest number of elements
+  for (const nlohmann::json& number : shape) {
+    const uint64_t extent = number;
+    if (extent > room) throw std::invalid_argument("has an impossible shape");
+    if (extent > 0) room /= extent;
+    entry.shape.push_back(static_cast<int64_t>(extent));
+  }
+  const nlohmann::json& offsets = value.at("data_offsets");
+  if (!offsets.is_array() || offsets.size() != 2 || !natural(offsets[0]) || !natural(offsets[1])) {
+    throw std::invalid_argument("has data_offsets that are not two whole numbers");
+  }
+  return entry;
 }
 
 }  // namespace
@@ -32,20 +58,13 @@ int64_t TensorEntry::elements() const {
 size_t TensorEntry::bytes() const { return static_cast<size_t>(elements()) * element_size(dtype); }
 
 SafetensorsReader::SafetensorsReader(const std::string& path) : path_(path) {
-  const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) throw std::runtime_error(path + ": cannot be read: " + std::strerror(errno));
-  struct stat status {};
-  fstat(descriptor, &status);
-  mapped_bytes_ = static_cast<size_t>(status.st_size);
+  const InputFile file(path);
+  mapped_bytes_ = file.bytes();
   const auto damaged = [&](const std::string& why) -> std::runtime_error {
     return std::runtime_error(path + ": not a whole safetensors file (" + why + ")");
   };
-  if (mapped_bytes_ < 8) {
-    close(descriptor);
-    throw damaged("only " + std::to_string(mapped_bytes_) + " bytes");
-  }
-  mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ, MAP_PRIVATE, descriptor, 0);
-  close(descriptor);
+  if (mapped_bytes_ < 8) throw damaged("only " + std::to_string(mapped_bytes_) + " bytes");
+  mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ, MAP_PRIVATE, file.descriptor(), 0);
   if (mapping_ == MAP_FAILED) {
     mapping_ = nullptr;
     throw std::runtime_error(path + ": cannot be mapped: " + std::strerror(errno));
@@ -55,28 +74,39 @@ SafetensorsReader::SafetensorsReader(const std::string& path) : path_(path) {
     uint64_t header_bytes;
     std::memcpy(&header_bytes, bytes, 8);
     if (header_bytes > mapped_bytes_ - 8) throw damaged("the header ends beyond the file");
-    nlohmann::json header;
-    try {
-      header = nlohmann::json::parse(bytes + 8, bytes + 8 + header_bytes);
-      if (!header.is_object()) throw damaged("the header is no JSON object");
-      const size_t data_bytes = mapped_bytes_ - 8 - header_bytes;
-      for (const auto& [name, value] : header.items()) {
-        if (name == "__metadata__") continue;
-        TensorEntry entry{name, value.at("dtype"), value.at("shape").get<std::vector<int64_t>>(), nullptr};
-        if (element_size(entry.dtype) == 0) throw damaged("tensor '" + name + "' has the unknown type " + entry.dtype);
-        int64_t room = int64_t{1} << 60;  // what is left of the largest number of elements
-        for (const int64_t extent : entry.shape) {
-          if (extent < 0 || extent > room) throw damaged("tensor '" + name + "' has an impossible shape");
-          if (extent > 0) room /= extent;
-        }
-        const uint64_t begin = value.at("data_offsets").at(0), end = value.at("data_offsets").at(1);
-        if (begin > end || end > data_bytes) throw damaged("tensor '" + name + "' ends beyond the file: truncated");
-        if (end - begin != entry.bytes()) throw damaged("tensor '" + name + "' has a size that does not fit its shape");
-        entry.data = bytes + 8 + header_bytes + begin;
-        entries_[name] = entry;
+    if (header_bytes > kLargestHeader) throw damaged("the header has " + std::to_string(header_bytes) + " bytes");
+    const nlohmann::json header = parse_json({bytes + 8, header_bytes}, path + ": header");
+    if (!header.is_object()) throw damaged("the header is no JSON object");
+    const size_t data_bytes = mapped_bytes_ - 8 - header_bytes;
+    std::vector<std::pair<uint64_t, uint64_t>> ranges;  // begin and end of each tensor
+    for (const auto& [name, value] : header.items()) {
+      if (name == "__metadata__") continue;
+      TensorEntry entry;
+      try {
+        entry = entry_of(name, value);
+        ranges.emplace_back(value.at("data_offsets").at(0), value.at("data_offsets").at(1));
+      } catch (const nlohmann::json::exception& error) {
+        throw damaged("tensor '" + name + "': " + problem_of(error));
+      } catch (const std::invalid_argument& error) {
+        throw damaged("tensor '" + name + "' " + error.what());
       }
-    } catch (const nlohmann::json::exception& error) {
-      throw damaged(std::string("header: ") + error.what());
+      const auto [begin, end] = ranges.back();
+      if (begin > end || end > data_bytes) throw damaged("tensor '" + name + "' ends beyond the file: truncated");
+      if (end - begin != entry.bytes()) throw damaged("tensor '" + name + "' has a size that does not fit its shape");
+      entry.data = bytes + 8 + header_bytes + begin;
+      entries_[name] = entry;
+    }
+    // The format wants every byte to be of exactly one tensor.
+    std::sort(ranges.begin(), ranges.end());
+    uint64_t covered = 0;
+    for (const auto& [begin, end] : ranges) {
+      if (begin < covered) throw damaged("two tensors share the byte " + std::to_string(begin) + " of the data");
+      if (begin > covered) throw damaged("the byte " + std::to_string(covered) + " of the data is of no tensor");
+      covered = end;
+    }
+    if (covered != data_bytes) {
+      throw damaged("the tensors end at the byte " + std::to_string(covered) + " of the data's " +
+                    std::to_string(data_bytes));
     }
   } catch (...) {
     munmap(mapping_, mapped_bytes_);

@@ -9,6 +9,10 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
+
+#include "data/input_file.h"
+#include "data/json_text.h"
 
 namespace fs = std::filesystem;
 
@@ -43,9 +47,13 @@ void each_number(SpeedsT& s, Visit&& visit) {
 }
 
 nlohmann::json read_all(const std::string& path) {
-  std::ifstream file(path);
-  const nlohmann::json json = nlohmann::json::parse(file, nullptr, false);
-  return json.is_object() ? json : nlohmann::json::object();
+  try {
+    const nlohmann::json json = parse_json(read_file(path), path);
+    if (json.is_object()) return json;
+  } catch (const std::runtime_error&) {
+    // Absent or damaged: measured anew.
+  }
+  return nlohmann::json::object();
 }
 
 }  // namespace

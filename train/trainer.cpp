@@ -130,8 +130,9 @@ nlohmann::ordered_json Trainer::metrics_header() const {
 
 std::string Trainer::data_summary() const {
   const Options& o = setup_.options;
-  const double read =
-      static_cast<double>(o.steps * o.tokens_per_step) / static_cast<double>(loader_.tokens_per_epoch());
+  const int64_t before = loader_.position().sequence * o.seq_len,
+                ahead = (o.steps - first_step_ + 1) * o.tokens_per_step;
+  const double read = static_cast<double>(before + ahead) / static_cast<double>(loader_.tokens_per_epoch());
   char text[128];
   snprintf(text, sizeof text, "%lld shard%s, %.1fM tokens, %.2f epochs by step %lld",
            static_cast<long long>(loader_.shards()), loader_.shards() == 1 ? "" : "s",
@@ -194,7 +195,7 @@ StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double second
   const Options& o = setup_.options;
   StepMetrics m;
   m.step = t;
-  m.tokens = static_cast<int64_t>(t) * o.tokens_per_step;
+  m.tokens = loader_.position().sequence * o.seq_len;  // the tokens of a step may have been others before a resume
   m.loss = result.loss;
   m.grad_norm = result.grad_norm;
   m.lr = result.lr;

@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "data/json_text.h"
 #include "train/llmc_model.h"
 #include "train/options.h"
 #include "train/safetensors.h"
@@ -92,10 +93,15 @@ class DirectoryTensors {
     } else {
       std::vector<std::string> names;
       try {
-        const nlohmann::json json = nlohmann::json::parse(::read_file(index));
+        const nlohmann::json json = parse_json(::read_file(index), index);
         for (const auto& [tensor, file] : json.at("weight_map").items()) names.push_back(file.get<std::string>());
       } catch (const nlohmann::json::exception& error) {
-        throw std::runtime_error(index + ": not a safetensors index (" + error.what() + ")");
+        throw std::runtime_error(index + ": not a safetensors index (" + problem_of(error) + ")");
+      }
+      for (const std::string& name : names) {
+        if (name.empty() || name == "." || name == ".." || name.find('/') != std::string::npos) {
+          throw std::runtime_error(index + ": '" + name + "' is no name of a file beside it");
+        }
       }
       std::sort(names.begin(), names.end());
       names.erase(std::unique(names.begin(), names.end()), names.end());
