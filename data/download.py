@@ -33,7 +33,7 @@ def open_url(url, first_byte=0):
         ) from None
 
 
-def download(url, path):
+def download(url, path, sha256=None):
     """Fetches url to path unless the file is there already; returns path.
 
     Received bytes are kept in path.part; a later call goes on from there if the server allows it. Throws DataError when

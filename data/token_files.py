@@ -61,9 +61,7 @@ class ShardWriter:
 
     def __exit__(self, *_):
         self._close()
-        for index in range(len(self.lengths)):
-            if os.path.exists(self._temporary(index)):
-                os.remove(self._temporary(index))
+        self._remove_temporaries()
 
     @property
     def total(self):
@@ -81,9 +79,9 @@ class ShardWriter:
             tokens = tokens[len(part) :]
 
     def take_tail(self, count):
-        """Removes and returns the last `count` tokens, or fewer: one at least stays in the last shard."""
+        """Removes and returns the last `count` tokens, or fewer: one at least stays."""
         self._close()
-        if len(self.lengths) > 1 and self.lengths[-1] == 1:
+        while len(self.lengths) > 1 and self.lengths[-1] <= count:
             self._join_last()
         count = min(count, self.lengths[-1] - 1)
         with open(self._temporary(len(self.lengths) - 1), "r+b") as file:
@@ -93,6 +91,13 @@ class ShardWriter:
             file.truncate(cut)
         self.lengths[-1] -= count
         return tail
+
+    def take_all(self):
+        """Removes and returns all tokens, of a split that is small."""
+        self._close()
+        parts = [np.fromfile(self._temporary(index), "<u2", offset=HEADER_BYTES) for index in range(len(self.lengths))]
+        self._remove_temporaries()
+        return np.concatenate([np.zeros(0, "<u2"), *parts])
 
     def commit(self, name, split):
         """Names the files NAME_SPLIT_000000.bin and so on; removes older ones of that name with higher numbers.
@@ -120,6 +125,12 @@ class ShardWriter:
 
     def _temporary(self, index):
         return f"{self._stem}.{index}"
+
+    def _remove_temporaries(self):
+        for index in range(len(self.lengths)):
+            if os.path.exists(self._temporary(index)):
+                os.remove(self._temporary(index))
+        self.lengths = []
 
     def _next_file(self):
         self._close()
