@@ -130,14 +130,19 @@ class Gpt2Encoder:
     def _encode_around_long_pieces(self, text):
         import regex  # comes with tiktoken
 
-        encode, ids, done, before = self._encoding.encode_ordinary, [], 0, 0
+        encode, ids, done, safe, after = self._encoding.encode_ordinary, [], 0, 0, []
         for piece in regex.finditer(GPT2_PATTERN, text):
-            if piece.end() - piece.start() > LONG_PIECE // 4:  # characters, of up to four bytes
-                ids += encode(text[done:before])
-                ids += encode(text[max(done, before) : piece.start()])  # by itself: white space depends on what follows
+            start, end = piece.span()
+            if start == done or not text[start - 1].isspace():  # how white space is cut depends on what follows it
+                safe, after = start, []
+            if end - start > LONG_PIECE // 4:  # characters, of up to four bytes
+                ids += encode(text[done:safe])
+                for short in after:
+                    ids += encode(short)
                 ids += merge_bytes(piece[0].encode("utf-8"), self._ranks)
-                done = piece.end()
-            before = piece.start()
+                done = end
+            else:
+                after.append(piece[0])
         return ids + encode(text[done:])
 
     def token_bytes(self):
