@@ -3,6 +3,7 @@ found when it ran), never with a stack trace.
 Every script imports this module before those that need numpy, so that its absence is such a line, too.
 """
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
@@ -22,6 +23,17 @@ class UsageError(DataError):
     """The command line is wrong; exit code 2."""
 
     exit_code = 2
+
+
+@contextlib.contextmanager
+def names_the_file(path):
+    """A failing write does not know whose it is: gives it the name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise
 
 
 class OneLineParser(argparse.ArgumentParser):

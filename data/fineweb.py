@@ -9,7 +9,7 @@ import sys
 
 from errors import DataError, OneLineParser, UsageError, run_main
 
-from download import download, open_url
+from download import download, read_url
 from encoders import Gpt2Encoder, make_encoder
 from faults import Faults
 from prepare import add_on_error_argument, add_tokenizer_arguments, check_tokenizer_arguments, prepare, report
@@ -28,14 +28,10 @@ PRETOKENIZED = {
 def list_parquet(hub, folder):
     """Paths, sorted, of the Parquet files in a folder of the dataset, from the hub's listing."""
     url = f"{hub}/api/datasets/{DATASET}/tree/main/{folder}"
-    response = open_url(url)
-    if response is None:
-        raise DataError(f"{url}: the server has no listing")
-    with response:
-        try:
-            paths = sorted(entry["path"] for entry in json.load(response) if entry["path"].endswith(".parquet"))
-        except (ValueError, TypeError, KeyError):
-            raise DataError(f"{url}: the answer is not a listing of files") from None
+    try:
+        paths = sorted(entry["path"] for entry in json.loads(read_url(url)) if entry["path"].endswith(".parquet"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DataError(f"{url}: the answer is not a listing of files") from None
     if not paths:
         raise DataError(f"{url}: no Parquet files are listed")
     return paths

@@ -4,6 +4,8 @@ memory does not grow with the size of a shard; a file gets its name only when it
 import glob
 import os
 
+from errors import names_the_file
+
 import numpy as np
 
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
@@ -34,7 +36,7 @@ def write_tokenizer(path, tokens, end_of_text):
     """Writes llm.c's tokenizer.bin, version 2. tokens: the bytes (at most 255) of each id."""
     temporary = f"{path}.tmp.{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
+        with names_the_file(path), open(temporary, "wb") as file:
             file.write(_header([TOKENIZER_MAGIC, TOKENIZER_VERSION, len(tokens), end_of_text]))
             for token in tokens:
                 file.write(bytes([len(token)]) + token)
@@ -74,7 +76,8 @@ class ShardWriter:
             if self._open is None or self.lengths[-1] == self.shard_tokens:
                 self._next_file()
             part = tokens[: self.shard_tokens - self.lengths[-1]]
-            self._open.write(part.tobytes())
+            with names_the_file(self._temporary(len(self.lengths) - 1)):
+                self._open.write(part.tobytes())
             self.lengths[-1] += len(part)
             tokens = tokens[len(part) :]
 
@@ -110,7 +113,7 @@ class ShardWriter:
             self._join_last()
         paths = []
         for index, length in enumerate(self.lengths):
-            with open(self._temporary(index), "r+b") as file:
+            with names_the_file(self._temporary(index)), open(self._temporary(index), "r+b") as file:
                 file.write(_header([SHARD_MAGIC, SHARD_VERSION, length, self.vocabulary]))
                 file.flush()
                 os.fsync(file.fileno())
