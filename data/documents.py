@@ -15,6 +15,8 @@ from text_documents import Separator, text_documents
 
 TEXT_EXTENSIONS = (".txt", ".text", ".md", ".markdown", ".rst", ".org", ".tex")
 LINES_EXTENSIONS = (".jsonl", ".ndjson")
+MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+         (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))  # UTF-32's begins as UTF-16's does
 KNOWN = "{}, {} .json (these also with .gz or .zst), .parquet".format(" ".join(TEXT_EXTENSIONS), " ".join(LINES_EXTENSIONS))
 
 
@@ -112,8 +114,7 @@ def _documents(path, text_field, separator, faults, advance):
 def encoding_of(start):
     """(encoding, length of the byte order mark) of a file that begins with these bytes: UTF-8 unless a mark, or a zero in
     every other of many bytes, says UTF-16 or UTF-32."""
-    for mark, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
-                           (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
+    for mark, encoding in MARKS:
         if start.startswith(mark):
             return encoding, len(mark)
     zeros = [start[first:4096:2].count(0) for first in (0, 1)]

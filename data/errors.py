@@ -50,15 +50,15 @@ class Terminated(BaseException):
 def _terminate(number, _):
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the way out is short: a second signal does not end it
         signal.signal(each, signal.SIG_IGN)
-    raise Terminated(number)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
 def run_main(main, argv=None):
     """Calls main(argv or sys.argv[1:]) and turns whatever it raises into one line and an exit code: 2 for a wrong call, 1
     for any other failure, 128 + N after the signal N."""
     program = os.path.basename(sys.argv[0])
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP, and so it stays
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
             signal.signal(number, _terminate)
     try:
         try:

@@ -31,7 +31,8 @@ def line_documents(path, file, encoding, raw, text_field, faults, advance):
 
     while line := file.readline(MAX_JSON_BYTES + 1):
         number += 1
-        advance(raw.tell())
+        if number % 1024 == 0:
+            advance(raw.tell())
         if len(line) > MAX_JSON_BYTES:
             faults.met("line", f"longer than {MAX_JSON_BYTES >> 20} MiB", place)
             while line and line[-1:] not in (b"\n", "\n"):
@@ -43,9 +44,12 @@ def line_documents(path, file, encoding, raw, text_field, faults, advance):
                 faults.met("line", fault.what, place, fault.detail)
 
 
+_decode = json.JSONDecoder().decode  # what json.loads() calls in the end
+
+
 def _parse(line):
     try:
-        return json.loads(line if isinstance(line, str) else line.decode("utf-8"))
+        return _decode(line if isinstance(line, str) else line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Fault("not UTF-8", f" (byte 0x{line[error.start]:02x} at offset {error.start}){ADVICE}") from None
     except RecursionError:
@@ -91,7 +95,8 @@ def _values(file, encoding):
         try:
             buffer = buffer[position:] + decoder.decode(block, ended)
         except UnicodeDecodeError as error:
-            raise Fault("not UTF-8", f" (byte 0x{error.object[error.start]:02x}){ADVICE}", f":{line} or later") from None
+            at = line + buffer.count("\n", position) + error.object.count(b"\n", 0, error.start)
+            raise Fault(f"not {encoding.upper()}", f" ({error.reason}){ADVICE}", f":{at}") from None
         position = 0
 
     while True:

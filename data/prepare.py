@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """prepare.py: turns text, JSON and Parquet files into the token shards that train_gpt2 reads, and a tokenizer.bin for
 sampling. Formats and examples: docs/data.md. Encodes in parallel; memory is a few megabytes per worker, plus the
-largest document (64 MiB at most). The same inputs and options give the same bytes, whatever the number of workers.
+largest document (64 MiB at most, of plain text 16 MiB). The same inputs and options give the same bytes, whatever the number of workers.
 """
 import collections
 import concurrent.futures.process
 import contextlib
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -32,6 +33,7 @@ BATCH_CHARACTERS = 1 << 20  # text given to a worker at a time
 WINDOWS = (1024 + 1, 256 + 1)
 LARGEST_TAIL = 1 / 8  # of all tokens, held out for the sake of a window
 MAX_WORKERS = 1024
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def is_validation(text, fraction):
@@ -55,9 +57,12 @@ _worker_encoder = None  # each worker process makes its own
 
 def _start_worker(tokenizer, vocab_dir):
     global _worker_encoder
-    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the main process, too, which ends this one
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # the main process gets them, too, and ends this one; if
+        signal.signal(number, signal.SIG_IGN)  # this one died first, with the queue's lock, the main process would wait
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nor does it stay when the main process is killed
+    except (OSError, AttributeError):
+        pass  # not Linux
     _worker_encoder = make_encoder(tokenizer, vocab_dir)
 
 

@@ -5,7 +5,7 @@ import re
 from faults import Fault
 from json_documents import ADVICE
 
-MAX_DOCUMENT_BYTES = 1 << 26  # a longer document comes in parts
+MAX_DOCUMENT_BYTES = 1 << 24  # a longer document comes in parts
 END_OF_TEXT = "<|endoftext|>"
 BOUNDARY = re.compile(r"\S(?=[ \n])")
 
@@ -33,14 +33,12 @@ class Separator:
 
 def last_boundary(text, limit):
     """The last place, up to limit, before a space or line end that follows other text: no token of GPT-2's reaches across
-    it. limit, where there is none."""
-    reach = 1 << 12
-    while True:
-        first = max(0, limit - reach)
-        places = [found.end() for found in BOUNDARY.finditer(text, first, limit + 1)]
-        if places or first == 0:
-            return places[-1] if places else limit
-        reach *= 8
+    it. limit, where there is none in a million characters."""
+    for reach in (1 << 12, 1 << 20):
+        places = [found.end() for found in BOUNDARY.finditer(text, max(0, limit - reach), limit + 1)]
+        if places:
+            return places[-1]
+    return limit
 
 
 def text_documents(path, file, encoding, raw, separator, faults, advance):
