@@ -85,6 +85,8 @@ def read_documents(path, text_field="text", separator=None, faults=None, advance
         raise
     except Fault as error:
         faults.met("file", error.what, lambda: path + error.place, error.detail)
+    except UnicodeDecodeError as error:  # UTF-16 that ends in the middle
+        faults.met("file", f"not {error.encoding.upper()}", lambda: path, f" ({error.reason})")
     except OSError as error:
         reason = error.strerror or str(error)
         faults.met("file", "cannot be read", lambda: path, f" ({reason})")

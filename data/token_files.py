@@ -62,8 +62,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_):
-        self._close()
-        self._remove_temporaries()
+        try:
+            self._close()
+        finally:
+            self._remove_temporaries()
 
     @property
     def total(self):
@@ -143,8 +145,9 @@ class ShardWriter:
 
     def _close(self):
         if self._open is not None:
-            self._open.close()
-            self._open = None
+            file, self._open = self._open, None
+            with names_the_file(self._temporary(len(self.lengths) - 1)):
+                file.close()
 
     def _join_last(self):
         with open(self._temporary(len(self.lengths) - 1), "rb") as file:

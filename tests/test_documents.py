@@ -113,6 +113,7 @@ FAULTS = [
     ("a.txt", b"one<|endoftext|>\n\ncaf\xe9<|endoftext|>two", ": not UTF-8 (byte 0xe9 at offset 21) in line 3",
      ["one", "two"], "skipped 1 document: not UTF-8; the first is {path}:3"),
     ("a.txt", "x".encode("utf-16") + b"\0", ": not UTF-16-LE", [], "skipped 1 file: not UTF-16-LE"),
+    ("a.jsonl", LINES.encode("utf-16")[:-1], ": not UTF-16-LE", TEXTS[:2], "skipped 1 file: not UTF-16-LE"),
     ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], ": damaged or truncated gzip", [], "skipped 1 file: damaged"),
     ("a.parquet", b"PAR1 and no more", ": not a readable Parquet file", [], "skipped 1 file: not a readable Parquet file"),
 ]
@@ -310,6 +311,16 @@ def test_a_signal_leaves_no_temporary_shards(tmp_path, number, code):
     _, said = process.communicate(timeout=60)
     assert process.returncode == code and said.count("\n") == 1 and said.startswith("prepare.py: ")
     assert list(out.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_temporary_shards(tmp_path):
+    """A file may not grow beyond 1 KiB: the write fails when the buffer is written at the end."""
+    path = file(tmp_path, "a.txt", b"some text " * 300)
+    command = ["sh", "-c", 'ulimit -f 2; exec "$@"', "sh", sys.executable, str(DATA / "prepare.py"), str(path), "--out",
+               str(tmp_path / "out"), "--tokenizer", "bytes", "--val-fraction", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "cannot be written (File too large)" in result.stderr
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name != "tokenizer.bin"]
 
 
 @pytest.mark.parametrize("raised, code, message", [
