@@ -1,196 +1,128 @@
-"""documents.py: the documents in text, JSONL and Parquet files, one at a time and in a fixed order. A plain text file
-is read whole; the other two are streamed.
+"""documents.py: the documents in text, JSON and Parquet files, one at a time and in a fixed order. Every file is streamed:
+memory is a few times MAX_DOCUMENT_BYTES and MAX_JSON_BYTES at most, whatever a file's size and compression.
 """
-import contextlib
+import codecs
 import glob
-import gzip
-import io
-import json
 import os
-import zlib
 
 from errors import DataError, UsageError
 
+from compressed import COMPRESSIONS, check_regular, open_plain
+from faults import Faults, Fault
+from json_documents import array_documents, is_array, line_documents
+from parquet_documents import parquet_documents
+from text_documents import Separator, text_documents
+
 TEXT_EXTENSIONS = (".txt", ".text", ".md", ".markdown", ".rst", ".org", ".tex")
-JSONL_EXTENSIONS = (".jsonl", ".ndjson")
-PARQUET_EXTENSIONS = (".parquet",)
-COMPRESSIONS = (".gz", ".zst")
-KNOWN = "{}, {} (these also with .gz or .zst), .parquet".format(" ".join(TEXT_EXTENSIONS), " ".join(JSONL_EXTENSIONS))
+LINES_EXTENSIONS = (".jsonl", ".ndjson")
+MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+         (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))  # UTF-32's begins as UTF-16's does
+KNOWN = "{}, {} .json (these also with .gz or .zst), .parquet".format(" ".join(TEXT_EXTENSIONS), " ".join(LINES_EXTENSIONS))
 
 
 def kind_of(path):
-    """'text', 'jsonl' or 'parquet' by the file's name, None for a name that says none of them."""
+    """'text', 'lines', 'json' or 'parquet' by the file's name, None for a name that says none of them."""
     stem, extension = os.path.splitext(path.lower())
-    if extension in PARQUET_EXTENSIONS:
+    if extension == ".parquet":
         return "parquet"
     if extension in COMPRESSIONS:
         extension = os.path.splitext(stem)[1]
-    return "text" if extension in TEXT_EXTENSIONS else "jsonl" if extension in JSONL_EXTENSIONS else None
+    if extension == ".json":
+        return "json"
+    return "text" if extension in TEXT_EXTENSIONS else "lines" if extension in LINES_EXTENSIONS else None
 
 
 def find_inputs(inputs):
-    """The files named by paths, directories (searched to the bottom; files of other kinds are passed over) and globs.
-
-    In the order given, sorted within each, without duplicates.
+    """The files named by paths, directories (searched to the bottom) and globs, in the order given, sorted within each,
+    without duplicates. Of a directory, files of other kinds are passed over, and NAME.json, which is mostly about the
+    data and not data itself, where there is anything else.
     """
     files = {}
     for given in inputs:
         if os.path.isdir(given):
-            found = [os.path.join(at, name) for at, _, names in os.walk(given) for name in names]
-            found = sorted(path for path in found if kind_of(path))
-            if not found:
-                raise DataError(f"{given}: no file in this directory has a known extension: {KNOWN}")
+            found = _search(given)
         else:
             found = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
             if not found:
                 raise UsageError(f"{given}: no such file")
             found = [path for path in found if not os.path.isdir(path)] or found
             for path in found:
+                try:
+                    check_regular(path)
+                except Fault as error:
+                    raise UsageError(f"{path}: {error.what}{error.detail}") from None
                 if not kind_of(path):
                     raise UsageError(f"{path}: unknown extension '{os.path.splitext(path)[1]}'; known are {KNOWN}")
         files.update(dict.fromkeys(found))
     return list(files)
 
 
-def read_documents(path, text_field="text", split_on=None, advance=lambda position: None):
-    """Yields the non-empty documents of a file; calls advance() with the number of its bytes read so far.
+def _search(directory):
+    def fail(error):
+        raise error
 
-    split_on cuts plain text after each occurrence of a separator. Lone surrogates become replacement characters.
+    found = [os.path.join(at, name) for at, _, names in os.walk(directory, onerror=fail) for name in names]
+    found = sorted(path for path in found if kind_of(path))
+    if not found:
+        raise DataError(f"{directory}: no file in this directory has a known extension: {KNOWN}")
+    return [path for path in found if not path.lower().endswith(".json")] or found
+
+
+def read_documents(path, text_field="text", separator=None, faults=None, advance=lambda position: None):
+    """Yields (text, True) for each non-empty document of a file; calls advance() with the number of its bytes read so
+    far. A document of more than MAX_DOCUMENT_BYTES of plain text comes in parts, (text, False) from the second on.
+
+    Lone surrogates become replacement characters. What cannot be read goes to faults.
     """
-    if kind_of(path) == "parquet":
-        documents = _parquet_documents(path, text_field, advance)
-    else:
-        documents = _stream_documents(path, text_field, split_on, advance)
-    for text in documents:
-        if text and not text.isspace():
-            yield _valid_unicode(text)
-    advance(os.path.getsize(path))
-
-
-def _stream_documents(path, text_field, split_on, advance):
+    faults = faults or Faults()
     try:
-        with open(path, "rb") as raw, _decompressed(path, raw) as file:
-            if kind_of(path) == "jsonl":
-                yield from _jsonl_documents(path, raw, file, text_field, advance)
-            else:
-                yield from _split(_decode(path, file.read()), split_on)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged or truncated gzip data ({error})") from None
+        check_regular(path)
+        for text, begins in _documents(path, text_field, separator or Separator(), faults, advance):
+            if text and not (begins and text.isspace()):
+                yield _valid_unicode(text), begins
+        advance(os.path.getsize(path))
+    except DataError:
+        raise
+    except Fault as error:
+        faults.met("file", error.what, lambda: path + error.place, error.detail)
+    except UnicodeDecodeError as error:  # UTF-16 that ends in the middle
+        faults.met("file", f"not {error.encoding.upper()}", lambda: path, f" ({error.reason})")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        faults.met("file", "cannot be read", lambda: path, f" ({reason})")
+    except MemoryError:
+        faults.met("file", "too large for the memory there is", lambda: path)
+    except Exception as error:  # of the libraries below
+        faults.met("file", "cannot be read", lambda: path, f" ({type(error).__name__}: {str(error)[:150]})")
 
 
-@contextlib.contextmanager
-def _decompressed(path, raw):
-    if path.lower().endswith(".gz"):
-        with gzip.open(raw) as file:
-            yield file
-    elif path.lower().endswith(".zst"):
-        yield io.BufferedReader(_ZstdStream(path, raw))
-    else:
-        yield raw
+def _documents(path, text_field, separator, faults, advance):
+    kind = kind_of(path)
+    if kind == "parquet":
+        yield from ((text, True) for text in parquet_documents(path, text_field, faults, advance))
+        return
+    with open_plain(path) as (file, raw):
+        start = file.peek(4096)
+        encoding, mark = encoding_of(start)
+        file.read(mark)
+        if kind == "text":
+            yield from text_documents(path, file, encoding, raw, separator, faults, advance)
+            return
+        array = kind == "json" and is_array(start[mark:].decode(encoding, "ignore"))
+        read = array_documents if array else line_documents
+        yield from ((text, True) for text in read(path, file, encoding, raw, text_field, faults, advance))
 
 
-class _ZstdStream(io.RawIOBase):
-    """Decompresses one or more zstd frames and, unlike zstandard's own reader, notices a file that ends inside one."""
-
-    def __init__(self, path, raw):
-        try:
-            import zstandard
-        except ImportError:
-            raise DataError(f"{path}: reading .zst needs the package zstandard: .venv/bin/pip install zstandard") from None
-        self._library, self._path, self._raw = zstandard, path, raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._compressed, self._plain, self._inside_frame = b"", b"", False
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        while not self._plain:
-            self._compressed = self._compressed or self._raw.read(1 << 17)
-            if not self._compressed and self._inside_frame:
-                raise DataError(f"{self._path}: truncated zstd data")
-            if not self._compressed:
-                return 0
-            self._decompress()
-        count = min(len(buffer), len(self._plain))
-        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
-        return count
-
-    def _decompress(self):
-        try:
-            self._plain = self._frame.decompress(self._compressed)
-        except self._library.ZstdError as error:
-            raise DataError(f"{self._path}: damaged zstd data ({error})") from None
-        self._inside_frame = not self._frame.eof
-        self._compressed = b""
-        if self._frame.eof:
-            self._compressed = self._frame.unused_data
-            self._frame = self._library.ZstdDecompressor().decompressobj()
-
-
-def _decode(place, data):
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{place}: not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}); convert it, "
-            "for instance with iconv -f latin1 -t utf8"
-        ) from None
-
-
-def _split(text, separator):
-    start = 0
-    while separator:
-        found = text.find(separator, start)
-        if found < 0:
-            break
-        yield text[start : found + len(separator)]
-        start = found + len(separator)
-    yield text[start:]
-
-
-def _jsonl_documents(path, raw, file, text_field, advance):
-    for number, line in enumerate(file, 1):
-        place = f"{path}:{number}"
-        advance(raw.tell())
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(_decode(place, line))
-        except ValueError as error:
-            raise DataError(f"{place}: not valid JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{place}: a JSON object is needed, this is a {type(record).__name__}")
-        if text_field not in record:
-            fields = ", ".join(record) or "none"
-            raise DataError(f"{place}: no field '{text_field}' (fields: {fields}); choose one with --text-field")
-        if not isinstance(record[text_field], str):
-            raise DataError(f"{place}: field '{text_field}' is a {type(record[text_field]).__name__}, not a string")
-        yield record[text_field]
-
-
-def _parquet_documents(path, text_field, advance):
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{path}: reading Parquet needs the package pyarrow: .venv/bin/pip install pyarrow") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            schema = table.schema_arrow
-            if text_field not in schema.names:
-                fields = ", ".join(schema.names)
-                raise DataError(f"{path}: no column '{text_field}' (columns: {fields}); choose one with --text-field")
-            kind = schema.field(text_field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise DataError(f"{path}: column '{text_field}' is a {kind}, not a string")
-            rows, size = 0, os.path.getsize(path)
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-                rows += batch.num_rows
-                advance(size * rows // table.metadata.num_rows)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:150]})") from None
+def encoding_of(start):
+    """(encoding, length of the byte order mark) of a file that begins with these bytes: UTF-8 unless a mark, or a zero in
+    every other of many bytes, says UTF-16 or UTF-32."""
+    for mark, encoding in MARKS:
+        if start.startswith(mark):
+            return encoding, len(mark)
+    zeros = [start[first:4096:2].count(0) for first in (0, 1)]
+    if max(zeros) >= 2 and max(zeros) * 8 > len(start[:4096]) and min(zeros) == 0:
+        return ("utf-16-be" if zeros[0] else "utf-16-le"), 0
+    return "utf-8", 0
 
 
 def _valid_unicode(text):

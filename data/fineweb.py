@@ -9,9 +9,10 @@ import sys
 
 from errors import DataError, OneLineParser, UsageError, run_main
 
-from download import download, open_url
+from download import download, read_url
 from encoders import Gpt2Encoder, make_encoder
-from prepare import add_tokenizer_arguments, check_tokenizer_arguments, prepare, report
+from faults import Faults
+from prepare import add_on_error_argument, add_tokenizer_arguments, check_tokenizer_arguments, prepare, report
 from token_files import read_shard, write_tokenizer
 
 HUB = "https://huggingface.co"
@@ -27,14 +28,10 @@ PRETOKENIZED = {
 def list_parquet(hub, folder):
     """Paths, sorted, of the Parquet files in a folder of the dataset, from the hub's listing."""
     url = f"{hub}/api/datasets/{DATASET}/tree/main/{folder}"
-    response = open_url(url)
-    if response is None:
-        raise DataError(f"{url}: the server has no listing")
-    with response:
-        try:
-            paths = sorted(entry["path"] for entry in json.load(response) if entry["path"].endswith(".parquet"))
-        except (ValueError, TypeError, KeyError):
-            raise DataError(f"{url}: the answer is not a listing of files") from None
+    try:
+        paths = sorted(entry["path"] for entry in json.loads(read_url(url)) if entry["path"].endswith(".parquet"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DataError(f"{url}: the answer is not a listing of files") from None
     if not paths:
         raise DataError(f"{url}: no Parquet files are listed")
     return paths
@@ -73,9 +70,10 @@ def download_and_prepare(args):
         raise UsageError(f"--shards {args.shards}: the sample has {len(listed)} Parquet files")
     encoder = make_encoder(args.tokenizer, args.vocab_dir)
     paths = [fetch(args.url, DATASET, path, args.out) for path in listed[: args.shards]]
+    faults = Faults(skip=args.on_error == "skip")
     result = prepare(paths, args.out, "fineweb", encoder, vocab_dir=args.vocab_dir, shard_tokens=args.shard_tokens,
-                     validation_fraction=args.val_fraction, workers=args.workers)
-    report(result, args.out, "fineweb", encoder)
+                     validation_fraction=args.val_fraction, faults=faults, workers=args.workers)
+    report(result, args.out, "fineweb", encoder, faults)
 
 
 def main(argv):
@@ -88,6 +86,7 @@ def main(argv):
     parser.add_argument("--out", default="data/fineweb", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--url", default=os.environ.get("HF_ENDPOINT", HUB), help="Hugging Face or a mirror of it")
     parser.add_argument("--val-fraction", type=float, default=0.001, help="default: %(default)s")
+    add_on_error_argument(parser)
     add_tokenizer_arguments(parser)
     args = parser.parse_args(argv)
     check_tokenizer_arguments(args)

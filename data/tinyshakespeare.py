@@ -5,16 +5,28 @@ and the first tokens are held out, 32,768 of them with GPT-2's tokenizer, exactl
 import os
 import sys
 
-from errors import OneLineParser, run_main
+from errors import DataError, OneLineParser, run_main
 
-from documents import read_documents
 from download import download
 from encoders import make_encoder
-from prepare import add_tokenizer_arguments, check_tokenizer_arguments, encode_documents, report
+from prepare import add_tokenizer_arguments, check_tokenizer_arguments, encode_parts, report
 from token_files import ShardWriter, write_tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 VALIDATION_TOKENS = {"gpt2": 32_768, "bytes": 111_540}  # about a tenth of the text
+
+
+def read_speeches(path):
+    """Each with the empty line after it, which llm.c leaves in the text."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            text = file.read()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8, so not the text expected; remove it and run again") from None
+    speeches = [speech + "\n\n" for speech in text.split("\n\n")]
+    speeches[-1] = speeches[-1][:-2]
+    return [speech for speech in speeches if not speech.isspace() and speech]
 
 
 def main(argv):
@@ -25,9 +37,10 @@ def main(argv):
     args = parser.parse_args(argv)
     check_tokenizer_arguments(args)
     os.makedirs(args.out, exist_ok=True)
-    path = download(args.url, os.path.join(args.out, "tinyshakespeare.txt"))
+    sha256 = SHA256 if args.url == URL else None
+    path = download(args.url, os.path.join(args.out, "tinyshakespeare.txt"), sha256=sha256)
     encoder = make_encoder(args.tokenizer, args.vocab_dir)
-    tokens, _ = encode_documents(encoder, read_documents(path, split_on="\n\n"), validation_fraction=0)
+    tokens, _ = encode_parts(encoder, ((speech, True, False) for speech in read_speeches(path)))
     held_out = min(VALIDATION_TOKENS[encoder.name], len(tokens) // 2)
     result = {}
     for split, part in (("val", tokens[:held_out]), ("train", tokens[held_out:])):

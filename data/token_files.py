@@ -4,6 +4,8 @@ memory does not grow with the size of a shard; a file gets its name only when it
 import glob
 import os
 
+from errors import names_the_file
+
 import numpy as np
 
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
@@ -34,7 +36,7 @@ def write_tokenizer(path, tokens, end_of_text):
     """Writes llm.c's tokenizer.bin, version 2. tokens: the bytes (at most 255) of each id."""
     temporary = f"{path}.tmp.{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
+        with names_the_file(path), open(temporary, "wb") as file:
             file.write(_header([TOKENIZER_MAGIC, TOKENIZER_VERSION, len(tokens), end_of_text]))
             for token in tokens:
                 file.write(bytes([len(token)]) + token)
@@ -60,10 +62,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_):
-        self._close()
-        for index in range(len(self.lengths)):
-            if os.path.exists(self._temporary(index)):
-                os.remove(self._temporary(index))
+        try:
+            self._close()
+        finally:
+            self._remove_temporaries()
 
     @property
     def total(self):
@@ -76,14 +78,15 @@ class ShardWriter:
             if self._open is None or self.lengths[-1] == self.shard_tokens:
                 self._next_file()
             part = tokens[: self.shard_tokens - self.lengths[-1]]
-            self._open.write(part.tobytes())
+            with names_the_file(self._temporary(len(self.lengths) - 1)):
+                self._open.write(part.tobytes())
             self.lengths[-1] += len(part)
             tokens = tokens[len(part) :]
 
     def take_tail(self, count):
-        """Removes and returns the last `count` tokens, or fewer: one at least stays in the last shard."""
+        """Removes and returns the last `count` tokens, or fewer: one at least stays."""
         self._close()
-        if len(self.lengths) > 1 and self.lengths[-1] == 1:
+        while len(self.lengths) > 1 and self.lengths[-1] <= count:
             self._join_last()
         count = min(count, self.lengths[-1] - 1)
         with open(self._temporary(len(self.lengths) - 1), "r+b") as file:
@@ -93,6 +96,13 @@ class ShardWriter:
             file.truncate(cut)
         self.lengths[-1] -= count
         return tail
+
+    def take_all(self):
+        """Removes and returns all tokens, of a split that is small."""
+        self._close()
+        parts = [np.fromfile(self._temporary(index), "<u2", offset=HEADER_BYTES) for index in range(len(self.lengths))]
+        self._remove_temporaries()
+        return np.concatenate([np.zeros(0, "<u2"), *parts])
 
     def commit(self, name, split):
         """Names the files NAME_SPLIT_000000.bin and so on; removes older ones of that name with higher numbers.
@@ -105,7 +115,7 @@ class ShardWriter:
             self._join_last()
         paths = []
         for index, length in enumerate(self.lengths):
-            with open(self._temporary(index), "r+b") as file:
+            with names_the_file(self._temporary(index)), open(self._temporary(index), "r+b") as file:
                 file.write(_header([SHARD_MAGIC, SHARD_VERSION, length, self.vocabulary]))
                 file.flush()
                 os.fsync(file.fileno())
@@ -121,6 +131,12 @@ class ShardWriter:
     def _temporary(self, index):
         return f"{self._stem}.{index}"
 
+    def _remove_temporaries(self):
+        for index in range(len(self.lengths)):
+            if os.path.exists(self._temporary(index)):
+                os.remove(self._temporary(index))
+        self.lengths = []
+
     def _next_file(self):
         self._close()
         self.lengths.append(0)
@@ -129,8 +145,9 @@ class ShardWriter:
 
     def _close(self):
         if self._open is not None:
-            self._open.close()
-            self._open = None
+            file, self._open = self._open, None
+            with names_the_file(self._temporary(len(self.lengths) - 1)):
+                file.close()
 
     def _join_last(self):
         with open(self._temporary(len(self.lengths) - 1), "rb") as file:

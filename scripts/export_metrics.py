@@ -4,9 +4,8 @@
     .venv/bin/python scripts/export_metrics.py wandb out/metrics.jsonl --project train_gpt2
 """
 import argparse
-import sys
 
-from metrics_file import MetricsError, read_metrics
+from metrics_file import MetricsError, read_metrics, run_script
 
 KEYS = ("loss", "val_loss", "lr", "grad_norm", "step_ms", "tokens_per_second", "mfu", "device_bytes", "tokens")
 
@@ -80,7 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MetricsError as error:
-        sys.exit(f"export_metrics: {error}")
+    run_script("export_metrics", main)

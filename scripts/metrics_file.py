@@ -1,11 +1,37 @@
 """metrics_file.py: reads metrics.jsonl, for the scripts that plot and export it."""
 import json
+import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 
 class MetricsError(Exception):
-    """A message for the user, one line."""
+    """A message for the user, one line, and the exit code: 2 where the call is wrong."""
+
+    def __init__(self, message, exit_code=1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_script(name, main):
+    """Calls main() and exits; whatever it raises becomes one line and an exit code."""
+    try:
+        main()
+        sys.stdout.flush()
+        sys.exit(0)
+    except MetricsError as error:
+        message, code = str(error), error.exit_code
+    except BrokenPipeError:  # nobody reads: nothing more to say, at the interpreter's own flush either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except Exception as error:  # what nobody foresaw, of the libraries most likely
+        message, code = f"{type(error).__name__}: {error}", 1
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 @dataclass
@@ -25,8 +51,10 @@ def read_metrics(argument):
     path = Path(path)
     if path.is_dir():
         path = path / "metrics.jsonl"
+    if path.exists() and not path.is_file():
+        raise MetricsError(f"{path}: not a regular file")
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip().split("\n")  # JSON strings may hold the other line ends
     except FileNotFoundError:
         raise MetricsError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -37,16 +65,24 @@ def read_metrics(argument):
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise MetricsError(f"{path}:{number}: not JSON ({error.msg})") from None
+            raise MetricsError(f"{path}:{number}: not JSON ({error})") from None
         if not isinstance(entry, dict):
             raise MetricsError(f"{path}:{number}: not a JSON object")
-        if isinstance(entry.get("step"), int) and ("loss" in entry or "val_loss" in entry):
-            rows.setdefault(entry["step"], {}).update(entry)
+        if isinstance(entry.get("step"), int) and _is_number(entry["step"]) and ("loss" in entry or "val_loss" in entry):
+            rows.setdefault(entry["step"], {}).update({key: value for key, value in entry.items() if _is_number(value)})
         elif not options:
             options = entry
     if not rows:
         raise MetricsError(f"{path}: holds no step yet")
     return Run(label or path.resolve().parent.name or path.stem, options, [rows[step] for step in sorted(rows)])
+
+
+def _is_number(value):
+    """Not null, which a loss that is not finite is, nor what no curve can hold."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:
+        return False

@@ -4,15 +4,15 @@
     .venv/bin/python scripts/plot_metrics.py flora=out/flora adamw=out/adamw -o compare.png --x tokens
 """
 import argparse
-import sys
+import os
 
-from metrics_file import MetricsError, read_metrics
+from metrics_file import MetricsError, read_metrics, run_script
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Plots metrics.jsonl files.")
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]PATH", help="a metrics.jsonl or the folder that holds one")
-    parser.add_argument("-o", "--output", default="metrics.png", help="PNG to write (default: metrics.png)")
+    parser.add_argument("-o", "--output", default="metrics.png", help="PNG to write, or .svg or .pdf (default: metrics.png)")
     parser.add_argument("--x", choices=("step", "tokens"), default="step", help="horizontal axis (default: step)")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="mean of N steps of loss (default: 1, none)")
     parser.add_argument("--title", default="", help="above the plot")
@@ -50,7 +50,16 @@ def draw(plt, runs, arguments):
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(arguments.output, dpi=130)
+    figure.savefig(arguments.output, dpi=130, format=picture_format(arguments.output, figure))
+
+
+def picture_format(path, figure):
+    """By the suffix; PNG without one."""
+    suffix = os.path.splitext(path)[1].lower()
+    known = figure.canvas.get_supported_filetypes()
+    if suffix[1:] not in known and suffix:
+        raise MetricsError(f"{path}: no format for a picture is named '{suffix}'; use .png, .svg or .pdf", exit_code=2)
+    return suffix[1:] or "png"
 
 
 def main():
@@ -71,7 +80,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MetricsError as error:
-        sys.exit(f"plot_metrics: {error}")
+    run_script("plot_metrics", main)

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import plot_metrics  # noqa: E402
+from metrics_file import MetricsError, read_metrics  # noqa: E402
 
 
 def run(script, *arguments):
@@ -57,6 +61,28 @@ def test_mistakes_end_with_one_line(tmp_path, script, content, message):
     result = run(*script, path)
     assert result.returncode == 1
     assert message in result.stderr and str(path) in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_odd_lines_are_read_or_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"options": {"out": "a\u2028b\x85c\x1d"}}, {"step": 1, "loss": 10**400, "lr": "x"}, {"step": 2, "loss": 2.5}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    run = read_metrics(str(path))
+    assert run.options == rows[0] and run.rows == [{"step": 1}, {"step": 2, "loss": 2.5}]
+    path.write_text("[" * 100_000 + '\n{"step": 1, "loss": 2}\n')
+    with pytest.raises(MetricsError, match="metrics.jsonl:1: not JSON"):
+        read_metrics(str(path))
+
+
+def test_the_suffix_says_the_format_of_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = write_run(tmp_path / "a", steps=3)
+    result = run("plot_metrics.py", path, "-o", tmp_path / "plot.xyz")
+    assert result.returncode == 2 and "plot.xyz: no format for a picture is named '.xyz'" in result.stderr
+    assert result.stderr.count("\n") == 1
+    from matplotlib.figure import Figure
+
+    assert [plot_metrics.picture_format(f"a.b/{name}", Figure()) for name in ("x.SVG", "plot")] == ["svg", "png"]
 
 
 def test_a_missing_package_is_named(tmp_path):

@@ -130,7 +130,7 @@ def test_text_files_directories_globs_and_separators(tmp_path):
     assert documents_of(out, "train") == ["one\n\ntwo\n\n\n\nthree", "four", "fünf"]
     assert list(out.glob("in_put_train_*"))
     out = prepare(tmp_path / "2", folder, "--val-fraction", "0", "--split-on", r"\n\n", "--name", "n")
-    assert documents_of(out, "train")[:3] == ["one\n\n", "two\n\n", "three"]
+    assert documents_of(out, "train")[:3] == ["one", "two", "three"]
     out = prepare(tmp_path / "2", folder / "*" / "*.md", folder / "b.txt", folder / "deep/a.md", "--name", "n",
                   "--val-fraction", "0")
     assert documents_of(out, "train") == ["four", "one\n\ntwo\n\n\n\nthree"]

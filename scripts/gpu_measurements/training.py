@@ -53,7 +53,7 @@ class Training:
 def read_metrics(folder):
     """The header and the rows of metrics.jsonl; what is not there yet is missing."""
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").rstrip().split("\n")
     except OSError:
         return {}, []
     entries = []
