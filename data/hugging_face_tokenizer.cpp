@@ -172,7 +172,8 @@ Tokenizer read_hugging_face_tokenizer(const std::string& directory, int64_t limi
   std::string path = directory + "/vocab.json";
   try {
     if (fs::exists(path) && fs::exists(directory + "/merges.txt")) {
-      for (const auto& [text, id] : read_json(path).items()) vocabulary.put(path, text, id, false, limit);
+      const nlohmann::json vocab = read_json(path);
+      for (const auto& [text, id] : vocab.items()) vocabulary.put(path, text, id, false, limit);
       path = directory + "/merges.txt";
       std::istringstream lines(read_text(path));
       for (std::string line; std::getline(lines, line);) {
@@ -182,7 +183,8 @@ Tokenizer read_hugging_face_tokenizer(const std::string& directory, int64_t limi
       }
       path = directory + "/added_tokens.json";
       if (fs::exists(path)) {
-        for (const auto& [text, id] : read_json(path).items()) vocabulary.put(path, text, id, true, limit);
+        const nlohmann::json added = read_json(path);
+        for (const auto& [text, id] : added.items()) vocabulary.put(path, text, id, true, limit);
       }
     } else {
       path = directory + "/tokenizer.json";
@@ -202,7 +204,7 @@ Tokenizer read_hugging_face_tokenizer(const std::string& directory, int64_t limi
   }
   try {
     return Tokenizer::with_merges(vocabulary.tokens(), merges, end_of_text(directory, vocabulary));
-  } catch (const std::runtime_error& error) {
+  } catch (const std::exception& error) {
     fail(path, error.what());
   }
 }
@@ -211,14 +213,15 @@ std::map<std::string, std::string> hugging_face_tokenizer_files(const Tokenizer&
   const std::vector<Tokenizer::Merge> merges = tokenizer.merges();
   std::array<bool, 256> there{};
   size_t longer = 0;
-  nlohmann::ordered_json vocab = nlohmann::ordered_json::object();
+  std::string vocab;  // written by hand: an object that keeps its order is searched from end to end
   for (int32_t id = 0; id < tokenizer.vocabulary(); ++id) {
     if (!tokenizer.has(id)) continue;
     const std::string_view token = tokenizer.token_bytes(id);
     const bool end = id == tokenizer.end_of_text();
     if (!end && token.size() == 1) there[static_cast<unsigned char>(token[0])] = true;
     if (!end && token.size() > 1) ++longer;
-    vocab[end ? kEndOfText : characters_of(token)] = id;
+    vocab += (vocab.empty() ? "{" : ", ") + nlohmann::json(end ? kEndOfText : characters_of(token)).dump() + ": " +
+             std::to_string(id);
   }
   for (const bool byte : there) {
     if (!byte) return {};
@@ -234,7 +237,7 @@ std::map<std::string, std::string> hugging_face_tokenizer_files(const Tokenizer&
   config["add_prefix_space"] = false;
   config["model_max_length"] = length;
   config["tokenizer_class"] = "GPT2Tokenizer";
-  return {{"vocab.json", vocab.dump() + "\n"},
+  return {{"vocab.json", vocab + "}\n"},
           {"merges.txt", lines},
           {"tokenizer_config.json", config.dump(2) + "\n"},
           {"special_tokens_map.json", special.dump(2) + "\n"}};

@@ -144,8 +144,9 @@ TEST(Options, ContradictionsAreFound) {
                            "accumulation-rank", "steps", "vocab-size", "sample-tokens", "log-every"}) {
     EXPECT_HAS(error_of({std::string("--") + flag, "0"}), std::string("--") + flag);
   }
-  for (const char* flag : {"checkpoint-every", "keep-checkpoints", "eval-every", "eval-batches", "sample-every", "threads", "top-k",
-                           "warmup-steps", "weight-decay", "clip-norm", "temperature", "final-lr", "seed", "beta1"}) {
+  for (const char* flag :
+       {"checkpoint-every", "keep-checkpoints", "eval-every", "eval-batches", "sample-every", "threads", "top-k",
+        "warmup-steps", "weight-decay", "clip-norm", "temperature", "final-lr", "seed", "beta1"}) {
     EXPECT_EQ(error_of({std::string("--") + flag, "0"}), "") << flag;
     EXPECT_HAS(error_of({std::string("--") + flag, "-1"}), std::string("--") + flag);
   }
