@@ -21,19 +21,13 @@
 #include "train/command_line.h"
 #include "train/largest_model.h"
 #include "train/plan_report.h"
+#include "train/run_data.h"
 #include "train/run_setup.h"
 #include "train/sampler.h"
 #include "train/speeds_cache.h"
 #include "train/trainer.h"
 
 namespace {
-
-int64_t data_vocabulary(const Options& options) {
-  Options probe = options;
-  probe.micro_batch = 1;
-  probe.seq_len = 1;
-  return open_loader(probe, options.data, 0, false).vocabulary();
-}
 
 std::string new_run_directory() {
   const std::time_t now = std::time(nullptr);
@@ -65,8 +59,20 @@ BudgetChoice choose_settings(const RunRequest& request, Backend& backend, bool f
   return choose_within_budget(undecided, budget, backend, speeds);
 }
 
+void warn(const std::string& warning) {
+  if (!warning.empty()) std::fprintf(stderr, "train_gpt2: warning: %s\n", warning.c_str());
+}
+
+constexpr char kNoModel[] = "--model is needed: a checkpoint or another directory with weights";
+
+void check_prompt(const RunSetup& setup) {
+  if (setup.tokenizer || setup.options.prompt.empty()) return;
+  throw UsageError("--prompt needs a tokenizer: --tokenizer FILE (tokenizer.bin, made by data/prepare.py)" +
+                   (setup.tokenizer_warning.empty() ? "" : "; " + setup.tokenizer_warning));
+}
+
 void print_banner(const RunSetup& setup, const Backend& backend, const std::string& why, const std::string& budget,
-                  const Trainer& trainer) {
+                  const std::string& no_validation, const Trainer& trainer) {
   const Options& o = setup.options;
   const Gpt2Config& model = setup.engine.model;
   std::printf("device      %s (%s)\n", backend.description().c_str(), why.c_str());
@@ -74,15 +80,20 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
               o.model.c_str(), static_cast<long long>(model.layers), static_cast<long long>(model.channels),
               static_cast<long long>(model.heads), static_cast<long long>(model.vocabulary),
               static_cast<double>(model.parameter_count()) / 1e6, setup.source.has_weights ? "loaded" : "initialized");
+  if (setup.source.kind == ModelSource::Kind::kDirectory && !setup.source.has_weights) {
+    std::printf("weights     none in %s: initialized\n", o.model.c_str());
+  }
+  const std::string& none = no_validation.empty() ? trainer.validation_problem() : no_validation;
   std::printf("data        %s: %s; validation %s\n", o.data.c_str(), trainer.data_summary().c_str(),
-              o.val_data.empty() ? "none" : o.val_data.c_str());
+              none.empty() ? o.val_data.c_str() : "none");
+  if (!none.empty()) std::printf("validation  none: %s (--val-data names shards)\n", none.c_str());
   std::printf("step        %lld tokens: %d micro-batches of %lld x %lld\n", static_cast<long long>(o.tokens_per_step),
               setup.engine.sink.micro_batches, static_cast<long long>(o.micro_batch),
               static_cast<long long>(o.seq_len));
   std::printf("settings   ");
   const nlohmann::ordered_json options = options_to_json(o);
   for (const auto& [key, value] : options.items()) {
-    if (value.is_string() ? !value.get<std::string>().empty() : value != false) {
+    if (value.is_string() ? !value.get<std::string>().empty() : value != false && value != -1) {
       std::printf(" %s=%s", key.c_str(), value.is_string() ? value.get<std::string>().c_str() : value.dump().c_str());
     }
   }
@@ -96,9 +107,11 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
   if (plan.host_bytes() > 0) std::printf("host memory %s\n", format_bytes(plan.host_bytes()).c_str());
   std::fputs(budget.c_str(), stdout);
   std::printf("output      %s\n", o.out.c_str());
-  for (const std::string& warning : {trainer.compression_warning(), backend.host_memory_note()}) {
-    if (!warning.empty()) std::fprintf(stderr, "train_gpt2: warning: %s\n", warning.c_str());
+  for (const std::string& warning : {trainer.compression_warning(), backend.host_memory_note(),
+                                     vocabulary_warning(setup, o.data), setup.tokenizer_warning}) {
+    warn(warning);
   }
+  for (const std::string& warning : trainer.data_warnings()) warn(warning);
   std::fflush(stdout);
 }
 
@@ -126,14 +139,17 @@ int train(Options options) {
   check_options(options);
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
-  resolve_data(options);
-  const RunRequest request{options, backend->name(), data_vocabulary(options), true, checkpoint};
+  const std::string no_validation = resolve_data(options);
+  const RunRequest request{options, backend->name(), data_vocabulary(options, options.data, "--data"), true,
+                           checkpoint};
   // A resumed run has its settings from its checkpoint, unless a budget is given anew.
   std::optional<BudgetChoice> choice;
   if (options.was_given("memory-budget")) choice = choose_settings(request, *backend, true);
-  const RunSetup setup = choice ? choice->setup : resolve(request);
+  RunSetup setup = choice ? choice->setup : resolve(request);
+  find_tokenizer(setup);
+  if (options.sample_every > 0) check_prompt(setup);
   Trainer trainer(setup, *backend, checkpoint, state);
-  print_banner(setup, *backend, why, choice ? budget_report(*choice) : "", trainer);
+  print_banner(setup, *backend, why, choice ? budget_report(*choice) : "", no_validation, trainer);
   for (const std::string& change : changes) std::printf("changed     %s\n", change.c_str());
   trainer.run();
   return 0;
@@ -164,7 +180,10 @@ int plan(Options options) {
   const bool choose = options.was_given("memory-budget");
   if (choose && options.model.empty()) return plan_largest(options, *backend);
   // Without data: bytes for the default run, whose data is made of bytes, GPT-2's vocabulary for a model that is named.
-  const int64_t vocabulary = !options.data.empty() ? data_vocabulary(options) : options.model.empty() ? 257 : 0;
+  const int64_t vocabulary = !options.data.empty()    ? data_vocabulary(options, options.data, "--data")
+                             : options.vocab_size > 0 ? options.vocab_size
+                             : options.model.empty()  ? 257
+                                                      : 0;
   const RunRequest request{options, backend->name(), vocabulary, true, ""};
   std::optional<BudgetChoice> choice;
   if (choose) choice = choose_settings(request, *backend, false);
@@ -187,31 +206,34 @@ int plan(Options options) {
 // An engine without a training half, with the weights of --model.
 std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, RunSetup& setup, int64_t vocabulary) {
   if (options.was_given("memory-budget")) throw UsageError("--memory-budget is for training and plan");
-  if (options.model.empty()) throw UsageError("--model is needed: a checkpoint or another directory with weights");
+  if (options.model.empty()) throw UsageError(kNoModel);
   setup = resolve({options, backend.name(), vocabulary, false, ""});
   if (!setup.source.has_weights) throw UsageError("--model " + options.model + " has no weights");
   backend.end_tuning();  // too short to gain from it, and the same numbers each time
   auto engine = std::make_unique<Engine>(setup.engine, backend);
   engine->allocate();
   load_weights(setup.source, engine->store(), backend);
+  const int64_t length = setup.options.seq_len, trained = setup.engine.model.usable_positions();
+  if (length > trained) {
+    warn("--seq-len " + std::to_string(length) + " is longer than the " + std::to_string(trained) +
+         " tokens that the model was trained at: its later positions are as they were initialized");
+  }
   return engine;
 }
 
 int generate(Options options) {
   check_options(options);
   options.micro_batch = 1;
-  std::string why, tokenizer_path;
+  std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   RunSetup setup;
   const std::unique_ptr<Engine> engine = open_model(options, *backend, setup, 0);
-  const std::unique_ptr<Tokenizer> tokenizer =
-      find_tokenizer(options, setup.engine.model.vocabulary, "", tokenizer_path);
-  if (!tokenizer && !options.prompt.empty()) {
-    throw UsageError("--prompt needs a tokenizer: --tokenizer FILE (tokenizer.bin, made by data/prepare.py)");
-  }
+  find_tokenizer(setup);
+  check_prompt(setup);
+  warn(setup.tokenizer_warning);
   const SamplingOptions sampling{options.sample_tokens, static_cast<float>(options.temperature), options.top_k,
                                  static_cast<uint64_t>(options.seed), 0};
-  std::printf("%s\n", sample_text(*engine, tokenizer.get(), options.prompt, sampling).c_str());
+  std::printf("%s\n", sample_text(*engine, setup.tokenizer.get(), options.prompt, sampling).c_str());
   return 0;
 }
 
@@ -219,15 +241,21 @@ int eval(Options options) {
   check_options(options);
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
-  if (options.val_data.empty()) resolve_data(options);
-  if (options.val_data.empty()) options.val_data = options.data;
+  if (options.model.empty()) throw UsageError(kNoModel);
+  if (options.val_data.empty()) std::printf("data        %s\n", resolve_evaluation_data(options).c_str());
   RunSetup setup;
-  const std::unique_ptr<Engine> engine = open_model(options, *backend, setup, 0);
+  const std::unique_ptr<Engine> engine =
+      open_model(options, *backend, setup, data_vocabulary(options, options.val_data, "--val-data"));
   TokenLoader loader = open_loader(setup.options, setup.options.val_data, setup.engine.model.vocabulary, false);
+  warn(vocabulary_warning(setup, options.val_data));
+  warn(loader.left_out());
   int64_t tokens;
-  const float loss =
-      validation_loss(*engine, loader, options.was_given("eval-batches") ? options.eval_batches : 0, tokens);
-  if (!std::isfinite(loss)) throw std::runtime_error(options.model + ": its loss is not a number; are its weights?");
+  const int64_t batches = std::max<int64_t>(options.eval_batches, 0);
+  const double loss = validation_loss(*engine, loader, batches * setup.options.micro_batch, tokens);
+  if (!std::isfinite(loss)) {
+    throw std::runtime_error("the validation loss is not finite: " + options.model +
+                             " holds weights that are not, or overflows in " + setup.options.activation_dtype);
+  }
   std::printf("validation loss %.6f (%lld tokens)\n", loss, static_cast<long long>(tokens));
   return 0;
 }

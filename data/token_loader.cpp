@@ -5,7 +5,9 @@
 #include <glob.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <condition_variable>
+#include <cstring>
 #include <exception>
 #include <filesystem>
 #include <mutex>
@@ -27,20 +29,32 @@ void check_options(const TokenLoaderOptions& options) {
   if (!valid) throw std::logic_error("TokenLoader: micro_batch, sequence_length, rank or vocabulary out of range");
 }
 
-std::vector<Shard> open_shards(const TokenLoaderOptions& options) {
-  std::vector<Shard> shards;
-  for (const std::string& path : expand_globs(options.pattern)) {
-    const Shard& shard = shards.emplace_back(path, options.format);
-    if (shard.vocabulary() != shards.front().vocabulary())
-      throw std::runtime_error("shards disagree on the vocabulary: " + shards.front().path() + " has " +
-                               std::to_string(shards.front().vocabulary()) + ", " + path + " has " +
+std::string too_short(const Shard& shard, int64_t sequence_length) {
+  return shard.path() + ": holds " + std::to_string(shard.tokens()) + " tokens, " +
+         std::to_string(sequence_length + 1 - shard.tokens()) + " too few for one window of --seq-len " +
+         std::to_string(sequence_length) + " + 1";
+}
+
+// The shards with at least one window; `left_out` names the others.
+std::vector<Shard> open_shards(const TokenLoaderOptions& options, std::string& left_out) {
+  std::vector<Shard> shards, short_ones;
+  std::optional<std::pair<std::string, int64_t>> first;
+  for (const std::string& path : expand_globs(options.pattern, options.flag)) {
+    Shard shard(path, options.format);
+    if (!first) first = {path, shard.vocabulary()};
+    if (shard.vocabulary() != first->second)
+      throw std::runtime_error("shards disagree on the vocabulary: " + first->first + " has " +
+                               std::to_string(first->second) + ", " + path + " has " +
                                std::to_string(shard.vocabulary()) + "; narrow the pattern to shards of one tokenizer");
-    const int64_t missing = options.sequence_length + 1 - shard.tokens();
-    if (missing > 0)
-      throw std::runtime_error(path + ": holds " + std::to_string(shard.tokens()) + " tokens, " +
-                               std::to_string(missing) + " too few for one window of --seq-len " +
-                               std::to_string(options.sequence_length) + " + 1; use a shorter --seq-len or more data");
+    (windows_in(shard, options.sequence_length) > 0 ? shards : short_ones).push_back(std::move(shard));
   }
+  if (short_ones.empty()) return shards;
+  const auto longest = std::max_element(short_ones.begin(), short_ones.end(),
+                                        [](const Shard& a, const Shard& b) { return a.tokens() < b.tokens(); });
+  const std::string what = too_short(*longest, options.sequence_length);
+  if (shards.empty()) throw TooShort(what + "; use a shorter --seq-len or more data");
+  left_out = what + "; left out";
+  if (short_ones.size() > 1) left_out += ", with " + std::to_string(short_ones.size() - 1) + " more like it";
   return shards;
 }
 
@@ -66,29 +80,42 @@ int64_t fingerprint_of(const std::vector<Shard>& shards) {
 
 }  // namespace
 
-std::vector<std::string> expand_globs(std::string_view patterns) {
+std::vector<std::string> matching_files(const std::string& pattern) {
   struct Matches : glob_t {
     Matches() : glob_t{} {}
     ~Matches() { globfree(this); }
+  } matches;
+  // A folder that may not be read is passed over as a shell does, unless nothing is found; other errors end the search.
+  static thread_local std::string problem;
+  problem.clear();
+  const auto on_error = [](const char* folder, int error) -> int {
+    if (error == ENOENT || error == ENOTDIR) return 0;
+    problem = std::string(folder) + ": " + std::strerror(error);
+    return error != EACCES;
   };
+  const int status = ::glob(pattern.c_str(), GLOB_TILDE, on_error, &matches);
+  if (status != 0 && (status != GLOB_NOMATCH || !problem.empty()))
+    throw std::runtime_error("cannot list the files matching " + pattern +
+                             (problem.empty() ? "" : " (" + problem + ")"));
+  return {matches.gl_pathv, matches.gl_pathv + matches.gl_pathc};
+}
+
+std::vector<std::string> expand_globs(std::string_view patterns, const std::string& flag) {
   std::vector<std::string> paths;
   for (size_t start = 0; start <= patterns.size();) {
     const size_t comma = std::min(patterns.find(',', start), patterns.size());
     const std::string pattern(patterns.substr(start, comma - start));
     start = comma + 1;
     if (pattern.empty()) continue;
-    Matches matches;
-    const int status = ::glob(pattern.c_str(), GLOB_TILDE, nullptr, &matches);
-    if (status == GLOB_NOMATCH) throw std::runtime_error("no shards match " + pattern + "; check --data");
-    if (status != 0) throw std::runtime_error("cannot list the files matching " + pattern);
-    for (size_t i = 0; i < matches.gl_pathc; ++i) {
-      const std::string path = matches.gl_pathv[i];
+    const std::vector<std::string> found = matching_files(pattern);
+    if (found.empty()) throw std::runtime_error("no shards match " + pattern + "; check " + flag);
+    for (const std::string& path : found) {
       if (std::filesystem::is_directory(path))
         throw std::runtime_error(path + ": is a directory; name its shards, for instance '" + path + "/*_train_*.bin'");
       paths.push_back(path);
     }
   }
-  if (paths.empty()) throw std::runtime_error("no shards match '" + std::string(patterns) + "'; check --data");
+  if (paths.empty()) throw std::runtime_error("no shards match '" + std::string(patterns) + "'; check " + flag);
   std::sort(paths.begin(), paths.end());
   paths.erase(std::unique(paths.begin(), paths.end()), paths.end());
   return paths;
@@ -115,8 +142,8 @@ void group_tokens(MicroBatch& batch, int64_t vocabulary) {
 // Turns sequence numbers into tokens. Used by one thread at a time: it keeps the order of the epoch it read last.
 class TokenLoader::Reader {
  public:
-  explicit Reader(const TokenLoaderOptions& options)
-      : options_(options), shards_(open_shards(options)), fingerprint_(fingerprint_of(shards_)) {
+  Reader(const TokenLoaderOptions& options, std::string& left_out)
+      : options_(options), shards_(open_shards(options, left_out)), fingerprint_(fingerprint_of(shards_)) {
     for (const Shard& shard : shards_) {
       tokens_ += shard.tokens();
       sequences_ += windows_in(shard, options.sequence_length);
@@ -260,7 +287,7 @@ class TokenLoader::Prefetcher {
 
 TokenLoader::TokenLoader(const TokenLoaderOptions& options) : options_(options) {
   check_options(options_);
-  reader_ = std::make_unique<Reader>(options_);
+  reader_ = std::make_unique<Reader>(options_, left_out_);
   if (options_.prefetch) prefetcher_ = std::make_unique<Prefetcher>(*reader_, options_.micro_batch * options_.ranks);
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,6 +14,7 @@
 
 struct TokenLoaderOptions {
   std::string pattern;          // --data: globs separated by commas
+  std::string flag = "--data";  // that the pattern comes from, for messages
   int64_t micro_batch = 1;      // B, sequences
   int64_t sequence_length = 0;  // T, tokens
   int64_t vocabulary = 0;       // of the model: every token must be below it; 0: what the shards declare
@@ -43,10 +45,16 @@ struct DataPosition {
   bool operator==(const DataPosition&) const = default;
 };
 
+// No shard has a window of T + 1 tokens.
+struct TooShort : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 class TokenLoader {
  public:
-  // Opens every shard. Throws std::runtime_error in one line when nothing matches the pattern, a shard is damaged, the
-  // shards disagree on the vocabulary, or one is too short for a single window of T + 1 tokens (and by how much).
+  // Opens every shard that has a window of T + 1 tokens and leaves the others out. Throws std::runtime_error in one
+  // line when nothing matches the pattern, a shard is damaged, or the shards disagree on the vocabulary; TooShort,
+  // saying by how much, when no shard has a window.
   explicit TokenLoader(const TokenLoaderOptions& options);
   ~TokenLoader();
   TokenLoader(const TokenLoader&) = delete;
@@ -63,6 +71,9 @@ class TokenLoader {
   void seek(const DataPosition& position);
   void rewind();  // back to the first sequence of epoch 0
 
+  // One line about the shards that were left out; empty when there are none.
+  const std::string& left_out() const { return left_out_; }
+
   int64_t shards() const;
   int64_t tokens() const;               // in all shards
   int64_t sequences_per_epoch() const;  // windows in all shards
@@ -74,14 +85,19 @@ class TokenLoader {
   class Prefetcher;
 
   TokenLoaderOptions options_;
+  std::string left_out_;
   std::unique_ptr<Reader> reader_;
   int64_t sequence_ = 0;  // position().sequence
   MicroBatch current_;
   std::unique_ptr<Prefetcher> prefetcher_;  // after reader_: its thread ends first
 };
 
-// The files matching comma-separated globs, sorted by path, each once. Throws std::runtime_error "no shards match ...".
-std::vector<std::string> expand_globs(std::string_view patterns);
+// The files matching one glob, sorted; none is no error. Throws std::runtime_error when a folder cannot be read.
+std::vector<std::string> matching_files(const std::string& pattern);
+
+// The files matching comma-separated globs, sorted by path, each once. Throws std::runtime_error "no shards match ..."
+// for a glob without a file, naming the flag that it came from.
+std::vector<std::string> expand_globs(std::string_view patterns, const std::string& flag = "--data");
 
 // Fills the three group_* vectors of a micro-batch from its inputs, all in [0, vocabulary): a counting sort, O(N + V).
 void group_tokens(MicroBatch& batch, int64_t vocabulary);

@@ -2,6 +2,7 @@
 #include "data/tokenizer.h"
 
 #include <cstring>
+#include <limits>
 #include <queue>
 #include <stdexcept>
 #include <tuple>
@@ -40,14 +41,33 @@ class TokenizerFile {
   size_t position_ = 0;
 };
 
+uint64_t pair_key(int32_t left, int32_t right) {
+  return uint64_t{static_cast<uint32_t>(left)} << 32 | static_cast<uint32_t>(right);
+}
+
+constexpr int32_t kNoLimit = std::numeric_limits<int32_t>::max();
+
 }  // namespace
 
 Tokenizer::Tokenizer(std::vector<std::string> tokens, int32_t end_of_text)
     : tokens_(std::move(tokens)), end_of_text_(end_of_text) {
-  ranks_.reserve(tokens_.size());
+  ids_.reserve(tokens_.size());
   for (size_t id = 0; id < tokens_.size(); ++id)
     if (static_cast<int32_t>(id) != end_of_text_ && !tokens_[id].empty())
-      ranks_.try_emplace(tokens_[id], static_cast<int32_t>(id));
+      ids_.try_emplace(tokens_[id], static_cast<int32_t>(id));
+}
+
+Tokenizer Tokenizer::with_merges(std::vector<std::string> tokens, const std::vector<Merge>& merges,
+                                 int32_t end_of_text) {
+  Tokenizer tokenizer(std::move(tokens), end_of_text);
+  tokenizer.merge_list_ = merges;
+  for (size_t i = 0; i < merges.size(); ++i) {
+    const auto [left, right] = merges[i];
+    const std::string whole = std::string(tokenizer.token_bytes(left)) + std::string(tokenizer.token_bytes(right));
+    if (tokenizer.find(whole) < 0) throw std::runtime_error("merge " + std::to_string(i) + " makes no token");
+    tokenizer.order_of_.try_emplace(pair_key(left, right), static_cast<int32_t>(i));
+  }
+  return tokenizer;
 }
 
 Tokenizer Tokenizer::bytes() {
@@ -100,37 +120,63 @@ std::string Tokenizer::decode(std::span<const int32_t> ids) const {
   return text;
 }
 
-int32_t Tokenizer::rank(std::string_view text) const {
-  const auto found = ranks_.find(text);
-  return found == ranks_.end() ? -1 : found->second;
+bool Tokenizer::has(int32_t id) const {
+  return id >= 0 && id < vocabulary() && (id == end_of_text_ || !tokens_[static_cast<size_t>(id)].empty());
+}
+
+int32_t Tokenizer::find(std::string_view text) const {
+  const auto found = ids_.find(text);
+  return found == ids_.end() ? -1 : found->second;
+}
+
+int32_t Tokenizer::order(std::string_view left, std::string_view right) const {
+  if (merge_list_.empty()) return find({left.data(), left.size() + right.size()});  // they lie side by side
+  const auto found = order_of_.find(pair_key(find(left), find(right)));
+  return found == order_of_.end() ? -1 : found->second;
+}
+
+std::vector<Tokenizer::Merge> Tokenizer::merges() const {
+  if (!merge_list_.empty()) return merge_list_;
+  std::vector<Merge> merges;
+  for (int32_t id = 0; id < vocabulary(); ++id) {
+    const std::string_view token = tokens_[static_cast<size_t>(id)];
+    if (token.size() < 2 || find(token) != id) continue;
+    std::vector<int32_t> parts;
+    encode_word(parts, token, id);
+    if (parts.size() != 2) return {};
+    merges.emplace_back(parts[0], parts[1]);
+  }
+  return merges;
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text) const {
   std::vector<int32_t> ids;
-  for (const std::string_view word : split_words(text)) encode_word(ids, word);
+  for (const std::string_view word : split_words(text)) encode_word(ids, word, kNoLimit);
   return ids;
 }
 
 // The parts of the word are a doubly linked list of byte ranges; a queue holds the possible merges, lowest rank and
 // then leftmost first. A merge is stale, and skipped, when its parts have changed since it was queued.
-void Tokenizer::encode_word(std::vector<int32_t>& out, std::string_view word) const {
-  if (const int32_t whole = rank(word); whole >= 0) {
+void Tokenizer::encode_word(std::vector<int32_t>& out, std::string_view word, int32_t limit) const {
+  // Without a list of merges every token is reached.
+  if (const int32_t whole = find(word); merge_list_.empty() && whole >= 0 && whole < limit) {
     out.push_back(whole);
     return;
   }
   struct Part {
     size_t end, previous, next;  // one past its last byte; neighbours, by where they begin
   };
-  using Merge = std::tuple<int32_t, size_t, size_t>;  // rank, begin and end of the merged part
+  using Candidate = std::tuple<int32_t, size_t, size_t>;  // order, begin and end of the merged part
   const size_t size = word.size();
   std::vector<Part> parts(size + 1);  // by first byte; one past the last as a sentinel
   std::vector<bool> alive(size, true);
-  std::priority_queue<Merge, std::vector<Merge>, std::greater<>> merges;
+  std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> merges;
   auto propose = [&](size_t begin) {
     const size_t second = parts[begin].next;
     if (second >= size) return;
     const size_t end = parts[second].end;
-    if (const int32_t merged = rank(word.substr(begin, end - begin)); merged >= 0) merges.emplace(merged, begin, end);
+    const int32_t merge = order(word.substr(begin, second - begin), word.substr(second, end - second));
+    if (merge >= 0 && merge < limit) merges.emplace(merge, begin, end);
   };
   for (size_t i = 0; i <= size; ++i) parts[i] = {.end = i + 1, .previous = i - 1, .next = i + 1};
   for (size_t i = 0; i + 1 < size; ++i) propose(i);
@@ -147,7 +193,7 @@ void Tokenizer::encode_word(std::vector<int32_t>& out, std::string_view word) co
     if (begin > 0) propose(parts[begin].previous);
   }
   for (size_t i = 0; i < size; i = parts[i].next) {
-    const int32_t id = rank(word.substr(i, parts[i].end - i));
+    const int32_t id = find(word.substr(i, parts[i].end - i));
     if (id < 0)
       throw std::runtime_error("the tokenizer has no token for byte " +
                                std::to_string(static_cast<unsigned char>(word[i])) + " of the text");

@@ -13,6 +13,7 @@ namespace {
 
 // Ten times what any model has, and small enough that sizes are sums and products far below 2^63.
 constexpr int64_t kMostTokens = int64_t{1} << 24, kMostBlocks = 1024, kMostChannels = int64_t{1} << 17;
+constexpr int64_t kGpt2Vocabulary = 50257;  // its last token is end-of-text
 
 struct Shape {
   int64_t layers, channels, head_dim, positions;
@@ -43,7 +44,37 @@ std::string full_name(const std::string& name) {
   return name;
 }
 
+// A token id or a list of them; what is no id of this vocabulary (Hugging Face writes GPT-2's into every small model's
+// config.json) is not known.
+void read_ids(std::vector<int64_t>& ids, const nlohmann::json& json, const char* key, int64_t vocabulary) {
+  if (!json.is_object() || !json.contains(key)) return;
+  const nlohmann::json list = json[key].is_array() ? json[key] : nlohmann::json::array({json[key]});
+  for (const nlohmann::json& id : list) {
+    if (id.is_number_integer() && id >= 0 && id < vocabulary) ids.push_back(id.get<int64_t>());
+  }
+}
+
+void read_special_tokens(Gpt2Config& config, const nlohmann::json& json) {
+  std::vector<int64_t> begin;
+  if (config.begin_of_text < 0) read_ids(begin, json, "bos_token_id", config.vocabulary);
+  if (!begin.empty()) config.begin_of_text = begin.front();
+  if (config.end_of_text.empty()) read_ids(config.end_of_text, json, "eos_token_id", config.vocabulary);
+}
+
+int64_t begin_id(const Gpt2Config& config) {
+  return config.begin_of_text >= 0 ? config.begin_of_text : config.stop_tokens().front();
+}
+
+nlohmann::ordered_json one_or_list(const std::vector<int64_t>& ids) {
+  return ids.size() == 1 ? nlohmann::ordered_json(ids[0]) : nlohmann::ordered_json(ids);
+}
+
 }  // namespace
+
+std::vector<int64_t> Gpt2Config::stop_tokens() const {
+  if (!end_of_text.empty()) return end_of_text;
+  return {vocabulary >= kGpt2Vocabulary ? kGpt2Vocabulary - 1 : vocabulary - 1};
+}
 
 int64_t Gpt2Config::parameter_count() const {
   int64_t count = 0;
@@ -138,11 +169,31 @@ Gpt2Config read_config(const std::string& path) {
   if (!optional("scale_attn_weights", true) || optional("scale_attn_by_inverse_layer_idx", false)) {
     throw std::runtime_error(path + ": scale_attn_weights must be true and scale_attn_by_inverse_layer_idx false");
   }
+  read_special_tokens(config, json);
+  if (json.contains("trained_positions")) config.trained_positions = integer("trained_positions");
+  if (config.trained_positions < 0 || config.trained_positions > config.positions) {
+    throw std::runtime_error(path + ": trained_positions must be at most n_positions");
+  }
   return config;
 }
 
-std::string config_json(const Gpt2Config& config) {
+void read_generation_config(const std::string& path, Gpt2Config& config) {
+  read_special_tokens(config, parse_json(read_file(path), path));
+}
+
+std::string generation_config_json(const Gpt2Config& config) {
+  const nlohmann::ordered_json eos = one_or_list(config.stop_tokens());
   const nlohmann::ordered_json json = {
+      {"_from_model_config", true},
+      {"bos_token_id", begin_id(config)},
+      {"eos_token_id", eos},
+  };
+  return json.dump(2) + "\n";
+}
+
+std::string config_json(const Gpt2Config& config) {
+  const nlohmann::ordered_json eos = one_or_list(config.stop_tokens());
+  nlohmann::ordered_json json = {
       {"architectures", {"GPT2LMHeadModel"}},
       {"model_type", "gpt2"},
       {"vocab_size", config.vocabulary},
@@ -159,9 +210,10 @@ std::string config_json(const Gpt2Config& config) {
       {"embd_pdrop", 0.0},
       {"resid_pdrop", 0.0},
       {"tie_word_embeddings", config.tied_head},
-      {"bos_token_id", config.vocabulary - 1},
-      {"eos_token_id", config.vocabulary - 1},
+      {"bos_token_id", begin_id(config)},
+      {"eos_token_id", eos},
   };
+  if (config.usable_positions() < config.positions) json["trained_positions"] = config.trained_positions;
   return json.dump(2) + "\n";
 }
 

@@ -14,6 +14,15 @@ struct Gpt2Config {
   int64_t heads = 12;
   int64_t channels = 768;
   bool tied_head = true;  // the head is the token embedding
+  // Longest sequence that the weights were trained with; 0: not known, taken for `positions`.
+  int64_t trained_positions = 0;
+  // bos_token_id, -1: not known; and eos_token_id, which may be several, empty: not known.
+  int64_t begin_of_text = -1;
+  std::vector<int64_t> end_of_text;
+
+  int64_t usable_positions() const { return trained_positions > 0 ? trained_positions : positions; }
+  // end_of_text, or where it is not known GPT-2's 50256 (a vocabulary may be padded), or the last token.
+  std::vector<int64_t> stop_tokens() const;
 
   int64_t head_dim() const { return channels / heads; }
   // Rows of the token embedding in memory: the vocabulary rounded up to a multiple of 128.
@@ -33,6 +42,10 @@ std::vector<std::string> preset_names();
 // GPT-2 as this program computes it (another activation, another inner width, ...).
 Gpt2Config read_config(const std::string& path);
 std::string config_json(const Gpt2Config& config);
+
+// Hugging Face's generation_config.json: reads token ids that config.json does not say; writes those of the model.
+void read_generation_config(const std::string& path, Gpt2Config& config);
+std::string generation_config_json(const Gpt2Config& config);
 
 // Throws std::invalid_argument when the numbers cannot be a model (a head dimension that does not divide, zero layers,
 // a number beyond all models, ...).

@@ -99,6 +99,42 @@ TEST(Config, ReadsWhatHuggingFaceLeavesOut) {
   EXPECT_EQ(config.parameter_count(), 124439808);
 }
 
+TEST(Config, SpecialTokensAreThoseThatWereRead) {
+  TemporaryDirectory directory;
+  const auto round_trip = [&](int64_t vocabulary, const nlohmann::json& bos, const nlohmann::json& eos,
+                              const std::string& generation = "{}") {
+    nlohmann::json json = nlohmann::json::parse(config_json(preset("tiny")));
+    json["vocab_size"] = vocabulary, json["bos_token_id"] = bos, json["eos_token_id"] = eos;
+    Gpt2Config config = read_config(directory.write("config.json", json.dump()));
+    read_generation_config(directory.write("generation_config.json", generation), config);
+    const auto written = nlohmann::json::parse(config_json(config));
+    const auto beside = nlohmann::json::parse(generation_config_json(config));
+    EXPECT_EQ(written["bos_token_id"], beside["bos_token_id"]);
+    EXPECT_EQ(written["eos_token_id"], beside["eos_token_id"]);
+    return std::pair(written["bos_token_id"], written["eos_token_id"]);
+  };
+  using Ids = std::pair<nlohmann::json, nlohmann::json>;
+  EXPECT_EQ(round_trip(300, 7, 256), Ids(7, 256));
+  EXPECT_EQ(round_trip(300, 7, {5, 6}), Ids(7, nlohmann::json({5, 6})));
+  EXPECT_EQ(round_trip(50304, nullptr, nullptr), Ids(50256, 50256));
+  EXPECT_EQ(round_trip(300, 50256, 50256), Ids(299, 299)) << "transformers writes GPT-2's id whatever the vocabulary";
+  EXPECT_EQ(round_trip(300, nullptr, -1, R"({"bos_token_id": 3, "eos_token_id": [4]})"), Ids(3, 4));
+  EXPECT_EQ(round_trip(300, 7, 8, R"({"bos_token_id": 3, "eos_token_id": 4})"), Ids(7, 8));
+}
+
+TEST(Config, TheTrainedLengthIsKeptWhereItIsLessThanThePositions) {
+  TemporaryDirectory directory;
+  Gpt2Config config = preset("tiny");
+  config.trained_positions = 64;
+  const std::string json = config_json(config);
+  EXPECT_EQ(read_config(directory.write("config.json", json)).usable_positions(), 64);
+  config.trained_positions = config.positions;
+  EXPECT_EQ(config_json(config).find("trained_positions"), std::string::npos);
+  auto damaged = nlohmann::json::parse(json);
+  damaged["trained_positions"] = 257;
+  EXPECT_HAS(message_of([&] { read_config(directory.write("config.json", damaged.dump())); }), "trained_positions");
+}
+
 TEST(Config, RefusesWhatItCannotCompute) {
   TemporaryDirectory directory;
   const auto error_with = [&](const std::string& key, const nlohmann::json& value) {

@@ -141,11 +141,12 @@ TEST(Options, ContradictionsAreFound) {
     return message_of([&] { check_options(parse(arguments).options); });
   };
   for (const char* flag : {"seq-len", "micro-batch", "tokens-per-step", "head-chunk", "rank", "kappa",
-                           "accumulation-rank", "steps", "eval-batches", "sample-tokens", "log-every"}) {
+                           "accumulation-rank", "steps", "vocab-size", "sample-tokens", "log-every"}) {
     EXPECT_HAS(error_of({std::string("--") + flag, "0"}), std::string("--") + flag);
   }
-  for (const char* flag : {"checkpoint-every", "keep-checkpoints", "eval-every", "sample-every", "threads", "top-k",
-                           "warmup-steps", "weight-decay", "clip-norm", "temperature", "final-lr", "seed", "beta1"}) {
+  for (const char* flag :
+       {"checkpoint-every", "keep-checkpoints", "eval-every", "eval-batches", "sample-every", "threads", "top-k",
+        "warmup-steps", "weight-decay", "clip-norm", "temperature", "final-lr", "seed", "beta1"}) {
     EXPECT_EQ(error_of({std::string("--") + flag, "0"}), "") << flag;
     EXPECT_HAS(error_of({std::string("--") + flag, "-1"}), std::string("--") + flag);
   }

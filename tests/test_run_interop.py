@@ -101,6 +101,53 @@ def test_a_model_of_theirs_trains_here_and_goes_back(train, evaluate, tmp_path):
     assert after == pytest.approx(their_loss(transformers.GPT2LMHeadModel.from_pretrained(checkpoint)), rel=1e-4)
 
 
+def test_special_tokens_survive(train, tmp_path):
+    model = random_model()
+    model.config.bos_token_id, model.config.eos_token_id = 3, 9
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [9, 11], "repetition_penalty": 1.5}')
+    checkpoint = train("run", "--model", tmp_path / "model", "--rank", 16, steps=1) / "latest"
+    again = transformers.GPT2LMHeadModel.from_pretrained(checkpoint)
+    assert (again.config.bos_token_id, again.config.eos_token_id) == (3, 9)
+    assert again.generation_config.eos_token_id == [9, 11] and again.generation_config.repetition_penalty == 1.5
+
+
+def test_the_tokenizer_goes_with_a_checkpoint(train, tmp_path):
+    checkpoint = train("run", "--rank", 16, steps=1) / "latest"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    text = "it's a caf\u00e9\n\n  \u65e5\u672c"
+    assert tokenizer(text)["input_ids"] == list(text.encode()) and tokenizer.decode(list(text.encode())) == text
+    assert tokenizer.eos_token_id == 256 == tokenizer("<|endoftext|>")["input_ids"][0]
+    assert transformers.GenerationConfig.from_pretrained(checkpoint).eos_token_id == 256
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "tokenizer.json"])
+def test_prompts_use_a_tokenizer_of_theirs(train, tmp_path, kind):
+    """A byte-level BPE of 290 tokens that their library learned; what it makes of a prompt decides the sample."""
+    tokenizers = pytest.importorskip("tokenizers")
+    learned = tokenizers.ByteLevelBPETokenizer()
+    learned.train_from_iterator(["the thing in the inn, nothing else than that"] * 5, vocab_size=290, min_frequency=1,
+                                special_tokens=["<|endoftext|>"], show_progress=False)
+    model = tmp_path / "model"
+    config = transformers.GPT2Config(vocab_size=290, n_positions=40, n_embd=72, n_layer=2, n_head=3)
+    torch.manual_seed(1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(model)
+    if kind == "vocab.json":
+        learned.save_model(str(model))
+    else:
+        learned.save(str(model / "tokenizer.json"))
+    text = succeed("generate", "--model", model, "--prompt", "the thing in", "--sample-tokens", 6, "--temperature", 0,
+                   "--threads", 1)
+    theirs, ids = transformers.GPT2LMHeadModel.from_pretrained(model).eval(), learned.encode("the thing in").ids
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(theirs(torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert 0 not in ids and text.rstrip("\n") == learned.decode(ids).rstrip("\n")
+    shard = write_shard(tmp_path / "t_train_0.bin", np.arange(200) % 290, vocabulary=290)
+    checkpoint = train("run", "--model", model, "--data", shard, "--rank", 16, steps=1) / "latest"
+    assert (checkpoint / kind).read_bytes() == (model / kind).read_bytes()
+
+
 def test_an_untied_head(train, evaluate, tmp_path):
     model = random_model(tied=False)
     model.save_pretrained(tmp_path / "model")

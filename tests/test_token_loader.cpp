@@ -238,9 +238,7 @@ TEST_F(TokenLoaderTest, RefusesDataThatCannotBeUsed) {
   EXPECT_HAS(error(directory_ / "train_a.bin," + directory_ / "x*.bin"), "no shards match " + directory_ / "x*.bin");
   EXPECT_HAS(error(""), "no shards match ''");
   EXPECT_HAS(error(directory_.path()), "is a directory");
-  write("short.bin", 0, kLength);
-  EXPECT_HAS(error(directory_ / "*.bin"), "short.bin: holds 8 tokens, 1 too few");
-  write("short.bin", 0, kLength + 1, 4000);
+  write("short.bin", 0, kLength, 4000);
   const std::string message = error(directory_ / "*.bin");
   EXPECT_HAS(message, "disagree on the vocabulary");
   EXPECT_HAS(message, "5000");
@@ -249,6 +247,35 @@ TEST_F(TokenLoaderTest, RefusesDataThatCannotBeUsed) {
   EXPECT_HAS(error(directory_ / "train*.bin"), "train_b.bin");
   opts.sequence_length = 0;
   EXPECT_THROW(TokenLoader{opts}, std::logic_error);
+}
+
+// A shard without a window takes no part, whatever its place: order and position are those of the others alone.
+TEST_F(TokenLoaderTest, ShardsWithoutAWindowAreLeftOutWithAWord) {
+  TokenLoader whole(options());
+  EXPECT_EQ(whole.left_out(), "");
+  const auto order = windows(whole, 30);
+  write("train_aa.bin", 4000, kLength);
+  write("train_d.bin", 4100, 3);
+  TokenLoader loader(options());
+  EXPECT_HAS(loader.left_out(), "train_aa.bin: holds 8 tokens, 1 too few for one window of --seq-len 8 + 1");
+  EXPECT_HAS(loader.left_out(), "left out, with 1 more like it");
+  EXPECT_EQ(loader.shards(), 3);
+  EXPECT_EQ(windows(loader, 30), order);
+  EXPECT_EQ(loader.position(), whole.position());
+
+  TokenLoaderOptions opts = options();
+  opts.pattern = directory_ / "train_aa.bin," + directory_ / "train_d.bin";
+  EXPECT_THROW(TokenLoader{opts}, TooShort);
+  EXPECT_HAS(message_of([&] { TokenLoader loader(opts); }), "train_aa.bin: holds 8 tokens, 1 too few");
+}
+
+TEST_F(TokenLoaderTest, AFolderThatCannotBeListedIsNoEmptyFolder) {
+  EXPECT_EQ(matching_files(directory_ / "nowhere/*.bin"), std::vector<std::string>{});
+  EXPECT_EQ(matching_files(directory_ / "train_a.bin/*.bin"), std::vector<std::string>{});
+  std::filesystem::create_directory_symlink("loop", directory_ / "loop");
+  const std::string message = message_of([&] { matching_files(directory_ / "loop/*_val_*.bin"); });
+  EXPECT_HAS(message, "cannot list the files matching " + directory_ / "loop/*_val_*.bin");
+  EXPECT_HAS(message, "symbolic links");
 }
 
 TEST_F(TokenLoaderTest, ExpandGlobsSortsAndDropsDuplicates) {

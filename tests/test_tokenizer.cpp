@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
+#include "data/hugging_face_tokenizer.h"
 #include "data/shard.h"
 #include "data/unicode_classes.h"
 #include "tests/temporary_directory.h"
@@ -96,6 +97,103 @@ TEST(Tokenizer, RefusesDamagedFiles) {
   EXPECT_HAS(error_of(directory.write("version.bin", tokenizer_bytes(3, {"a"}, 0))), "version 3");
   EXPECT_HAS(error_of(directory.write("end.bin", tokenizer_bytes(2, {"a"}, 1))), "end-of-text token 1");
   EXPECT_HAS(error_of(directory.write("none.bin", tokenizer_bytes(2, {}, 0))), "0 tokens");
+}
+
+void write_files(const TemporaryDirectory& directory, const std::string& folder,
+                 const std::map<std::string, std::string>& files) {
+  for (const auto& [name, contents] : files) directory.write(folder + "/" + name, contents);
+}
+
+TEST(HuggingFaceTokenizer, FilesOfASmallVocabularyMakeTheSameTokenizer) {
+  TemporaryDirectory directory;
+  const auto ours = Tokenizer::from_file(directory.write("t.bin", tokenizer_bytes(2, small_vocabulary(), 256)));
+  const auto files = hugging_face_tokenizer_files(ours, 64);
+  EXPECT_EQ(files.at("merges.txt"),
+            "#version: 0.2\nt h\nh e\nth e\n\u0120 t\n\u0120 the\ni n\nin g\na a\naa a\n' s\n\u010a \u010a\n");
+  const auto vocab = nlohmann::json::parse(files.at("vocab.json"));
+  EXPECT_EQ(vocab.size(), 268u);
+  EXPECT_EQ(vocab["\u0120the"], 261);
+  EXPECT_EQ(vocab["<|endoftext|>"], 256);
+  EXPECT_EQ(nlohmann::json::parse(files.at("tokenizer_config.json"))["model_max_length"], 64);
+  write_files(directory, "theirs", files);
+  ASSERT_TRUE(has_hugging_face_tokenizer(directory / "theirs"));
+  const auto theirs = read_hugging_face_tokenizer(directory / "theirs", 268);
+  EXPECT_EQ(theirs.end_of_text(), 256);
+  EXPECT_EQ(theirs.vocabulary(), 268);
+  std::string bytes;
+  for (int i = 0; i < 1024; ++i) bytes += static_cast<char>(i * 37 + i / 256);
+  for (const std::string& text : {std::string("the thing is  aaaa\n\nit's the "), bytes}) {
+    EXPECT_EQ(theirs.encode(text), ours.encode(text));
+    EXPECT_EQ(theirs.decode(theirs.encode(text)), text);
+  }
+
+  const auto plain = hugging_face_tokenizer_files(Tokenizer::bytes(), 64);
+  EXPECT_EQ(plain.at("merges.txt"), "#version: 0.2\n");
+  write_files(directory, "bytes", plain);
+  EXPECT_EQ(read_hugging_face_tokenizer(directory / "bytes", 257).encode(bytes), Tokenizer::bytes().encode(bytes));
+}
+
+TEST(HuggingFaceTokenizer, AVocabularyThatIsNoByteLevelBpeHasNoFiles) {
+  TemporaryDirectory directory;
+  std::vector<std::string> tokens = small_vocabulary();
+  tokens[7] = "";  // a byte is missing
+  EXPECT_TRUE(
+      hugging_face_tokenizer_files(Tokenizer::from_file(directory.write("a.bin", tokenizer_bytes(2, tokens, 256))), 64)
+          .empty());
+  tokens = small_vocabulary();
+  tokens.push_back("xyz");  // made from three parts
+  EXPECT_TRUE(
+      hugging_face_tokenizer_files(Tokenizer::from_file(directory.write("b.bin", tokenizer_bytes(2, tokens, 256))), 64)
+          .empty());
+}
+
+// In a list of merges a token is made from its own two parts only: "abc" from "ab" and "c", not from "a" and "bc".
+TEST(HuggingFaceTokenizer, ReadsTokenizerJson) {
+  TemporaryDirectory directory;
+  nlohmann::json json = {{"normalizer", nullptr},
+                         {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", true}}},
+                         {"added_tokens", {{{"id", 0}, {"content", "<s>"}}, {{"id", 9}, {"content", "<pad>"}}}},
+                         {"model",
+                          {{"type", "BPE"},
+                           {"vocab", {{"<s>", 0}, {"a", 1}, {"b", 2}, {"c", 3}, {"bc", 4}, {"ab", 5}, {"abc", 6}}},
+                           {"merges", {"b c", "a b", "ab c"}}}}};
+  directory.write("m/tokenizer_config.json", R"({"eos_token": {"content": "<s>"}})");
+  const auto read = [&](int64_t limit) {
+    directory.write("m/tokenizer.json", json.dump());
+    return read_hugging_face_tokenizer(directory / "m", limit);
+  };
+  EXPECT_EQ(read(7).encode("abc"), (Ids{1, 4}));
+  EXPECT_EQ(read(7).encode("ab"), (Ids{5}));
+  EXPECT_EQ(read(7).end_of_text(), 0);
+  EXPECT_EQ(read(7).vocabulary(), 7) << "<pad> is beyond the model's rows";
+  EXPECT_EQ(read(10).vocabulary(), 10);
+  EXPECT_FALSE(read(10).has(8));
+  EXPECT_TRUE(read(10).has(9));
+  json["model"]["merges"] = nlohmann::json::array({nlohmann::json::array({"a", "b"})});  // newer files
+  EXPECT_EQ(read(7).encode("abc"), (Ids{5, 3}));
+
+  const auto error_with = [&](const std::string& pointer, const nlohmann::json& value) {
+    const nlohmann::json before = json;
+    json[nlohmann::json::json_pointer(pointer)] = value;
+    const std::string message = message_of([&] { read(7); });
+    EXPECT_HAS(message, directory / "m");
+    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+    json = before;
+    return message;
+  };
+  EXPECT_HAS(error_with("/model/type", "Unigram"), "Unigram");
+  EXPECT_HAS(error_with("/normalizer", {{"type", "NFC"}}), "normalizer");
+  EXPECT_HAS(error_with("/pre_tokenizer/type", "Metaspace"), "pre_tokenizer");
+  EXPECT_HAS(error_with("/pre_tokenizer/add_prefix_space", true), "pre_tokenizer");
+  EXPECT_HAS(error_with("/model/vocab/a", -1), "'a'");
+  EXPECT_HAS(error_with("/model/vocab/a", int64_t{1} << 40), "'a'");
+  EXPECT_HAS(error_with("/model/merges", {"a x"}), "'x'");
+  EXPECT_HAS(error_with("/model/merges", {"abc"}), "not a merge");
+  EXPECT_HAS(error_with("/model/merges", {"c b"}), "makes no token");
+  EXPECT_NE(error_with("/model/merges", 3), "");
+  EXPECT_NE(error_with("/model", 3), "");
+  directory.write("m/tokenizer.json", std::string(100000, '['));
+  EXPECT_HAS(message_of([&] { read_hugging_face_tokenizer(directory / "m", 7); }), "nested too deeply");
 }
 
 std::vector<std::string> words(std::string_view text) {
@@ -189,6 +287,16 @@ TEST_F(Gpt2Tokenizer, EncodesAsTiktokenDoes) {
     EXPECT_EQ(tokenizer.encode(text), ids) << text;
     EXPECT_EQ(tokenizer.decode(ids), text);
   }
+}
+
+TEST_F(Gpt2Tokenizer, ItsMergesAreThoseThatWerePublished) {
+  const auto files = hugging_face_tokenizer_files(Tokenizer::from_file(directory_ / "tokenizer.bin"), 1024);
+  const auto published = [](const char* name) {
+    std::ifstream file(std::string(kShared) + "gpt2/" + name);
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  };
+  EXPECT_TRUE(files.at("merges.txt") == published("vocab.bpe"));
+  EXPECT_TRUE(nlohmann::json::parse(files.at("vocab.json")) == nlohmann::json::parse(published("encoder.json")));
 }
 
 TEST_F(Gpt2Tokenizer, ReproducesShardsWrittenByTiktoken) {

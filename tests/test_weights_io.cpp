@@ -194,6 +194,84 @@ TEST(WeightsIo, WhatDoesNotFitIsRefusedByName) {
   EXPECT_HAS(error_with(small_config()), "model.safetensors");
 }
 
+// Copies a directory's weights under other names.
+void rename_tensors(const std::string& from, const std::string& to,
+                    const std::function<std::string(const std::string&)>& name) {
+  std::filesystem::create_directories(std::filesystem::path(to).parent_path());
+  const SafetensorsReader whole(from);
+  std::vector<TensorEntry> entries;
+  for (const auto& [old_name, entry] : whole.entries()) {
+    entries.push_back(entry);
+    entries.back().name = name(old_name);
+  }
+  SafetensorsWriter writer(to, entries);
+  for (const TensorEntry& entry : entries) writer.write(entry.data, entry.bytes());
+  writer.finish();
+}
+
+TEST(WeightsIo, NamesOfCompiledWrappedAndTiedModels) {
+  TemporaryDirectory directory;
+  Weights weights(small_config());
+  weights.randomize(1);
+  weights.save(directory.path());
+  const auto load = [&](const std::function<std::string(const std::string&)>& name, bool tied = true) {
+    rename_tensors(directory / "model.safetensors", directory / "renamed/model.safetensors", name);
+    Weights loaded(small_config(tied));
+    const std::string message = message_of([&] { loaded.load(directory / "renamed", small_config(tied)); });
+    if (message.empty()) {
+      EXPECT_EQ(loaded.values(), weights.values());
+    }
+    return message;
+  };
+  for (const char* prefix : {"_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."}) {
+    EXPECT_EQ(load([&](const std::string& name) { return prefix + name; }), "") << prefix;
+  }
+  EXPECT_EQ(load([](const std::string& name) { return "transformer._orig_mod." + name.substr(12); }), "");
+  const auto head = [](const std::string& name) {
+    return name == "transformer.wte.weight" ? "_orig_mod.lm_head.weight" : "_orig_mod." + name;
+  };
+  EXPECT_EQ(load(head), "");
+  EXPECT_HAS(load(head, false), "wte.weight");
+  EXPECT_HAS(load([](const std::string& name) {
+               return name == "transformer.ln_f.bias" ? "module.transformer.ln_f.weight" : name;
+             }),
+             "is there again");
+}
+
+TEST(WeightsIo, WeightsOfAnotherKindAreRefusedWithTheWayToConvertThem) {
+  TemporaryDirectory directory;
+  const auto error_with = [&](const std::string& file, const std::string& contents) {
+    directory.write("m/config.json", config_json(small_config()));
+    directory.write("m/" + file, contents);
+    std::string message;
+    try {
+      find_model(directory / "m");
+    } catch (const UsageError& error) {
+      message = error.what();
+    }
+    std::filesystem::remove_all(directory / "m");
+    return message;
+  };
+  for (const char* file :
+       {"pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "tf_model.h5",
+        "flax_model.msgpack", "model.ckpt.index", "ckpt.pt", "consolidated.00.pth", "gpt2.Q8_0.gguf"}) {
+    const std::string message = error_with(file, "x");
+    EXPECT_HAS(message, std::string(file) + " cannot be read");
+    EXPECT_HAS(message, "M.from_pretrained('" + directory / "m'");
+    EXPECT_HAS(message, ".save_pretrained(");
+  }
+  EXPECT_HAS(error_with("tf_model.h5", "x"), "from_tf=True");
+  EXPECT_HAS(error_with("weights.bin", "PK\3\4"), "weights.bin");
+  EXPECT_HAS(error_with("model-00001-of-00002.safetensors", "x"), "no model.safetensors.index.json");
+  for (const char* file :
+       {"training_args.bin", "optimizer.pt", "text_train_000000.bin", "tokenizer.json", "vocab.json"})
+    EXPECT_EQ(error_with(file, "x"), "") << file;
+  directory.write("l/config.json", config_json(small_config()));
+  std::filesystem::create_symlink("nowhere", directory / "l/model.safetensors");
+  EXPECT_HAS(message_of([&] { find_model(directory / "l"); }), "a link to a file that is not there");
+  EXPECT_HAS(message_of([&] { find_model(directory.write("p/pytorch_model.bin", "PK")); }), "save_pretrained");
+}
+
 TEST(WeightsIo, DamagedShardsAreRefused) {
   TemporaryDirectory directory;
   Weights weights(small_config());

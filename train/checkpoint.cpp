@@ -143,7 +143,7 @@ void remove_checkpoint(const fs::path& path) {
 }  // namespace
 
 std::string save_checkpoint(const std::string& run, const TrainerState& state, Engine& engine,
-                            const std::string& tokenizer, int64_t keep) {
+                            const std::map<std::string, std::string>& files_along, int64_t keep) {
   char name[32];
   snprintf(name, sizeof name, "%s%08u", kStepPrefix, state.step);
   const std::string final_path = run + "/" + name;
@@ -154,7 +154,7 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
     std::map<std::string, FileSummary> files = save_weights(temporary, engine.store(), engine.backend());
     files["config.json"] = write_file(temporary + "/config.json", config_json(engine.config().model));
     files[kOptimizerFile] = save_optimizer(temporary + "/" + kOptimizerFile, engine);
-    if (!tokenizer.empty()) files["tokenizer.bin"] = write_file(temporary + "/tokenizer.bin", tokenizer);
+    for (const auto& [along, contents] : files_along) files[along] = write_file(temporary + "/" + along, contents);
     nlohmann::ordered_json json = {{"format", kFormatVersion},
                                    {"version", kVersion},
                                    {"step", state.step},

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 
 #include <nlohmann/json.hpp>
@@ -22,10 +23,10 @@ struct TrainerState {
   std::string tuning;      // Backend::tuning()
 };
 
-// `tokenizer`: the contents of tokenizer.bin, or empty. Writes `run`/step_NNNNNNNN, moves `run`/latest, and removes all
-// but the `keep` newest (0: keeps all). Returns the path.
+// `files_along`: name and contents of what goes along (the tokenizer's files). Writes `run`/step_NNNNNNNN, moves
+// `run`/latest, and removes all but the `keep` newest (0: keeps all). Returns the path.
 std::string save_checkpoint(const std::string& run, const TrainerState& state, Engine& engine,
-                            const std::string& tokenizer, int64_t keep);
+                            const std::map<std::string, std::string>& files_along, int64_t keep);
 
 // The checkpoint that a --resume argument means: the directory itself, or the newest finished one of a run (`latest`,
 // or the one after it when a kill came between renaming it and moving the link). Throws std::runtime_error.

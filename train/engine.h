@@ -74,13 +74,20 @@ class Engine {
     return result();
   }
 
-  // Mean loss over batches supplied by next_batch(i), i < count.
+  // Mean loss over the tokens of batches supplied by next_batch(i), i < count. They may differ in size: each one's sum
+  // is added in double on the host, so that the mean does not depend on how the sequences were grouped.
   template <typename NextBatch>
-  float evaluate(int64_t count, NextBatch&& next_batch) {
+  double evaluate(int64_t count, NextBatch&& next_batch) {
+    double sum = 0;
+    int64_t tokens = 0;
     for (int64_t i = 0; i < count; ++i) {
-      model_.evaluate(next_batch(i), loss_, i > 0, 1.0f / static_cast<float>(count));
+      const HostBatch batch = next_batch(i);
+      model_.evaluate(batch, loss_, false, 1.0f);
+      const int64_t here = batch.batch * batch.sequence;
+      sum += static_cast<double>(here) * result().loss;
+      tokens += here;
     }
-    return result().loss;
+    return sum / static_cast<double>(tokens);
   }
 
  private:

@@ -155,7 +155,8 @@ void check_options(const Options& o) {
   at_least(static_cast<double>(o.checkpoint_every), 0, "checkpoint-every");
   at_least(static_cast<double>(o.keep_checkpoints), 0, "keep-checkpoints");
   at_least(static_cast<double>(o.eval_every), 0, "eval-every");
-  at_least(static_cast<double>(o.eval_batches), 1, "eval-batches");
+  at_least(static_cast<double>(o.eval_batches), o.was_given("eval-batches") ? 0 : -1, "eval-batches");
+  at_least(static_cast<double>(o.vocab_size), o.was_given("vocab-size") ? 1 : 0, "vocab-size");
   at_least(static_cast<double>(o.sample_every), 0, "sample-every");
   at_least(static_cast<double>(o.sample_tokens), 1, "sample-tokens");
   at_least(static_cast<double>(o.log_every), 1, "log-every");

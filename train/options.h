@@ -20,6 +20,7 @@ struct Options {
   // data
   std::string data, val_data, data_format = "auto", tokenizer;
   int64_t seq_len = 0, micro_batch = 0, tokens_per_step = 0;
+  int64_t vocab_size = 0;
   // model
   std::string model, dtype, weight_dtype, activation_dtype, gradient_dtype, state_dtype, master_weights = "none";
   int64_t seed = 1337;
@@ -47,7 +48,7 @@ struct Options {
   // run
   int64_t steps = 1000;
   std::string out, resume;
-  int64_t checkpoint_every = 250, keep_checkpoints = 2, eval_every = 250, eval_batches = 20;
+  int64_t checkpoint_every = 250, keep_checkpoints = 2, eval_every = 250, eval_batches = -1;
   int64_t sample_every = 0, sample_tokens = 200, log_every = 1;
   std::string prompt;
   double temperature = 0.8;
@@ -89,12 +90,21 @@ void describe(Options& o, Visitor& v) {
   const S float_dtypes = {"bf16", "fp32"};
   v.group("data");
   v(o.data, "data", "GLOB[,GLOB]", "training shards; default: text found on this machine, as bytes", S{}, free);
-  v(o.val_data, "val-data", "GLOB[,GLOB]", "validation shards; default: the 'val' ones beside the training shards", S{},
-    free);
+  v(o.val_data, "val-data", "GLOB[,GLOB]",
+    "validation shards; default: the 'val' ones beside the training shards; eval: those of the model's run", S{}, free);
   v(o.data_format, "data-format", "", "shard format: llm.c's (told by their magic) or headerless uint16",
     S{"auto", "nanogpt"}, fixed);
-  v(o.tokenizer, "tokenizer", "FILE", "tokenizer.bin for prompts and samples; default: beside the shards", S{}, free);
-  v(o.seq_len, "seq-len", "tokens", "sequence length T; default: 256 on a CPU, else the model's positions", S{}, fixed);
+  v(o.vocab_size, "vocab-size", "tokens",
+    "vocabulary of headerless data, and of a preset model; default: what the shards declare, headerless GPT-2's 50257",
+    S{}, fixed);
+  v(o.tokenizer, "tokenizer", "FILE",
+    "tokenizer.bin for prompts and samples, or a Hugging Face tokenizer's folder; default: beside the shards, or the "
+    "model's",
+    S{}, free);
+  v(o.seq_len, "seq-len", "tokens",
+    "sequence length T; default: 256 on a CPU, else the model's positions; eval, generate: what the model was trained "
+    "at",
+    S{}, fixed);
   v(o.micro_batch, "micro-batch", "sequences",
     "sequences per forward and backward pass; default: 4 on a CPU, 16 on a GPU", S{}, said);
   v(o.tokens_per_step, "tokens-per-step", "tokens",
@@ -185,7 +195,10 @@ void describe(Options& o, Visitor& v) {
   v(o.checkpoint_every, "checkpoint-every", "steps", "0: only at the end", S{}, free);
   v(o.keep_checkpoints, "keep-checkpoints", "", "how many of the newest to keep; 0: all", S{}, free);
   v(o.eval_every, "eval-every", "steps", "validation loss; 0: never", S{}, free);
-  v(o.eval_batches, "eval-batches", "micro-batches", "of one validation", S{}, free);
+  v(o.eval_batches, "eval-batches", "micro-batches",
+    "of one validation; 0: all of the shards; default: 80 sequences on a CPU, 320 on a GPU, whatever the micro-batch; "
+    "eval: all",
+    S{}, free);
   v(o.sample_every, "sample-every", "steps", "print a sample of text; 0: never", S{}, free);
   v(o.sample_tokens, "sample-tokens", "tokens", "length of a sample", S{}, free);
   v(o.prompt, "prompt", "TEXT", "start of a sample; default: end-of-text", S{}, free);

@@ -2,12 +2,10 @@
 #include "train/run_setup.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <filesystem>
 #include <map>
+#include <nlohmann/json.hpp>
 
-#include "data/system_text.h"
-#include "data/token_loader.h"
 #include "kernels/cpu/machine.h"
 
 namespace fs = std::filesystem;
@@ -61,7 +59,10 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
   for (std::string* dtype : {&o.weight_dtype, &o.activation_dtype, &o.gradient_dtype, &o.state_dtype}) {
     if (dtype->empty()) *dtype = o.dtype;
   }
-  if (o.seq_len == 0) o.seq_len = cpu && training ? std::min<int64_t>(256, config.positions) : config.positions;
+  if (o.seq_len == 0) {
+    const int64_t most = training ? config.positions : config.usable_positions();
+    o.seq_len = cpu && training ? std::min<int64_t>(256, most) : most;
+  }
   if (o.seq_len > config.positions) {
     if (!from_scratch) {
       throw UsageError("--seq-len " + std::to_string(o.seq_len) + " is longer than the model's " +
@@ -161,15 +162,16 @@ ScheduleConfig schedule_config(const Options& o) {
   return schedule;
 }
 
-// "data/x_train_*.bin" -> "data/x_val_*.bin"; empty when a pattern has no "train" in its file name.
-std::string validation_pattern(const std::string& patterns) {
-  const size_t name = patterns.find_last_of('/') == std::string::npos ? 0 : patterns.find_last_of('/') + 1;
-  const size_t train = patterns.find("train", name);
-  if (train == std::string::npos || patterns.find(',') != std::string::npos) return "";
-  const std::string prefix = patterns.substr(0, train) + "val";
-  const std::string rest = patterns.substr(train + 5);
-  // Numbered training shards rarely have a validation shard of the same number.
-  return rest.find('*') != std::string::npos ? prefix + rest : prefix + "*.bin";
+// Checkpoints that do not say trained_positions in config.json have it among their options; 0 when there are none.
+int64_t trained_by_older_version(const ModelSource& source) {
+  const fs::path state = fs::path(source.path) / "trainer_state.json";
+  if (source.kind != ModelSource::Kind::kDirectory || !fs::is_regular_file(state)) return 0;
+  try {
+    const int64_t length = nlohmann::json::parse(read_file(state)).at("options").at("seq_len").get<int64_t>();
+    return length > 0 && length < source.config.positions ? length : 0;
+  } catch (const nlohmann::json::exception& error) {
+    throw std::runtime_error(state.string() + ": damaged (" + error.what() + ")");
+  }
 }
 
 }  // namespace
@@ -217,6 +219,7 @@ RunSetup resolve(const RunRequest& request, Undecided undecided) {
                      " tokens) is larger than the model's (" + std::to_string(config.vocabulary) +
                      "): " + options.model);
   }
+  if (config.trained_positions == 0) config.trained_positions = trained_by_older_version(setup.source);
   choose_defaults(options, cpu, config, preset_model, request.training, undecided);
   // Sizes of activations are sums of multiples of this.
   const int64_t activations = options.micro_batch * options.seq_len * config.channels;  // at most 2^48
@@ -225,54 +228,14 @@ RunSetup resolve(const RunRequest& request, Undecided undecided) {
                      std::to_string(options.seq_len) + " of a model of " + std::to_string(config.layers) +
                      " layers of " + std::to_string(config.channels) + " channels is more than any machine holds");
   }
+  if (request.training) {
+    const int64_t before = setup.source.has_weights ? config.usable_positions() : 0;
+    config.trained_positions = std::max(before, options.seq_len);
+  }
   check_options(options);  // what was chosen may contradict what was given
   setup.engine = engine_config(options, config, request.training);
   check_gradient_blocks(options, setup.engine.sink, undecided);
   setup.schedule = schedule_config(options);
   setup.options = options;
   return setup;
-}
-
-void resolve_data(Options& options) {
-  if (options.data.empty()) {
-    const SystemTextPaths paths = make_system_text("data");
-    if (paths.created) std::printf("no --data: made shards of the text found on this machine, as bytes, under data/\n");
-    options.data = paths.train;
-    if (options.val_data.empty()) options.val_data = paths.validation;
-  }
-  if (options.val_data.empty()) {
-    const std::string pattern = validation_pattern(options.data);
-    try {
-      if (!pattern.empty() && !expand_globs(pattern).empty()) options.val_data = pattern;
-    } catch (const std::runtime_error&) {
-      // No validation shards: the banner says so.
-    }
-  }
-}
-
-std::unique_ptr<Tokenizer> find_tokenizer(const Options& options, int64_t vocabulary, const std::string& checkpoint,
-                                          std::string& path) {
-  path.clear();
-  // A resumed run has its tokenizer in its checkpoint; the file it came from may be gone.
-  const std::string kept = checkpoint + "/tokenizer.bin";
-  const bool resumed = !checkpoint.empty() && !options.was_given("tokenizer") && fs::exists(kept);
-  if (resumed) {
-    path = kept;
-  } else if (!options.tokenizer.empty()) {
-    path = options.tokenizer;
-  } else if (vocabulary == 257) {
-    return std::make_unique<Tokenizer>(Tokenizer::bytes());
-  } else {
-    for (const fs::path& directory : {fs::path(options.data).parent_path(), fs::path(options.model)}) {
-      const fs::path candidate = directory / "tokenizer.bin";
-      if (path.empty() && fs::exists(candidate)) path = candidate;
-    }
-    if (path.empty()) return nullptr;
-  }
-  auto tokenizer = std::make_unique<Tokenizer>(Tokenizer::from_file(path));
-  if (tokenizer->vocabulary() > vocabulary) {
-    throw UsageError(path + ": has " + std::to_string(tokenizer->vocabulary()) + " tokens, the model only " +
-                     std::to_string(vocabulary));
-  }
-  return tokenizer;
 }

@@ -2,6 +2,7 @@
 // configuration.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 
@@ -35,6 +36,11 @@ struct RunSetup {
   EngineConfig engine;
   ScheduleConfig schedule;
   RunRequest request;  // what it was resolved from
+
+  // Of find_tokenizer().
+  std::shared_ptr<const Tokenizer> tokenizer;           // null: none is known
+  std::map<std::string, std::string> checkpoint_files;  // name and contents; the originals may be gone by then
+  std::string tokenizer_warning;                        // one line about one that was found and cannot be read
 };
 
 // With kPlannersSettings some settings only have values to start from: what the planner may change is not checked
@@ -46,12 +52,6 @@ RunSetup resolve(const RunRequest& request, Undecided undecided = Undecided::kNo
 
 int64_t default_micro_batch(const std::string& device);
 
-// Makes the default training data (text found on this machine) where no --data is given, and finds validation shards
-// beside the training shards. Changes options.data and options.val_data.
-void resolve_data(Options& options);
-
-// The tokenizer of a vocabulary: bytes for 257, else --tokenizer, or tokenizer.bin beside the shards or in the model's
-// directory; `path` becomes its file, if any. Null when there is none.
-// A resumed run prefers the copy in its `checkpoint`. Throws UsageError for one with more tokens than the model has.
-std::unique_ptr<Tokenizer> find_tokenizer(const Options& options, int64_t vocabulary, const std::string& checkpoint,
-                                          std::string& path);
+// Finds the tokenizer (run_tokenizer.cpp) of a resolved setup, what a checkpoint takes along of it, and the model's
+// end-of-text tokens where the model does not say them. Throws UsageError, std::runtime_error.
+void find_tokenizer(RunSetup& setup);

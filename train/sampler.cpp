@@ -3,15 +3,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <stdexcept>
 
 #include "kernels/philox.h"
 
 namespace {
 
-int32_t choose(std::vector<float>& logits, const SamplingOptions& options, float uniform) {
-  std::vector<int32_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
+// The next token: one of `allowed`, whose order breaks ties.
+int32_t choose(const std::vector<float>& logits, const std::vector<int32_t>& allowed, const SamplingOptions& options,
+               float uniform) {
+  std::vector<int32_t> order = allowed;
   // Ties go to the lower id, so that the order is one only.
   const auto likelier = [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
   if (options.temperature == 0) return *std::min_element(order.begin(), order.end(), likelier);
@@ -34,11 +35,14 @@ int32_t choose(std::vector<float>& logits, const SamplingOptions& options, float
 
 }  // namespace
 
-void sample(Engine& engine, std::vector<int32_t> tokens, int32_t end_of_text, const SamplingOptions& options,
-            const std::function<void(int32_t)>& emit) {
+void sample(Engine& engine, std::vector<int32_t> tokens, const std::vector<int32_t>& stops, const Tokenizer* tokenizer,
+            const SamplingOptions& options, const std::function<void(int32_t)>& emit) {
   const int64_t vocabulary = engine.config().model.vocabulary;
   const int64_t window = engine.config().shapes.sequence;
-  if (tokens.empty()) tokens.push_back(end_of_text);
+  std::vector<int32_t> allowed;
+  for (int32_t id = 0; id < vocabulary; ++id) {
+    if (!tokenizer || tokenizer->has(id)) allowed.push_back(id);
+  }
   const RandomKey key{options.seed, RandomPurpose::kSampling, hash_name("sample")};
   std::vector<float> logits(static_cast<size_t>(vocabulary));
   for (int64_t i = 0; i < options.tokens; ++i) {
@@ -55,8 +59,10 @@ void sample(Engine& engine, std::vector<int32_t> tokens, int32_t end_of_text, co
     std::transform(rounded.begin(), rounded.end(), logits.begin(), [](bf16 value) { return to_float(value); });
     const PhiloxWords words = philox_block(key, options.step, static_cast<uint64_t>(i / 4));
     const float uniform = uniform_from_word(words.w[i % 4]);
-    const int32_t next = choose(logits, options, uniform);
-    if (next == end_of_text) return;
+    const bool finite = std::all_of(logits.begin(), logits.end(), [](float value) { return std::isfinite(value); });
+    if (!finite) throw std::runtime_error("no sample: the model's logits are not finite");
+    const int32_t next = choose(logits, allowed, options, uniform);
+    if (std::find(stops.begin(), stops.end(), next) != stops.end()) return;
     tokens.push_back(next);
     emit(next);
   }
@@ -64,12 +70,15 @@ void sample(Engine& engine, std::vector<int32_t> tokens, int32_t end_of_text, co
 
 std::string sample_text(Engine& engine, const Tokenizer* tokenizer, const std::string& prompt,
                         const SamplingOptions& options) {
-  const int32_t end_of_text =
-      tokenizer ? tokenizer->end_of_text() : static_cast<int32_t>(engine.config().model.vocabulary - 1);
+  const std::vector<int64_t> known = engine.config().model.stop_tokens();
+  std::vector<int32_t> stops(known.begin(), known.end());
+  if (tokenizer) stops.push_back(tokenizer->end_of_text());
   std::vector<int32_t> tokens = tokenizer ? tokenizer->encode(prompt) : std::vector<int32_t>{};
-  std::string text = prompt;
-  sample(engine, tokens, end_of_text, options, [&](int32_t id) {
-    text += tokenizer ? tokenizer->decode({&id, 1}) : " " + std::to_string(id);
+  if (tokens.empty()) tokens.push_back(stops.back());
+  std::string text = tokenizer ? prompt : "";
+  sample(engine, tokens, stops, tokenizer, options, [&](int32_t id) {
+    if (!tokenizer && !text.empty()) text += " ";
+    text += tokenizer ? tokenizer->decode({&id, 1}) : std::to_string(id);
   });
   return printable(text);
 }

@@ -18,10 +18,13 @@ struct SamplingOptions {
   uint32_t step = 0;  // part of the random stream, so that samples of different steps differ
 };
 
-// Continues `prompt`; calls emit(id) for every new token and stops after an end-of-text token.
-void sample(Engine& engine, std::vector<int32_t> prompt, int32_t end_of_text, const SamplingOptions& options,
-            const std::function<void(int32_t)>& emit);
+// Continues `prompt`, which is not empty; calls emit(id) for every new token and stops at one of `stops`. Only tokens
+// that the tokenizer has are chosen (null: all); the vocabulary of a model is often padded. Throws std::runtime_error
+// when the model's logits are not finite.
+void sample(Engine& engine, std::vector<int32_t> prompt, const std::vector<int32_t>& stops, const Tokenizer* tokenizer,
+            const SamplingOptions& options, const std::function<void(int32_t)>& emit);
 
-// The prompt and its continuation as printable() text. Without a tokenizer the ids themselves, separated by spaces.
+// The prompt and its continuation as printable() text. Without a tokenizer the ids themselves, separated by spaces, and
+// no prompt.
 std::string sample_text(Engine& engine, const Tokenizer* tokenizer, const std::string& prompt,
                         const SamplingOptions& options);

@@ -8,13 +8,14 @@
 #include <fstream>
 #include <stdexcept>
 
-#include "train/file_io.h"
 #include "train/interrupt.h"
 #include "train/memory_advice.h"
 #include "train/sampler.h"
 #include "train/version.h"
 
 namespace {
+
+constexpr int64_t kDefaultEvalBatches = 20;  // of the default micro-batch
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -24,6 +25,7 @@ TokenLoaderOptions loader_options(const Options& options, const std::string& pat
                                   bool shuffle) {
   TokenLoaderOptions loader;
   loader.pattern = pattern;
+  loader.flag = shuffle ? "--data" : "--val-data";
   loader.micro_batch = options.micro_batch;
   loader.sequence_length = options.seq_len;
   loader.vocabulary = vocabulary;
@@ -61,14 +63,16 @@ HostBatch host_batch(const MicroBatch& batch, int64_t sequences, int64_t length,
   return host;
 }
 
-float validation_loss(Engine& engine, TokenLoader& loader, int64_t batches, int64_t& tokens) {
+double validation_loss(Engine& engine, TokenLoader& loader, int64_t sequences, int64_t& tokens) {
   const ActivationShapes& shapes = engine.config().shapes;
-  const int64_t available = std::max<int64_t>(1, loader.sequences_per_epoch() / shapes.batch);
-  const int64_t count = batches > 0 ? std::min(batches, available) : available;
+  const int64_t available = loader.sequences_per_epoch();
+  const int64_t total = sequences > 0 ? std::min(sequences, available) : available;
   loader.rewind();
-  tokens = count * shapes.batch * shapes.sequence;
-  return engine.evaluate(count,
-                         [&](int64_t) { return host_batch(loader.next(), shapes.batch, shapes.sequence, false); });
+  tokens = total * shapes.sequence;
+  // The last micro-batch goes on into the next epoch; only what is left of this one is used.
+  return engine.evaluate((total + shapes.batch - 1) / shapes.batch, [&](int64_t i) {
+    return host_batch(loader.next(), std::min(shapes.batch, total - i * shapes.batch), shapes.sequence, false);
+  });
 }
 
 Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint, const TrainerState& state)
@@ -78,12 +82,8 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
       loader_(loader_options(setup.options, setup.options.data, setup.engine.model.vocabulary, true)),
       progress_(setup.options.steps) {
   const Options& o = setup_.options;
-  if (!o.val_data.empty() && o.eval_every > 0) {
-    validation_ = std::make_unique<TokenLoader>(loader_options(o, o.val_data, setup.engine.model.vocabulary, false));
-  }
-  std::string tokenizer_path;
-  tokenizer_ = find_tokenizer(o, setup.engine.model.vocabulary, checkpoint, tokenizer_path);
-  if (!tokenizer_path.empty()) tokenizer_file_ = read_file(tokenizer_path);
+  if (!loader_.left_out().empty()) data_warnings_.push_back(loader_.left_out());
+  if (!o.val_data.empty() && o.eval_every > 0) open_validation();
   const MemoryPlan plan = engine_.plan();
   const MemoryLimit available = available_memory_limit(backend);
   if (!fits({plan.device_bytes(), plan.host_bytes()}, available))
@@ -118,6 +118,22 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
   std::filesystem::create_directories(o.out);
   clean_run(o.out);
   metrics_ = std::make_unique<MetricsFile>(o.out, metrics_header(), resumed);
+}
+
+void Trainer::open_validation() {
+  const Options& o = setup_.options;
+  try {
+    validation_ = std::make_unique<TokenLoader>(loader_options(o, o.val_data, setup_.engine.model.vocabulary, false));
+  } catch (const TooShort& error) {
+    validation_problem_ = error.what();
+    return;
+  }
+  if (!validation_->left_out().empty()) data_warnings_.push_back(validation_->left_out());
+  if (validation_->vocabulary() != loader_.vocabulary()) {
+    throw UsageError("the validation shards have a vocabulary of " + std::to_string(validation_->vocabulary()) +
+                     " tokens, the training shards one of " + std::to_string(loader_.vocabulary()) +
+                     "; --val-data needs shards of the same tokenizer: " + o.val_data);
+  }
 }
 
 nlohmann::ordered_json Trainer::metrics_header() const {
@@ -211,7 +227,10 @@ StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double second
 
 void Trainer::evaluate(StepMetrics& metrics) {
   int64_t tokens;
-  metrics.val_loss = validation_loss(engine_, *validation_, setup_.options.eval_batches, tokens);
+  const Options& o = setup_.options;
+  const int64_t sequences =
+      o.eval_batches < 0 ? kDefaultEvalBatches * default_micro_batch(backend_.name()) : o.eval_batches * o.micro_batch;
+  metrics.val_loss = static_cast<float>(validation_loss(engine_, *validation_, sequences, tokens));
   char text[96];
   snprintf(text, sizeof text, "step %u: validation loss %.4f (%lld tokens)", metrics.step, *metrics.val_loss,
            static_cast<long long>(tokens));
@@ -223,13 +242,13 @@ void Trainer::print_sample(uint32_t t) {
   const SamplingOptions sampling{o.sample_tokens, static_cast<float>(o.temperature), o.top_k,
                                  static_cast<uint64_t>(o.seed), t};
   progress_.message("---- sample at step " + std::to_string(t) + "\n" +
-                    sample_text(engine_, tokenizer_.get(), o.prompt, sampling) + "\n----");
+                    sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling) + "\n----");
 }
 
 void Trainer::checkpoint(uint32_t t) {
   const Options& o = setup_.options;
   const TrainerState state{t, skipped_, loader_.position(), options_to_json(o), backend_.tuning()};
-  last_checkpoint_ = save_checkpoint(o.out, state, engine_, tokenizer_file_, o.keep_checkpoints);
+  last_checkpoint_ = save_checkpoint(o.out, state, engine_, setup_.checkpoint_files, o.keep_checkpoints);
 }
 
 void Trainer::run() {

@@ -24,12 +24,17 @@ class Trainer {
   const Engine& engine() const { return engine_; }
   // Shards, tokens, and how often this run reads them, for the banner.
   std::string data_summary() const;
+  // What of the data was left out, one line each.
+  const std::vector<std::string>& data_warnings() const { return data_warnings_; }
+  // Why there is no validation although there are shards for it, else empty.
+  const std::string& validation_problem() const { return validation_problem_; }
   // One line when compression was asked for and nothing is compressed, else empty.
   std::string compression_warning() const;
 
  private:
   StepResult train_step(uint32_t t);
   bool finite_or_skipped(uint32_t t, const StepResult& result);
+  void open_validation();
   void evaluate(StepMetrics& metrics);
   void print_sample(uint32_t t);
   void checkpoint(uint32_t t);
@@ -41,8 +46,8 @@ class Trainer {
   Engine engine_;
   TokenLoader loader_;
   std::unique_ptr<TokenLoader> validation_;
-  std::unique_ptr<Tokenizer> tokenizer_;
-  std::string tokenizer_file_;  // contents of tokenizer.bin; its file may be gone before the run ends
+  std::vector<std::string> data_warnings_;
+  std::string validation_problem_;
   Profiler profiler_;
   Progress progress_;
   std::unique_ptr<MetricsFile> metrics_;
@@ -55,9 +60,11 @@ class Trainer {
 
 HostBatch host_batch(const MicroBatch& batch, int64_t sequences, int64_t length, bool training);
 
-// Mean loss over up to `batches` micro-batches from the start of the validation shards (0: all of them).
-float validation_loss(Engine& engine, TokenLoader& loader, int64_t batches, int64_t& tokens);
+// Mean loss per token over the first `sequences` windows of the validation shards (0: all of them), each once, whatever
+// the micro-batch; the last one may be smaller.
+double validation_loss(Engine& engine, TokenLoader& loader, int64_t sequences, int64_t& tokens);
 
+// Training shards in their random order, or validation shards (--val-data) from first to last.
 TokenLoader open_loader(const Options& options, const std::string& pattern, int64_t vocabulary, bool shuffle);
 
 // Time, rate and share of every operation since the profiler was cleared.

@@ -83,6 +83,20 @@ ReadValues values_of(const TensorEntry& entry, const std::string& path) {
       };
 }
 
+// The parameter's name without what frameworks put before it: Hugging Face's "transformer.", torch.compile's
+// "_orig_mod.", DataParallel's "module.", in any order.
+std::string bare_name(std::string name) {
+  for (bool found = true; found;) {
+    found = false;
+    for (const std::string prefix : {"transformer.", "_orig_mod.", "module."}) {
+      if (name.rfind(prefix, 0) != 0) continue;
+      name.erase(0, prefix.size());
+      found = true;
+    }
+  }
+  return name;
+}
+
 // All safetensors files of a directory, opened once: model.safetensors, or those that the index names.
 class DirectoryTensors {
  public:
@@ -109,22 +123,36 @@ class DirectoryTensors {
         files_.push_back(std::make_unique<SafetensorsReader>(directory + "/" + name));
       }
     }
+    list_tensors();
   }
 
   const TensorEntry* find(const std::string& name, std::string& path) const {
-    for (const auto& file : files_) {
-      for (const char* prefix : {"transformer.", ""}) {
-        if (const TensorEntry* entry = file->find(prefix + name)) {
-          path = file->path();
-          return entry;
-        }
-      }
-    }
-    return nullptr;
+    const auto found = by_name_.find(name);
+    if (found == by_name_.end()) return nullptr;
+    path = found->second.path;
+    return found->second.entry;
   }
 
  private:
+  struct Place {
+    const TensorEntry* entry;
+    std::string path;
+  };
+
+  void list_tensors() {
+    for (const auto& file : files_) {
+      for (const auto& [name, entry] : file->entries()) {
+        const auto [place, fresh] = by_name_.try_emplace(bare_name(name), Place{&entry, file->path()});
+        if (!fresh) {
+          throw std::runtime_error(file->path() + ": tensor '" + name + "' is there again, as '" +
+                                   place->second.entry->name + "' of " + place->second.path);
+        }
+      }
+    }
+  }
+
   std::vector<std::unique_ptr<SafetensorsReader>> files_;
+  std::map<std::string, Place> by_name_;  // by bare name
 };
 
 std::string shape_text(const std::vector<int64_t>& shape) {
@@ -133,12 +161,14 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return text;
 }
 
-void load_directory(const std::string& directory, ParameterStore& store, Backend& backend) {
+void load_directory(const std::string& directory, bool tied_head, ParameterStore& store, Backend& backend) {
   const DirectoryTensors tensors(directory);
   HeldLayer<ParameterStore> held(store);
   for (const Parameter& parameter : store.parameters()) {
     std::string path = directory;
     const TensorEntry* entry = tensors.find(parameter.name, path);
+    // Of a tied pair safetensors' save_model keeps one name only, the first in the alphabet.
+    if (!entry && tied_head && parameter.name == "wte.weight") entry = tensors.find("lm_head.weight", path);
     if (!entry) throw std::runtime_error(directory + ": has no tensor '" + parameter.name + "'");
     std::vector<int64_t> expected = {parameter.cols};
     if (parameter.matrix) expected.insert(expected.begin(), parameter.rows);
@@ -174,18 +204,87 @@ FileSummary write_shard(const std::string& path, const std::vector<const Paramet
   return writer.finish();
 }
 
+// PyTorch's files are ZIP archives, or in its first years pickles.
+bool is_pytorch_file(const std::string& path) {
+  InputFile file(path);
+  char start[2] = {};
+  return file.read(start, sizeof start) == sizeof start && ((start[0] == 'P' && start[1] == 'K') || start[0] == '\x80');
+}
+
+// Whether a file holds weights, in a format that is not read here, by its name; .bin means many things, token shards
+// among them.
+bool weights_of_another_kind(const fs::path& path) {
+  const std::string name = path.filename();
+  for (const char* other : {"optimizer", "scheduler", "training_args", "rng_state", "scaler"}) {
+    if (name.rfind(other, 0) == 0) return false;  // of a trainer, not of a model
+  }
+  for (const char* part : {"pytorch_model", ".ckpt"}) {
+    if (name.find(part) != std::string::npos) return true;
+  }
+  const std::string extension = path.extension();
+  for (const char* known : {".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}) {
+    if (extension == known) return true;
+  }
+  return extension == ".bin" && is_pytorch_file(path);
+}
+
+// What to do about a folder's weights of another kind.
+std::string conversion(const std::string& directory, const std::string& file) {
+  const std::string extension = fs::path(file).extension();
+  std::string how;
+  if (extension == ".h5" || file.find(".ckpt") != std::string::npos) how = ", from_tf=True";
+  if (extension == ".msgpack") how = ", from_flax=True";
+  if (extension == ".gguf") how = ", gguf_file='" + file + "'";
+  const std::string from = directory.empty() ? "." : directory;
+  return file + " cannot be read, model.safetensors can: python3 -c \"from transformers import GPT2LMHeadModel as M; " +
+         "M.from_pretrained('" + from + "'" + how + ").save_pretrained('" + from + "-safetensors')\" makes it";
+}
+
+// Whether there are weights to be read; throws UsageError where there are only others, so that a model is not trained
+// from scratch by mistake.
+bool has_weights(const std::string& directory) {
+  for (const char* file : {"/model.safetensors", "/model.safetensors.index.json"}) {
+    const fs::path path = directory + file;
+    if (fs::exists(path)) return true;
+    if (fs::is_symlink(path)) throw UsageError(path.string() + ": is a link to a file that is not there");
+  }
+  std::vector<fs::path> files;
+  for (const fs::directory_entry& entry : fs::directory_iterator(directory)) files.push_back(entry.path());
+  std::sort(files.begin(), files.end());
+  for (const fs::path& path : files) {
+    if (weights_of_another_kind(path)) throw UsageError(directory + ": " + conversion(directory, path.filename()));
+    if (path.extension() == ".safetensors") {
+      throw UsageError(path.string() +
+                       ": is not named model.safetensors, and there is no model.safetensors.index.json " +
+                       "that names it");
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
 ModelSource find_model(const std::string& name) {
   if (is_preset(name)) return {ModelSource::Kind::kPreset, name, preset(name), false};
   if (fs::is_directory(name)) {
-    const bool weights = fs::exists(name + "/model.safetensors") || fs::exists(name + "/model.safetensors.index.json");
-    return {ModelSource::Kind::kDirectory, name, read_config(name + "/config.json"), weights};
+    ModelSource source{ModelSource::Kind::kDirectory, name, read_config(name + "/config.json"), false};
+    const std::string generation = name + "/generation_config.json";
+    if (fs::exists(generation)) read_generation_config(generation, source.config);
+    source.has_weights = has_weights(name);
+    return source;
   }
   if (fs::is_regular_file(name)) {
     const std::string extension = fs::path(name).extension();
     if (extension == ".json") return {ModelSource::Kind::kConfigFile, name, read_config(name), false};
-    if (extension == ".bin") return {ModelSource::Kind::kLlmcBin, name, llmc_config(name), true};
+    if (extension == ".bin" && !is_pytorch_file(name)) {
+      return {ModelSource::Kind::kLlmcBin, name, llmc_config(name), true};
+    }
+    if (weights_of_another_kind(name)) {
+      throw UsageError(name + ": " + conversion(fs::path(name).parent_path().string(), fs::path(name).filename()));
+    }
+    if (extension == ".safetensors") {
+      throw UsageError(name + ": --model takes the folder with model.safetensors and config.json, not the file");
+    }
   }
   try {
     return {ModelSource::Kind::kPreset, name, preset(name), false};
@@ -205,7 +304,7 @@ void load_weights(const ModelSource& source, ParameterStore& store, Backend& bac
       store_values(parameter, read, store, backend);
     });
   } else {
-    load_directory(source.path, store, backend);
+    load_directory(source.path, source.config.tied_head, store, backend);
   }
 }
 

@@ -19,11 +19,13 @@ struct ModelSource {
   bool has_weights;
 };
 
-// Throws UsageError for an unknown model, std::runtime_error for a file that cannot be used.
+// Throws UsageError for an unknown model and for a directory whose only weights are of a kind that is not read here
+// (PyTorch's, TensorFlow's, ...), std::runtime_error for a file that cannot be used.
 ModelSource find_model(const std::string& name);
 
 // Fills every parameter (and master copy) of the store. Tensors may be fp32, fp16 or bf16, named with or without
-// "transformer."; a missing tensor or another shape throws std::runtime_error naming it.
+// "transformer.", "_orig_mod." and "module."; of a tied pair either may be there. A missing tensor or another shape
+// throws std::runtime_error naming it.
 void load_weights(const ModelSource& source, ParameterStore& store, Backend& backend);
 
 // Writes model.safetensors into `directory` in the weights' own dtype (the fp32 master copies, where there are any, are
