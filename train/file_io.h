@@ -29,8 +29,10 @@ class FileWriter {
 };
 
 FileSummary write_file(const std::string& path, const std::string& contents);
-FileSummary summarize_file(const std::string& path);  // reads all of it
+// Both read all of a regular file. Throw std::runtime_error with the path where that fails.
+FileSummary summarize_file(const std::string& path);
 std::string read_file(const std::string& path);
+uint32_t checksum(const std::string& contents);  // FileSummary::crc32 of a file with these contents
 void sync_directory(const std::string& path);
 
 // Gives `link` the new target in one step (a new symbolic link renamed over the old one).
