@@ -5,6 +5,9 @@
 #include <cstdio>
 #include <filesystem>
 #include <map>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string_view>
 
 #include "data/system_text.h"
 #include "data/token_loader.h"
@@ -160,6 +163,16 @@ ScheduleConfig schedule_config(const Options& o) {
   return schedule;
 }
 
+// What JSON can hold.
+bool is_utf8(const std::string& text) {
+  try {
+    static_cast<void>(nlohmann::json(text).dump());
+    return true;
+  } catch (const nlohmann::json::exception&) {
+    return false;
+  }
+}
+
 // "data/x_train_*.bin" -> "data/x_val_*.bin"; empty when a pattern has no "train" in its file name.
 std::string validation_pattern(const std::string& patterns) {
   const size_t name = patterns.find_last_of('/') == std::string::npos ? 0 : patterns.find_last_of('/') + 1;
@@ -169,6 +182,32 @@ std::string validation_pattern(const std::string& patterns) {
   const std::string rest = patterns.substr(train + 5);
   // Numbered training shards rarely have a validation shard of the same number.
   return rest.find('*') != std::string::npos ? prefix + rest : prefix + "*.bin";
+}
+
+// A list of globs as --data takes it, from the root. What the working directory has of a glob's characters means itself
+// there; a directory with a comma, which ends a glob, or one whose name is no text, cannot be said: then nothing
+// changes.
+std::string absolute_globs(const std::string& patterns) {
+  std::error_code error;
+  std::string directory;
+  for (const char c : fs::current_path(error).string()) {
+    if (std::string_view("*?[]\\").find(c) != std::string_view::npos) directory += '\\';
+    directory += c;
+  }
+  if (error || !is_utf8(directory) || directory.find(',') != std::string::npos) return patterns;
+  std::string absolute;
+  std::istringstream list(patterns);
+  for (std::string pattern; std::getline(list, pattern, ',');) {
+    const bool relative = !pattern.empty() && pattern[0] != '/' && pattern[0] != '~';
+    absolute += (absolute.empty() ? "" : ",") + (relative ? directory + "/" + pattern : pattern);
+  }
+  return absolute;
+}
+
+std::string absolute_file(const std::string& path) {
+  std::error_code error;
+  const std::string absolute = fs::absolute(path, error);
+  return path.empty() || error || !is_utf8(absolute) ? path : absolute;
 }
 
 }  // namespace
@@ -238,6 +277,28 @@ void resolve_data(Options& options) {
       if (!pattern.empty() && !expand_globs(pattern).empty()) options.val_data = pattern;
     } catch (const std::runtime_error&) {
       // No validation shards: the banner says so.
+    }
+  }
+}
+
+Options with_absolute_paths(const Options& options) {
+  Options absolute = options;
+  absolute.data = absolute_globs(options.data);
+  absolute.val_data = absolute_globs(options.val_data);
+  absolute.tokenizer = absolute_file(options.tokenizer);
+  if (!is_preset(options.model) && fs::exists(options.model)) absolute.model = absolute_file(options.model);
+  return absolute;
+}
+
+void check_saved_shards(const Options& options, const std::string& checkpoint) {
+  for (const auto& [flag, patterns] : {std::pair("data", options.data), std::pair("val-data", options.val_data)}) {
+    if (patterns.empty() || options.was_given(flag)) continue;
+    try {
+      expand_globs(patterns);
+    } catch (const std::runtime_error&) {
+      throw std::runtime_error("no shards match " + patterns + ", the --" + flag + " of " + checkpoint +
+                               (patterns[0] == '/' ? "" : " seen from where it was started") + "; pass --" + flag +
+                               " with where they are now");
     }
   }
 }

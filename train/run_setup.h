@@ -50,6 +50,13 @@ int64_t default_micro_batch(const std::string& device);
 // beside the training shards. Changes options.data and options.val_data.
 void resolve_data(Options& options);
 
+// Relative paths of data, tokenizer and model made absolute, so that a run goes on from any working directory. Globs
+// stay globs.
+Options with_absolute_paths(const Options& options);
+
+// Throws std::runtime_error for shards that a checkpoint names and that are not there now.
+void check_saved_shards(const Options& options, const std::string& checkpoint);
+
 // The tokenizer of a vocabulary: bytes for 257, else --tokenizer, or tokenizer.bin beside the shards or in the model's
 // directory; `path` becomes its file, if any. Null when there is none.
 // A resumed run prefers the copy in its `checkpoint`. Throws UsageError for one with more tokens than the model has.
