@@ -1,10 +1,9 @@
 // train_gpt2.cu: main(). Options, device, data, plan, trainer; and the subcommands plan, generate and eval.
 // Compiled by g++ where there is no nvcc: nothing in this file is CUDA.
-#include <chrono>
 #include <cstdio>
-#include <ctime>
 #include <exception>
 #include <filesystem>
+#include <optional>
 #include <string>
 
 #include "data/token_loader.h"
@@ -14,6 +13,7 @@
 #include "train/command_line.h"
 #include "train/largest_model.h"
 #include "train/plan_report.h"
+#include "train/run_folder.h"
 #include "train/run_setup.h"
 #include "train/sampler.h"
 #include "train/speeds_cache.h"
@@ -26,15 +26,6 @@ int64_t data_vocabulary(const Options& options) {
   probe.micro_batch = 1;
   probe.seq_len = 1;
   return open_loader(probe, options.data, 0, false).vocabulary();
-}
-
-std::string new_run_directory() {
-  const std::time_t now = std::time(nullptr);
-  char name[64];
-  std::strftime(name, sizeof name, "runs/%Y-%m-%d_%H-%M-%S", std::localtime(&now));
-  std::string path = name;
-  for (int i = 2; std::filesystem::exists(path); ++i) path = std::string(name) + "-" + std::to_string(i);
-  return path;
 }
 
 // Measured once per machine and configuration, on a backend of its own: what it chooses while it is measured (matmul
@@ -95,30 +86,78 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
   std::fflush(stdout);
 }
 
+bool is_same_directory(const std::string& a, const std::string& b) {
+  std::error_code absent;
+  return std::filesystem::equivalent(a, b, absent);
+}
+
+// What the options do not say comes from the checkpoint.
+void restore(Options& options, const std::string& checkpoint, const TrainerState& state) {
+  options.model = with_absolute_paths(options).model;  // as in a checkpoint
+  std::string missing;
+  for (const std::string& flag : restore_options(options, state.options)) missing += " --" + flag;
+  if (!state.sealed || !missing.empty()) {
+    std::fprintf(stderr, "train_gpt2: warning: %s is of an earlier version%s%s%s\n", checkpoint.c_str(),
+                 state.sealed ? "" : ": its trainer_state.json has no checksum",
+                 missing.empty() ? "" : "; defaults are taken for", missing.c_str());
+  }
+  if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
+}
+
+// The directory that a run goes on in is held before anything is read from it: another run may be writing there.
+// `folder` stays empty where there is nothing left to do.
+ResumePoint resume(Options& options, std::optional<RunFolder>& folder, TrainerState& state) {
+  ResumePoint from = find_checkpoint(options.resume);
+  const bool in_place = !options.was_given("out") || is_same_directory(options.out, from.run);
+  if (in_place) {
+    folder.emplace(from.run);
+    from = find_checkpoint(options.resume);  // as it is now that nobody changes it
+  }
+  state = read_checkpoint(from.checkpoint);
+  restore(options, from.checkpoint, state);
+  if (in_place) {
+    options.out = from.run;
+    mend_latest(from.run);
+  }
+  check_options(options);
+  if (state.step >= options.steps) {
+    std::printf("nothing to do: %s is complete, at step %u of %lld; --steps N with a larger N goes on\n",
+                from.checkpoint.c_str(), state.step, static_cast<long long>(options.steps));
+    folder.reset();
+    return from;
+  }
+  if (!in_place) folder.emplace(options.out);
+  if (in_place && newest_step(from.run) > state.step) {
+    throw UsageError(from.run + " holds checkpoints after step " + std::to_string(state.step) + "; to go on from " +
+                     from.checkpoint + " name another --out");
+  }
+  if (!in_place && (newest_step(options.out) > 0 || !goes_on_from(options.out, from.run, state.step))) {
+    throw UsageError(options.out + " holds another run already: go on with --resume " + options.out +
+                     ", or name another --out");
+  }
+  return from;
+}
+
 int train(Options options) {
+  std::optional<RunFolder> folder;  // held to the end
   std::string checkpoint;
   TrainerState state;
   if (!options.resume.empty()) {
-    checkpoint = find_checkpoint(options.resume);
-    state = read_checkpoint(checkpoint);
-    restore_options(options, state.options);
-    if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
-    if (!options.was_given("out")) options.out = std::filesystem::path(checkpoint).parent_path();
-    if (newest_step(options.out) > state.step) {
-      throw UsageError(options.out + " holds checkpoints after step " + std::to_string(state.step) +
-                       "; to go on from " + checkpoint + " name another --out");
-    }
+    checkpoint = resume(options, folder, state).checkpoint;
+    if (!folder) return 0;
   } else {
-    if (options.out.empty()) options.out = new_run_directory();
+    check_options(options);
+    folder.emplace(options.out);
+    options.out = folder->path();
     if (newest_step(options.out) > 0) {
       throw UsageError(options.out + " holds a run already: go on with --resume " + options.out +
                        ", or name another --out");
     }
   }
-  check_options(options);
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   resolve_data(options);
+  if (!checkpoint.empty()) check_saved_shards(options, checkpoint);
   const RunRequest request{options, backend->name(), data_vocabulary(options), true, checkpoint};
   // A resumed run has its settings from its checkpoint, unless a budget is given anew.
   std::optional<BudgetChoice> choice;
@@ -181,6 +220,7 @@ std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, Run
   if (options.model.empty()) throw UsageError("--model is needed: a checkpoint or another directory with weights");
   setup = resolve({options, backend.name(), vocabulary, false, ""});
   if (!setup.source.has_weights) throw UsageError("--model " + options.model + " has no weights");
+  verify_model(setup.source.path, CheckpointPart::kModel);
   backend.end_tuning();  // too short to gain from it, and the same numbers each time
   auto engine = std::make_unique<Engine>(setup.engine, backend);
   engine->allocate();

@@ -28,12 +28,17 @@ struct ToJson {
 struct FromJson {
   const nlohmann::json& saved;
   const Options& options;
+  std::vector<std::string> keys = {}, missing = {};  // all that there are, and flags that are neither saved nor given
   void group(const char*) {}
   template <typename T>
   void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>& choices,
                   OnResume on_resume) {
     const std::string key = underscored(flag);
-    if (!saved.contains(key)) return;
+    keys.push_back(key);
+    if (!saved.contains(key)) {
+      if (!options.was_given(flag)) missing.emplace_back(flag);
+      return;
+    }
     T value;
     try {
       value = saved[key].get<T>();
@@ -107,16 +112,23 @@ nlohmann::ordered_json options_to_json(const Options& options) {
   return visitor.json;
 }
 
-void restore_options(Options& options, const nlohmann::json& saved) {
+std::vector<std::string> restore_options(Options& options, const nlohmann::json& saved) {
   const Options before = options;
   FromJson visitor{saved, before};
   describe(options, visitor);
+  for (const auto& [key, value] : saved.items()) {
+    if (std::find(visitor.keys.begin(), visitor.keys.end(), key) == visitor.keys.end()) {
+      throw std::runtime_error("the checkpoint's option '" + key +
+                               "' is not known; the file is damaged, or of a newer version");
+    }
+  }
   // What is asked for now is never what the earlier call asked for.
   options.plan = before.plan;
   options.json = before.json;
   options.profile = before.profile;
   options.memory_budget = before.memory_budget;  // what it led to is in the other options
   options.resume = before.resume;
+  return visitor.missing;
 }
 
 void check_options(const Options& o) {

@@ -70,12 +70,14 @@ enum class OnResume : uint8_t { kMayChange, kFixed };
 template <typename Visitor>
 void describe(Options& o, Visitor& v);
 
-// All options as one JSON object, keyed by flag without the dashes; and back (unknown keys are ignored).
+// All options as one JSON object, keyed by flag without the dashes.
 nlohmann::ordered_json options_to_json(const Options& options);
 
 // Takes from a checkpoint's options everything that was not given on the command line. A given option that differs and
-// must not change on resume throws UsageError naming the flag and both values.
-void restore_options(Options& options, const nlohmann::json& saved);
+// must not change on resume throws UsageError naming the flag and both values; an option of another type, or one that
+// this version does not have, std::runtime_error. Returns the flags that the checkpoint, of an earlier version, lacks:
+// they keep their defaults.
+std::vector<std::string> restore_options(Options& options, const nlohmann::json& saved);
 
 // Throws UsageError for values out of range and for flags that contradict each other.
 void check_options(const Options& options);

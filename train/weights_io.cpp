@@ -12,6 +12,7 @@
 #include "train/llmc_model.h"
 #include "train/options.h"
 #include "train/safetensors.h"
+#include "train/trainer_state.h"
 
 namespace fs = std::filesystem;
 
@@ -173,8 +174,10 @@ FileSummary write_shard(const std::string& path, const std::vector<const Paramet
 ModelSource find_model(const std::string& name) {
   if (is_preset(name)) return {ModelSource::Kind::kPreset, name, preset(name), false};
   if (fs::is_directory(name)) {
-    const bool weights = fs::exists(name + "/model.safetensors") || fs::exists(name + "/model.safetensors.index.json");
-    return {ModelSource::Kind::kDirectory, name, read_config(name + "/config.json"), weights};
+    const std::string path = fs::canonical(name);  // of a running run, where `latest` may move before all is read
+    const bool weights = fs::exists(path + "/model.safetensors") || fs::exists(path + "/model.safetensors.index.json");
+    verify_model(path, CheckpointPart::kConfig);
+    return {ModelSource::Kind::kDirectory, path, read_config(path + "/config.json"), weights};
   }
   if (fs::is_regular_file(name)) {
     const std::string extension = fs::path(name).extension();
