@@ -117,6 +117,7 @@ ResumePoint resume(Options& options, std::optional<RunFolder>& folder, TrainerSt
   restore(options, from.checkpoint, state);
   if (in_place) {
     options.out = from.run;
+    clean_run(from.run);
     mend_latest(from.run);
   }
   check_options(options);

@@ -74,6 +74,7 @@ def test_a_complete_run_says_so_and_is_no_error(train, tmp_path):
     (run / "latest").unlink()
     (run / "latest").symlink_to("step_00000006")  # a kill came before it moved
     before = listing(run)
+    (run / ".tmp-removed-step_00000004").mkdir()
     for flags in ([], ["--steps", 12], ["--out", tmp_path / "other"]):
         result = call("--resume", run, *flags)
         (line,) = result.stdout.splitlines()
