@@ -1,13 +1,12 @@
 // train_gpt2.cu: main(). Options, device, data, plan, trainer; and the subcommands plan, generate and eval.
 // Compiled by g++ where there is no nvcc: nothing in this file is CUDA.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <ctime>
 #include <exception>
 #include <filesystem>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -22,21 +21,13 @@
 #include "train/largest_model.h"
 #include "train/plan_report.h"
 #include "train/run_data.h"
+#include "train/run_folder.h"
 #include "train/run_setup.h"
 #include "train/sampler.h"
 #include "train/speeds_cache.h"
 #include "train/trainer.h"
 
 namespace {
-
-std::string new_run_directory() {
-  const std::time_t now = std::time(nullptr);
-  char name[64];
-  std::strftime(name, sizeof name, "runs/%Y-%m-%d_%H-%M-%S", std::localtime(&now));
-  std::string path = name;
-  for (int i = 2; std::filesystem::exists(path); ++i) path = std::string(name) + "-" + std::to_string(i);
-  return path;
-}
 
 // Measured once per machine and configuration, on a backend of its own: what it chooses while it is measured (matmul
 // algorithms) is no part of the run.
@@ -115,31 +106,82 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
   std::fflush(stdout);
 }
 
+bool is_same_directory(const std::string& a, const std::string& b) {
+  std::error_code absent;
+  return std::filesystem::equivalent(a, b, absent);
+}
+
+// What the options do not say comes from the checkpoint. Returns what they change of the training.
+std::vector<std::string> restore(Options& options, const std::string& checkpoint, const TrainerState& state) {
+  options.model = with_absolute_paths(options).model;  // as in a checkpoint
+  const Restored restored = restore_options(options, state.options);
+  std::string missing;
+  for (const std::string& flag : restored.missing) missing += " --" + flag;
+  if (!state.sealed || !missing.empty()) {
+    warn(checkpoint + " is of an earlier version" + (state.sealed ? "" : ": its trainer_state.json has no checksum") +
+         (missing.empty() ? "" : "; defaults are taken for" + missing));
+  }
+  if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
+  return restored.changes;
+}
+
+// The directory that a run goes on in is held before anything is read from it: another run may be writing there.
+// `folder` stays empty where there is nothing left to do.
+ResumePoint resume(Options& options, std::optional<RunFolder>& folder, TrainerState& state,
+                   std::vector<std::string>& changes) {
+  ResumePoint from = find_checkpoint(options.resume);
+  const bool in_place = !options.was_given("out") || is_same_directory(options.out, from.run);
+  if (in_place) {
+    folder.emplace(from.run);
+    from = find_checkpoint(options.resume);  // as it is now that nobody changes it
+  }
+  state = read_checkpoint(from.checkpoint);
+  changes = restore(options, from.checkpoint, state);
+  if (in_place) {
+    options.out = from.run;
+    clean_run(from.run);
+    mend_latest(from.run);
+  }
+  check_options(options);
+  if (state.step >= options.steps) {
+    std::printf("nothing to do: %s is complete, at step %u of %lld; --steps N with a larger N goes on\n",
+                from.checkpoint.c_str(), state.step, static_cast<long long>(options.steps));
+    folder.reset();
+    return from;
+  }
+  if (!in_place) folder.emplace(options.out);
+  if (in_place && newest_step(from.run) > state.step) {
+    throw UsageError(from.run + " holds checkpoints after step " + std::to_string(state.step) + "; to go on from " +
+                     from.checkpoint + " name another --out");
+  }
+  if (!in_place && (newest_step(options.out) > 0 || !goes_on_from(options.out, from.run, state.step))) {
+    throw UsageError(options.out + " holds another run already: go on with --resume " + options.out +
+                     ", or name another --out");
+  }
+  return from;
+}
+
 int train(Options options) {
+  std::optional<RunFolder> folder;  // held to the end
   std::string checkpoint;
   TrainerState state;
   std::vector<std::string> changes;
   if (!options.resume.empty()) {
-    checkpoint = find_checkpoint(options.resume);
-    state = read_checkpoint(checkpoint);
-    changes = restore_options(options, state.options);
-    if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
-    if (!options.was_given("out")) options.out = std::filesystem::path(checkpoint).parent_path();
-    if (newest_step(options.out) > state.step) {
-      throw UsageError(options.out + " holds checkpoints after step " + std::to_string(state.step) +
-                       "; to go on from " + checkpoint + " name another --out");
-    }
+    checkpoint = resume(options, folder, state, changes).checkpoint;
+    if (!folder) return 0;
   } else {
-    if (options.out.empty()) options.out = new_run_directory();
+    check_options(options);
+    folder.emplace(options.out);
+    options.out = folder->path();
     if (newest_step(options.out) > 0) {
       throw UsageError(options.out + " holds a run already: go on with --resume " + options.out +
                        ", or name another --out");
     }
   }
-  check_options(options);
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   const std::string no_validation = resolve_data(options);
+  if (!checkpoint.empty()) check_saved_shards(options, checkpoint);
   const RunRequest request{options, backend->name(), data_vocabulary(options, options.data, "--data"), true,
                            checkpoint};
   // A resumed run has its settings from its checkpoint, unless a budget is given anew.
@@ -209,6 +251,7 @@ std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, Run
   if (options.model.empty()) throw UsageError(kNoModel);
   setup = resolve({options, backend.name(), vocabulary, false, ""});
   if (!setup.source.has_weights) throw UsageError("--model " + options.model + " has no weights");
+  verify_model(setup.source.path, CheckpointPart::kModel);
   backend.end_tuning();  // too short to gain from it, and the same numbers each time
   auto engine = std::make_unique<Engine>(setup.engine, backend);
   engine->allocate();

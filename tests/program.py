@@ -5,6 +5,7 @@ The program is ./train_gpt2 in the repository's root, or what the environment va
 import json
 import os
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,27 @@ def same_state(run_a, run_b):
                for name in ("model.safetensors", "optimizer.safetensors"))
 
 
+def write_state(path, state):
+    """A trainer_state.json with the checksum that its format asks for (docs/formats.md)."""
+    state = {key: value for key, value in state.items() if key != "crc32"}
+    text = json.dumps(state, indent=2).removesuffix("\n}") + ',\n  "crc32": '
+    Path(path).write_text(f"{text}{zlib.crc32(text.encode())}\n}}\n")
+
+
 def metrics(run):
     """The header of metrics.jsonl and the list of its steps."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     return lines[0], lines[1:]
+
+
+def start(*arguments, until="step 10/", cwd=None):
+    """The program in the background, when it has printed a line that begins so."""
+    process = subprocess.Popen([str(PROGRAM), *map(str, arguments)], cwd=cwd or ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    for line in process.stdout:
+        if line.startswith(until):
+            return process
+    raise AssertionError(process.communicate()[1])
 
 
 def losses(run):

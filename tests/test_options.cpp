@@ -106,11 +106,18 @@ TEST(Options, ASavedOptionOfTheWrongTypeIsDamage) {
   json["kappa"] = "often";
   Options now;
   EXPECT_HAS(message_of([&] { restore_options(now, json); }), "kappa");
-  json.erase("kappa");  // an older version did not have it: the default
-  json["from_the_future"] = 1;
-  Options other;
-  EXPECT_NO_THROW(restore_options(other, json));
-  EXPECT_EQ(other.kappa, 1000);
+}
+
+TEST(Options, WhatIsNotSavedIsSaid) {
+  nlohmann::json json = options_to_json(Options());
+  json.erase("kappa");
+  json.erase("checkpoint_every");
+  Options now = parse({"--checkpoint-every", "7"}).options;
+  EXPECT_EQ(restore_options(now, json).missing, std::vector<std::string>{"kappa"});
+  EXPECT_EQ(now.kappa, 1000);
+  EXPECT_EQ(now.checkpoint_every, 7);
+  json["kappb"] = 5;  // a key with a flipped bit, or of a newer version
+  EXPECT_HAS(message_of([&] { restore_options(now, json); }), "kappb");
 }
 
 TEST(Options, CommandsAndGivenFlags) {

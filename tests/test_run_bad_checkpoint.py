@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from program import call, fail, language, listing, write_shard
+from program import call, fail, language, listing, same_state, write_shard, write_state
 
 
 @pytest.fixture
@@ -54,33 +54,89 @@ def test_one_bit_flipped(run, refused, name, place):
     assert name in line and "checksum" in line
 
 
-STATES = {
+def changed(state, *keys, to):
+    """The state with what is found under these keys replaced."""
+    if keys:
+        return {**state, keys[0]: changed(state[keys[0]], *keys[1:], to=to)}
+    return to
+
+
+TEXTS = {
     "empty": lambda text: "",
     "cut": lambda text: text[: len(text) // 2],
     "not JSON": lambda text: "step 6\n",
     "a list": lambda text: "[]",
-    "no step": lambda text: text.replace('"step"', '"stop"'),
-    "step of words": lambda text: text.replace('"step": 6', '"step": "six"'),
-    "another format": lambda text: text.replace('"format": 1', '"format": 99'),
-    "options of another type": lambda text: text.replace('"rank": 16', '"rank": "16"'),
-    "options that cannot be": lambda text: text.replace('"rank": 16', '"rank": -16'),
-    "an unknown optimizer": lambda text: text.replace('"optimizer": "flora"', '"optimizer": "lion"'),
-    "another position's seed": lambda text: text.replace('"seed": 1337,\n    "fingerprint"',
-                                                         '"seed": 7,\n    "fingerprint"'),
+    "another learning rate": lambda text: text.replace('"lr": 0.0005', '"lr": 0.4005'),
+    "another format": lambda text: text.replace('"format": 2', '"format": 99'),
+    "spaces": lambda text: text.replace("\n  ", "\n"),
+}
+
+# With the right checksum.
+STATES = {
+    "no step": lambda state: {key: value for key, value in state.items() if key != "step"},
+    "step of words": lambda state: changed(state, "step", to="six"),
+    "no files": lambda state: changed(state, "files", to={}),
+    "options of another type": lambda state: changed(state, "options", "rank", to="16"),
+    "options that cannot be": lambda state: changed(state, "options", "rank", to=-16),
+    "an unknown option": lambda state: changed(state, "options", to={**state["options"], "ranl": 16}),
+    "an unknown optimizer": lambda state: changed(state, "options", "optimizer", to="lion"),
+    "another position's seed": lambda state: changed(state, "data_position", "seed", to=7),
 }
 
 
-@pytest.mark.parametrize("damage", STATES)
+@pytest.mark.parametrize("damage", [*TEXTS, *STATES])
 def test_a_damaged_trainer_state(run, refused, damage, tmp_path):
     path = run / "step_00000006" / "trainer_state.json"
     before = path.read_text()
-    after = STATES[damage](before)
-    assert after != before
-    path.write_text(after)
+    if damage in TEXTS:
+        path.write_text(TEXTS[damage](before))
+    else:
+        write_state(path, STATES[damage](json.loads(before)))
+    assert path.read_text() != before
     code = call("--resume", run / "step_00000006", "--out", tmp_path / "branch").returncode
     assert code in (1, 2)
     line = refused(code=code)
     assert "::" not in line  # a library's message
+
+
+def test_a_state_of_the_first_format_is_read_and_said(run, tmp_path):
+    path = run / "step_00000006/trainer_state.json"
+    state = json.loads(path.read_text())
+    write_state(path, state)
+    assert call("--resume", run / "step_00000006", "--out", tmp_path / "sealed").stderr == ""
+    path.write_text(json.dumps(changed({k: v for k, v in state.items() if k != "crc32"}, "format", to=1)))
+    result = call("--resume", run / "step_00000006", "--out", tmp_path / "b")
+    assert result.returncode == 0 and same_state(run, tmp_path / "b")
+    (line,) = result.stderr.splitlines()
+    assert "warning" in line and "step_00000006" in line and "no checksum" in line
+
+
+def test_options_that_are_missing_are_said(run, tmp_path):
+    path = run / "step_00000006/trainer_state.json"
+    state = json.loads(path.read_text())
+    write_state(path, changed(state, "options", to={k: v for k, v in state["options"].items() if k != "lr"}))
+    result = call("--resume", run / "step_00000006", "--out", tmp_path / "b")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 0 and "warning" in line and "--lr" in line
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "trainer_state.json"])
+def test_a_model_from_a_damaged_checkpoint(run, data, name, tmp_path):
+    """Where the checksums lie beside the weights, they are used; without trainer_state.json it is any model."""
+    model = run / "latest"
+    contents = bytearray((model / name).read_bytes())
+    contents[-3] ^= 1
+    (model / name).write_bytes(contents)
+    uses = [["eval", "--val-data", data / "text_val_*.bin"], ["generate", "--sample-tokens", 2],
+            ["--data", data / "text_train_*.bin", "--steps", 1, "--out", tmp_path / "new"]]
+    for use in uses:
+        line = fail(*use, "--model", model, code=1)
+        assert name in line and "checksum" in line
+    if name == "config.json":
+        assert name in fail("plan", "--model", model, code=1)
+    (model / "trainer_state.json").unlink()
+    if name == "model.safetensors":
+        assert all(call(*use, "--model", model).returncode == 0 for use in uses)
 
 
 def test_no_checkpoint_there(run, refused, tmp_path):
@@ -129,7 +185,7 @@ def test_the_wrong_state_with_the_right_checksum(train, run, refused):
     state = json.loads((run / "step_00000006/trainer_state.json").read_text())
     theirs = json.loads((other / "step_00000006/trainer_state.json").read_text())
     state["files"]["optimizer.safetensors"] = theirs["files"]["optimizer.safetensors"]
-    (run / "step_00000006/trainer_state.json").write_text(json.dumps(state))
+    write_state(run / "step_00000006/trainer_state.json", state)
     shutil.copy(other / "step_00000006/optimizer.safetensors", run / "step_00000006/optimizer.safetensors")
     assert "momentum" in refused()
 

@@ -81,12 +81,12 @@ def test_an_interrupted_run_goes_on_exactly(train, model, tmp_path, name):
     assert steps_saved(whole) == [5, 10]
     succeed("--resume", whole / "step_00000005", "--out", tmp_path / "rest")
     assert same_state(whole, tmp_path / "rest")
-    assert {t: loss for t, loss in losses(whole).items() if t > 5} == losses(tmp_path / "rest")
+    assert losses(whole) == losses(tmp_path / "rest")
 
 
 def test_a_resume_with_nothing_to_do_says_so(train, model):
     run = train("run", *model, *RUNS["flora-8-bit-offload"], steps=2)
-    assert "nothing to do" in fail("--resume", run, code=2)
+    assert "nothing to do" in succeed("--resume", run)
 
 
 def test_a_signal_leaves_a_checkpoint(data, model, tmp_path):

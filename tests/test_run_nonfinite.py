@@ -9,6 +9,9 @@ from program import TINY, call, fail, metrics, steps_saved, succeed, tensors
 safetensors = pytest.importorskip("safetensors.numpy")
 
 
+NO_CHECKSUMS = shutil.ignore_patterns("trainer_state.json")  # a checkpoint that was changed is no checkpoint
+
+
 @pytest.fixture
 def poisoned(train, tmp_path):
     """A model directory with one weight that is not finite, by which of its numbers it is."""
@@ -16,7 +19,7 @@ def poisoned(train, tmp_path):
 
     def poison(value):
         folder = tmp_path / f"model_{value}"
-        shutil.copytree(first, folder)
+        shutil.copytree(first, folder, ignore=NO_CHECKSUMS)
         weights = safetensors.load_file(folder / "model.safetensors")
         weights["transformer.h.1.mlp.c_fc.bias"][3] = value
         safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -84,6 +87,7 @@ def test_an_untied_head_waits_for_the_loss(train, data, tmp_path):
     weights = safetensors.load_file(model / "model.safetensors")
     weights["transformer.wpe.weight"][0, 0] = np.nan
     safetensors.save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    (model / "trainer_state.json").unlink()
     succeed("--data", data / "text_train_*.bin", *TINY[2:], "--model", model, "--steps", 2, "--rank", 16,
             "--gradients", "fused", "--skip-nonfinite", "--out", tmp_path / "run")
     after = safetensors.load_file(tmp_path / "run/latest/model.safetensors")

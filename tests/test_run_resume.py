@@ -6,10 +6,10 @@ interruptions here are signals, which come when the run is some way along.
 import json
 import shutil
 import signal
-import subprocess
 
+import program
 import pytest
-from program import PROGRAM, TINY, call, fail, losses, metrics, same_state, steps_saved, succeed
+from program import TINY, call, fail, losses, metrics, same_state, steps_saved, succeed
 
 STEPS = 150
 
@@ -35,14 +35,8 @@ RUNS = {
 
 def start(data, out, *flags, steps=STEPS):
     """A run in the background, some steps along."""
-    command = [PROGRAM, "--data", data / "text_train_*.bin", *TINY, "--steps", steps, "--eval-every", 0, "--out", out,
-               *flags]
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
-    for line in process.stdout:
-        if line.startswith("step 10/"):
-            return process
-    raise AssertionError(process.stderr.read())
+    return program.start("--data", data / "text_train_*.bin", *TINY, "--steps", steps, "--eval-every", 0, "--out", out,
+                         *flags)
 
 
 def stop(process, sent):
@@ -113,6 +107,9 @@ def test_resume_into_another_directory_leaves_the_first_alone(train, tmp_path):
     succeed("--resume", whole / "step_00000006", "--out", tmp_path / "branch")
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
     assert same_state(whole, tmp_path / "branch")
+    header, lines = metrics(tmp_path / "branch")  # the other run's to the checkpoint, then its own
+    assert header["options"]["out"] == str(tmp_path / "branch")
+    assert [line["step"] for line in lines] == list(range(1, 13)) and losses(whole) == losses(tmp_path / "branch")
 
 
 def test_going_back_to_an_older_checkpoint_needs_another_folder(train, tmp_path):
@@ -167,11 +164,6 @@ def test_what_may_change_changes_nothing(train, tmp_path):
     assert same_state(run, tmp_path / "b")
     options = json.loads((tmp_path / "b/latest/trainer_state.json").read_text())["options"]
     assert options["recompute"] == "block" and options["log_every"] == 3
-
-
-def test_a_finished_run_has_nothing_to_do(train):
-    run = train("run", "--rank", 16)
-    assert "nothing to do" in fail("--resume", run, code=2)
 
 
 def test_a_second_run_into_the_same_directory_is_refused(train, data):

@@ -2,6 +2,7 @@
 #include "train/file_io.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <zlib.h>
 
@@ -20,6 +21,25 @@ namespace {
 
 uint32_t update_crc(uint32_t crc, const void* data, size_t bytes) {
   return static_cast<uint32_t>(crc32_z(crc, static_cast<const Bytef*>(data), bytes));
+}
+
+// f(data, bytes) for the whole file, piece by piece. A read that fails is an error, not the file's end.
+template <typename F>
+void read_pieces(const std::string& path, F&& f) {
+  const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer never opens
+  if (descriptor < 0) fail(path, "cannot be read");
+  const std::unique_ptr<const int, void (*)(const int*)> closed(&descriptor, [](const int* open) { close(*open); });
+  struct stat status {};
+  if (fstat(descriptor, &status) != 0) fail(path, "cannot be read");
+  if (!S_ISREG(status.st_mode)) throw std::runtime_error(path + ": is not a regular file");
+  std::vector<char> buffer(static_cast<size_t>(std::clamp<off_t>(status.st_size + 1, 1, off_t{4} << 20)));
+  for (;;) {
+    const ssize_t count = read(descriptor, buffer.data(), buffer.size());
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) fail(path, "cannot be read");
+    if (count == 0) return;
+    f(buffer.data(), static_cast<size_t>(count));
+  }
 }
 
 }  // namespace
@@ -71,6 +91,8 @@ FileSummary summarize_file(const std::string& path) {
   }
   return summary;
 }
+
+uint32_t checksum(const std::string& contents) { return update_crc(0, contents.data(), contents.size()); }
 
 void sync_directory(const std::string& path) {
   const int descriptor = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);

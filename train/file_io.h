@@ -32,6 +32,7 @@ class FileWriter {
 
 FileSummary write_file(const std::string& path, const std::string& contents);
 FileSummary summarize_file(const std::string& path);  // reads all of it
+uint32_t checksum(const std::string& contents);       // FileSummary::crc32 of a file with these contents
 void sync_directory(const std::string& path);
 
 // Gives `link` the new target in one step (a new symbolic link renamed over the old one).

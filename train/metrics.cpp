@@ -28,38 +28,53 @@ size_t terminal_columns() {
   return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1 ? size.ws_col : 1000;
 }
 
-// The lines of an interrupted run that a resumed one keeps: whole lines up to the step of the checkpoint.
-std::string lines_until(const std::string& path, uint32_t last_step) {
+std::string path_of(const std::string& run) { return run + "/metrics.jsonl"; }
+
+// The header, if any, and the whole lines of steps up to the last that a resumed run keeps.
+struct KeptLines {
+  std::string header, steps;
+};
+
+KeptLines lines_until(const std::string& path, uint32_t last_step) {
+  KeptLines kept;
+  if (!std::filesystem::exists(path)) return kept;
   std::istringstream file(read_file(path));
-  std::string kept, line;
-  while (std::getline(file, line)) {
+  for (std::string line; std::getline(file, line);) {
     nlohmann::json json;
     try {
       json = parse_json(line, path);
     } catch (const std::runtime_error&) {
-      continue;
+      continue;  // cut off
     }
     if (!json.is_object()) continue;
     const auto step = json.find("step");
-    if (step == json.end() || (step->is_number_unsigned() && *step <= last_step)) kept += line + "\n";
+    if (step == json.end()) kept.header += line + "\n";
+    if (step != json.end() && step->is_number_unsigned() && *step <= last_step) kept.steps += line + "\n";
   }
   return kept;
 }
 
 }  // namespace
 
+bool goes_on_from(const std::string& run, const std::string& other, uint32_t last_step) {
+  const std::string steps = lines_until(path_of(run), last_step).steps;
+  return steps.empty() || steps == lines_until(path_of(other), last_step).steps;
+}
+
 MetricsFile::MetricsFile(const std::string& run, const nlohmann::ordered_json& header,
-                         std::optional<uint32_t> resumed_step)
-    : path_(run + "/metrics.jsonl"), file_(nullptr, std::fclose) {
-  const bool append = resumed_step && std::filesystem::exists(path_);
-  if (append) {
-    const std::string temporary = run + "/.tmp-metrics.jsonl";  // what clean_run() removes
-    write_file(temporary, lines_until(path_, *resumed_step));
-    std::filesystem::rename(temporary, path_);
+                         std::optional<uint32_t> resumed_step, const std::string& resumed_run)
+    : path_(path_of(run)), file_(nullptr, std::fclose) {
+  KeptLines kept;
+  if (resumed_step) {
+    kept = lines_until(path_, *resumed_step);
+    if (kept.steps.empty()) kept = {"", lines_until(path_of(resumed_run), *resumed_step).steps};
   }
-  file_.reset(std::fopen(path_.c_str(), append ? "a" : "w"));
+  if (kept.header.empty()) kept.header = header.dump() + "\n";
+  const std::string temporary = run + "/.tmp-metrics.jsonl";  // what clean_run() removes
+  write_file(temporary, kept.header + kept.steps);
+  std::filesystem::rename(temporary, path_);
+  file_.reset(std::fopen(path_.c_str(), "a"));
   if (!file_) throw std::runtime_error(path_ + ": cannot be written: " + std::strerror(errno));
-  if (!append) write_line(header.dump());
 }
 
 void MetricsFile::write_line(const std::string& line) {

@@ -22,8 +22,10 @@ struct StepMetrics {
 // Appends to `run`/metrics.jsonl; every line is flushed. Throws std::runtime_error when it cannot be written.
 class MetricsFile {
  public:
-  // A new file begins with `header`. When resuming, lines of steps after `resumed_step` are dropped first.
-  MetricsFile(const std::string& run, const nlohmann::ordered_json& header, std::optional<uint32_t> resumed_step);
+  // A new file begins with `header`. A run that goes on from `resumed_step` of `resumed_run` keeps its own file without
+  // the lines of later steps; in a new directory the lines up to that step come from the other run's file, if any.
+  MetricsFile(const std::string& run, const nlohmann::ordered_json& header, std::optional<uint32_t> resumed_step,
+              const std::string& resumed_run);
   void write(const StepMetrics& metrics);
 
  private:
@@ -31,6 +33,9 @@ class MetricsFile {
   std::string path_;
   std::unique_ptr<FILE, int (*)(FILE*)> file_;
 };
+
+// Whether the lines of a run up to a step, if it has any, are those of the other: whether it began as that one did.
+bool goes_on_from(const std::string& run, const std::string& other, uint32_t last_step);
 
 // The live line: rewritten in place on a terminal, one line per call elsewhere.
 class Progress {

@@ -32,13 +32,18 @@ struct ToJson {
 struct FromJson {
   const nlohmann::json& saved;
   const Options& options;
-  std::vector<std::string> changes;
+  Restored found = {};
+  std::vector<std::string> keys = {};  // all that there are
   void group(const char*) {}
   template <typename T>
   void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>& choices,
                   OnResume on_resume) {
     const std::string key = underscored(flag);
-    if (!saved.contains(key)) return;
+    keys.push_back(key);
+    if (!saved.contains(key)) {
+      if (!options.was_given(flag)) found.missing.emplace_back(flag);
+      return;
+    }
     T value;
     try {
       value = saved[key].get<T>();
@@ -54,7 +59,7 @@ struct FromJson {
     if (!options.was_given(flag)) {
       field = value;
     } else if (on_resume == OnResume::kMayChangeTraining && field != value) {
-      changes.push_back(std::string(flag) + " was " + saved[key].dump() + ", is now " + given.dump());
+      found.changes.push_back(std::string(flag) + " was " + saved[key].dump() + ", is now " + given.dump());
     } else if (on_resume == OnResume::kFixed && field != value) {
       throw UsageError(std::string("--") + flag + " " + given.dump() + " contradicts the checkpoint, which has " +
                        saved[key].dump() + "; it cannot change on resume: leave the flag out, or start a new run");
@@ -123,17 +128,23 @@ nlohmann::ordered_json options_to_json(const Options& options) {
   return visitor.json;
 }
 
-std::vector<std::string> restore_options(Options& options, const nlohmann::json& saved) {
+Restored restore_options(Options& options, const nlohmann::json& saved) {
   const Options before = options;
-  FromJson visitor{saved, before, {}};
+  FromJson visitor{saved, before};
   describe(options, visitor);
+  for (const auto& [key, value] : saved.items()) {
+    if (std::find(visitor.keys.begin(), visitor.keys.end(), key) == visitor.keys.end()) {
+      throw std::runtime_error("the checkpoint's option '" + key +
+                               "' is not known; the file is damaged, or of a newer version");
+    }
+  }
   // What is asked for now is never what the earlier call asked for.
   options.plan = before.plan;
   options.json = before.json;
   options.profile = before.profile;
   options.memory_budget = before.memory_budget;  // what it led to is in the other options
   options.resume = before.resume;
-  return visitor.changes;
+  return visitor.found;
 }
 
 void check_options(const Options& o) {

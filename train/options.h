@@ -72,13 +72,18 @@ enum class OnResume : uint8_t { kMayChange, kMayChangeTraining, kFixed };
 template <typename Visitor>
 void describe(Options& o, Visitor& v);
 
-// All options as one JSON object, keyed by flag without the dashes; and back (unknown keys are ignored).
+// All options as one JSON object, keyed by flag without the dashes.
 nlohmann::ordered_json options_to_json(const Options& options);
 
+struct Restored {
+  std::vector<std::string> missing;  // flags that a checkpoint of an earlier version lacks: they keep their defaults
+  std::vector<std::string> changes;  // what changes the training, a line each: what was and what is
+};
+
 // Takes from a checkpoint's options everything that was not given on the command line. A given option that differs and
-// must not change on resume throws UsageError naming the flag and both values. Returns a line for each that changes the
-// training: what was and what is.
-std::vector<std::string> restore_options(Options& options, const nlohmann::json& saved);
+// must not change on resume throws UsageError naming the flag and both values; an option of another type, or one that
+// this version does not have, std::runtime_error.
+Restored restore_options(Options& options, const nlohmann::json& saved);
 
 // Throws UsageError for values out of range and for flags that contradict each other.
 void check_options(const Options& options);
@@ -207,7 +212,8 @@ void describe(Options& o, Visitor& v) {
   v(o.log_every, "log-every", "steps", "progress line; metrics.jsonl has every step", S{}, free);
   v.group("device");
   v(o.device, "device", "", "where to compute", S{"auto", "cpu", "cuda"}, free);
-  v(o.threads, "threads", "", "CPU threads; 0: OMP_NUM_THREADS, else one per core; fixed on resume for identical bits", S{}, free);
+  v(o.threads, "threads", "", "CPU threads; 0: OMP_NUM_THREADS, else one per core; fixed on resume for identical bits",
+    S{}, free);
   v(o.tf32, "tf32", "", "CUDA: fp32 matmuls on tensor cores, inputs rounded to TF32", S{}, fixed);
   v(o.no_autotune, "no-autotune", "",
     "CUDA: cuBLASLt's first choice of a matmul algorithm instead of timing several at the start", S{}, free);

@@ -13,6 +13,7 @@
 #include "data/token_loader.h"
 #include "train/file_io.h"
 #include "train/trainer.h"
+#include "train/trainer_state.h"
 
 namespace fs = std::filesystem;
 
@@ -88,15 +89,9 @@ std::string find_validation(const std::string& training, std::string& looked_for
   return found;
 }
 
-// The options in the trainer_state.json beside a model's weights, or null.
+// The options of the run that a model is a checkpoint of, or null.
 nlohmann::json options_of_run(const std::string& model) {
-  const fs::path path = fs::path(model) / "trainer_state.json";
-  if (!fs::is_regular_file(path)) return nullptr;
-  try {
-    return nlohmann::json::parse(read_file(path)).at("options");
-  } catch (const nlohmann::json::exception& error) {
-    throw std::runtime_error(path.string() + ": damaged (" + error.what() + ")");
-  }
+  return fs::exists(fs::path(model) / kStateFile) ? read_trainer_state(model).options : nlohmann::json();
 }
 
 }  // namespace

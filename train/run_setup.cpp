@@ -5,8 +5,12 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <sstream>
+#include <string_view>
 
+#include "data/token_loader.h"
 #include "kernels/cpu/machine.h"
+#include "train/trainer_state.h"
 
 namespace fs = std::filesystem;
 
@@ -162,16 +166,49 @@ ScheduleConfig schedule_config(const Options& o) {
   return schedule;
 }
 
+// What JSON can hold.
+bool is_utf8(const std::string& text) {
+  try {
+    static_cast<void>(nlohmann::json(text).dump());
+    return true;
+  } catch (const nlohmann::json::exception&) {
+    return false;
+  }
+}
+
 // Checkpoints that do not say trained_positions in config.json have it among their options; 0 when there are none.
 int64_t trained_by_older_version(const ModelSource& source) {
-  const fs::path state = fs::path(source.path) / "trainer_state.json";
-  if (source.kind != ModelSource::Kind::kDirectory || !fs::is_regular_file(state)) return 0;
-  try {
-    const int64_t length = nlohmann::json::parse(read_file(state)).at("options").at("seq_len").get<int64_t>();
-    return length > 0 && length < source.config.positions ? length : 0;
-  } catch (const nlohmann::json::exception& error) {
-    throw std::runtime_error(state.string() + ": damaged (" + error.what() + ")");
+  if (source.kind != ModelSource::Kind::kDirectory || !fs::exists(fs::path(source.path) / kStateFile)) return 0;
+  const nlohmann::json options = read_trainer_state(source.path).options;
+  const auto length = options.find("seq_len");
+  if (length == options.end() || !length->is_number_unsigned()) return 0;
+  return *length < source.config.positions ? length->get<int64_t>() : 0;
+}
+
+// A list of globs as --data takes it, from the root. What the working directory has of a glob's characters means itself
+// there; a directory with a comma, which ends a glob, or one whose name is no text, cannot be said: then nothing
+// changes.
+std::string absolute_globs(const std::string& patterns) {
+  std::error_code error;
+  std::string directory;
+  for (const char c : fs::current_path(error).string()) {
+    if (std::string_view("*?[]\\").find(c) != std::string_view::npos) directory += '\\';
+    directory += c;
   }
+  if (error || !is_utf8(directory) || directory.find(',') != std::string::npos) return patterns;
+  std::string absolute;
+  std::istringstream list(patterns);
+  for (std::string pattern; std::getline(list, pattern, ',');) {
+    const bool relative = !pattern.empty() && pattern[0] != '/' && pattern[0] != '~';
+    absolute += (absolute.empty() ? "" : ",") + (relative ? directory + "/" + pattern : pattern);
+  }
+  return absolute;
+}
+
+std::string absolute_file(const std::string& path) {
+  std::error_code error;
+  const std::string absolute = fs::absolute(path, error);
+  return path.empty() || error || !is_utf8(absolute) ? path : absolute;
 }
 
 }  // namespace
@@ -238,4 +275,26 @@ RunSetup resolve(const RunRequest& request, Undecided undecided) {
   setup.schedule = schedule_config(options);
   setup.options = options;
   return setup;
+}
+
+Options with_absolute_paths(const Options& options) {
+  Options absolute = options;
+  absolute.data = absolute_globs(options.data);
+  absolute.val_data = absolute_globs(options.val_data);
+  absolute.tokenizer = absolute_file(options.tokenizer);
+  if (!is_preset(options.model) && fs::exists(options.model)) absolute.model = absolute_file(options.model);
+  return absolute;
+}
+
+void check_saved_shards(const Options& options, const std::string& checkpoint) {
+  for (const auto& [flag, patterns] : {std::pair("data", options.data), std::pair("val-data", options.val_data)}) {
+    if (patterns.empty() || options.was_given(flag)) continue;
+    try {
+      expand_globs(patterns);
+    } catch (const std::runtime_error&) {
+      throw std::runtime_error("no shards match " + patterns + ", the --" + flag + " of " + checkpoint +
+                               (patterns[0] == '/' ? "" : " seen from where it was started") + "; pass --" + flag +
+                               " with where they are now");
+    }
+  }
 }

@@ -55,3 +55,10 @@ int64_t default_micro_batch(const std::string& device);
 // Finds the tokenizer (run_tokenizer.cpp) of a resolved setup, what a checkpoint takes along of it, and the model's
 // end-of-text tokens where the model does not say them. Throws UsageError, std::runtime_error.
 void find_tokenizer(RunSetup& setup);
+
+// Relative paths of data, tokenizer and model made absolute, so that a run goes on from any working directory. Globs
+// stay globs.
+Options with_absolute_paths(const Options& options);
+
+// Throws std::runtime_error for shards that a checkpoint names and that are not there now.
+void check_saved_shards(const Options& options, const std::string& checkpoint);

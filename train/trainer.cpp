@@ -10,6 +10,7 @@
 
 #include "train/interrupt.h"
 #include "train/memory_advice.h"
+#include "train/run_folder.h"
 #include "train/sampler.h"
 #include "train/version.h"
 
@@ -106,18 +107,15 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
     skipped_ = state.skipped;
     resumed = state.step;
     last_checkpoint_ = checkpoint;
-    if (first_step_ > o.steps) {
-      throw UsageError("nothing to do: " + checkpoint + " is at step " + std::to_string(state.step) + " of " +
-                       std::to_string(o.steps) + "; --steps N with a larger N goes on");
-    }
   } else if (setup_.source.has_weights) {
+    verify_model(setup_.source.path, CheckpointPart::kModel);
     load_weights(setup_.source, engine_.store(), backend_);
   } else {
     engine_.model().initialize(static_cast<uint64_t>(o.seed));
   }
-  std::filesystem::create_directories(o.out);
   clean_run(o.out);
-  metrics_ = std::make_unique<MetricsFile>(o.out, metrics_header(), resumed);
+  metrics_ =
+      std::make_unique<MetricsFile>(o.out, metrics_header(), resumed, std::filesystem::path(checkpoint).parent_path());
 }
 
 void Trainer::open_validation() {
@@ -247,7 +245,7 @@ void Trainer::print_sample(uint32_t t) {
 
 void Trainer::checkpoint(uint32_t t) {
   const Options& o = setup_.options;
-  const TrainerState state{t, skipped_, loader_.position(), options_to_json(o), backend_.tuning()};
+  const TrainerState state{t, skipped_, loader_.position(), options_to_json(with_absolute_paths(o)), backend_.tuning()};
   last_checkpoint_ = save_checkpoint(o.out, state, engine_, setup_.checkpoint_files, o.keep_checkpoints);
 }
 

@@ -13,6 +13,7 @@
 #include "train/llmc_model.h"
 #include "train/options.h"
 #include "train/safetensors.h"
+#include "train/trainer_state.h"
 
 namespace fs = std::filesystem;
 
@@ -267,10 +268,12 @@ bool has_weights(const std::string& directory) {
 ModelSource find_model(const std::string& name) {
   if (is_preset(name)) return {ModelSource::Kind::kPreset, name, preset(name), false};
   if (fs::is_directory(name)) {
-    ModelSource source{ModelSource::Kind::kDirectory, name, read_config(name + "/config.json"), false};
-    const std::string generation = name + "/generation_config.json";
+    const std::string path = fs::canonical(name);  // of a running run, where `latest` may move before all is read
+    verify_model(path, CheckpointPart::kConfig);
+    ModelSource source{ModelSource::Kind::kDirectory, path, read_config(path + "/config.json"), false};
+    const std::string generation = path + "/generation_config.json";
     if (fs::exists(generation)) read_generation_config(generation, source.config);
-    source.has_weights = has_weights(name);
+    source.has_weights = has_weights(path);
     return source;
   }
   if (fs::is_regular_file(name)) {

@@ -20,7 +20,8 @@ struct ModelSource {
 };
 
 // Throws UsageError for an unknown model and for a directory whose only weights are of a kind that is not read here
-// (PyTorch's, TensorFlow's, ...), std::runtime_error for a file that cannot be used.
+// (PyTorch's, TensorFlow's, ...), std::runtime_error for a file that cannot be used, such as the config.json of a
+// checkpoint that is not the one that was saved. (The checkpoint's weights: verify_model() in trainer_state.h.)
 ModelSource find_model(const std::string& name);
 
 // Fills every parameter (and master copy) of the store. Tensors may be fp32, fp16 or bf16, named with or without
