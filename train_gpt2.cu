@@ -104,6 +104,21 @@ void restore(Options& options, const std::string& checkpoint, const TrainerState
   if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
 }
 
+// read_checkpoint(), which where it fails says what else there is.
+TrainerState read_or_name_another(const ResumePoint& from) {
+  try {
+    return read_checkpoint(from.checkpoint);
+  } catch (const std::runtime_error& error) {
+    std::string other;  // the newest
+    for (const uint32_t step : finished_steps(from.run)) {
+      const std::string path = from.run + "/" + checkpoint_name(step);
+      if (path != from.checkpoint) other = path;
+    }
+    if (other.empty()) throw;
+    throw std::runtime_error(std::string(error.what()) + "; another one: --resume " + other + " --out DIR");
+  }
+}
+
 // The directory that a run goes on in is held before anything is read from it: another run may be writing there.
 // `folder` stays empty where there is nothing left to do.
 ResumePoint resume(Options& options, std::optional<RunFolder>& folder, TrainerState& state) {
@@ -113,7 +128,7 @@ ResumePoint resume(Options& options, std::optional<RunFolder>& folder, TrainerSt
     folder.emplace(from.run);
     from = find_checkpoint(options.resume);  // as it is now that nobody changes it
   }
-  state = read_checkpoint(from.checkpoint);
+  state = read_or_name_another(from);
   restore(options, from.checkpoint, state);
   if (in_place) {
     options.out = from.run;
@@ -127,7 +142,7 @@ ResumePoint resume(Options& options, std::optional<RunFolder>& folder, TrainerSt
     folder.reset();
     return from;
   }
-  if (!in_place) folder.emplace(options.out);
+  if (!in_place) options.out = folder.emplace(options.out).path();
   if (in_place && newest_step(from.run) > state.step) {
     throw UsageError(from.run + " holds checkpoints after step " + std::to_string(state.step) + "; to go on from " +
                      from.checkpoint + " name another --out");
@@ -148,8 +163,7 @@ int train(Options options) {
     if (!folder) return 0;
   } else {
     check_options(options);
-    folder.emplace(options.out);
-    options.out = folder->path();
+    options.out = folder.emplace(options.out).path();
     if (newest_step(options.out) > 0) {
       throw UsageError(options.out + " holds a run already: go on with --resume " + options.out +
                        ", or name another --out");
