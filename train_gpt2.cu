@@ -9,11 +9,10 @@
 #include "data/token_loader.h"
 #include "kernels/cpu/thread_waiting.h"
 #include "train/budget.h"
-#include "train/checkpoint.h"
 #include "train/command_line.h"
 #include "train/largest_model.h"
 #include "train/plan_report.h"
-#include "train/run_folder.h"
+#include "train/resume.h"
 #include "train/run_setup.h"
 #include "train/sampler.h"
 #include "train/speeds_cache.h"
@@ -84,74 +83,6 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
     if (!warning.empty()) std::fprintf(stderr, "train_gpt2: warning: %s\n", warning.c_str());
   }
   std::fflush(stdout);
-}
-
-bool is_same_directory(const std::string& a, const std::string& b) {
-  std::error_code absent;
-  return std::filesystem::equivalent(a, b, absent);
-}
-
-// What the options do not say comes from the checkpoint.
-void restore(Options& options, const std::string& checkpoint, const TrainerState& state) {
-  options.model = with_absolute_paths(options).model;  // as in a checkpoint
-  std::string missing;
-  for (const std::string& flag : restore_options(options, state.options)) missing += " --" + flag;
-  if (!state.sealed || !missing.empty()) {
-    std::fprintf(stderr, "train_gpt2: warning: %s is of an earlier version%s%s%s\n", checkpoint.c_str(),
-                 state.sealed ? "" : ": its trainer_state.json has no checksum",
-                 missing.empty() ? "" : "; defaults are taken for", missing.c_str());
-  }
-  if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
-}
-
-// read_checkpoint(), which where it fails says what else there is.
-TrainerState read_or_name_another(const ResumePoint& from) {
-  try {
-    return read_checkpoint(from.checkpoint);
-  } catch (const std::runtime_error& error) {
-    std::string other;  // the newest
-    for (const uint32_t step : finished_steps(from.run)) {
-      const std::string path = from.run + "/" + checkpoint_name(step);
-      if (path != from.checkpoint) other = path;
-    }
-    if (other.empty()) throw;
-    throw std::runtime_error(std::string(error.what()) + "; another one: --resume " + other + " --out DIR");
-  }
-}
-
-// The directory that a run goes on in is held before anything is read from it: another run may be writing there.
-// `folder` stays empty where there is nothing left to do.
-ResumePoint resume(Options& options, std::optional<RunFolder>& folder, TrainerState& state) {
-  ResumePoint from = find_checkpoint(options.resume);
-  const bool in_place = !options.was_given("out") || is_same_directory(options.out, from.run);
-  if (in_place) {
-    folder.emplace(from.run);
-    from = find_checkpoint(options.resume);  // as it is now that nobody changes it
-  }
-  state = read_or_name_another(from);
-  restore(options, from.checkpoint, state);
-  if (in_place) {
-    options.out = from.run;
-    clean_run(from.run);
-    mend_latest(from.run);
-  }
-  check_options(options);
-  if (state.step >= options.steps) {
-    std::printf("nothing to do: %s is complete, at step %u of %lld; --steps N with a larger N goes on\n",
-                from.checkpoint.c_str(), state.step, static_cast<long long>(options.steps));
-    folder.reset();
-    return from;
-  }
-  if (!in_place) options.out = folder.emplace(options.out).path();
-  if (in_place && newest_step(from.run) > state.step) {
-    throw UsageError(from.run + " holds checkpoints after step " + std::to_string(state.step) + "; to go on from " +
-                     from.checkpoint + " name another --out");
-  }
-  if (!in_place && (newest_step(options.out) > 0 || !goes_on_from(options.out, from.run, state.step))) {
-    throw UsageError(options.out + " holds another run already: go on with --resume " + options.out +
-                     ", or name another --out");
-  }
-  return from;
 }
 
 int train(Options options) {
