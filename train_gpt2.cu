@@ -2,7 +2,6 @@
 // Compiled by g++ where there is no nvcc: nothing in this file is CUDA.
 #include <cstdio>
 #include <exception>
-#include <filesystem>
 #include <optional>
 #include <string>
 
