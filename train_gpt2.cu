@@ -16,12 +16,11 @@
 #include "data/tokenizer.h"
 #include "kernels/cpu/library_settings.h"
 #include "train/budget.h"
-#include "train/checkpoint.h"
 #include "train/command_line.h"
 #include "train/largest_model.h"
 #include "train/plan_report.h"
+#include "train/resume.h"
 #include "train/run_data.h"
-#include "train/run_folder.h"
 #include "train/run_setup.h"
 #include "train/sampler.h"
 #include "train/speeds_cache.h"
@@ -106,61 +105,6 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
   std::fflush(stdout);
 }
 
-bool is_same_directory(const std::string& a, const std::string& b) {
-  std::error_code absent;
-  return std::filesystem::equivalent(a, b, absent);
-}
-
-// What the options do not say comes from the checkpoint. Returns what they change of the training.
-std::vector<std::string> restore(Options& options, const std::string& checkpoint, const TrainerState& state) {
-  options.model = with_absolute_paths(options).model;  // as in a checkpoint
-  const Restored restored = restore_options(options, state.options);
-  std::string missing;
-  for (const std::string& flag : restored.missing) missing += " --" + flag;
-  if (!state.sealed || !missing.empty()) {
-    warn(checkpoint + " is of an earlier version" + (state.sealed ? "" : ": its trainer_state.json has no checksum") +
-         (missing.empty() ? "" : "; defaults are taken for" + missing));
-  }
-  if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
-  return restored.changes;
-}
-
-// The directory that a run goes on in is held before anything is read from it: another run may be writing there.
-// `folder` stays empty where there is nothing left to do.
-ResumePoint resume(Options& options, std::optional<RunFolder>& folder, TrainerState& state,
-                   std::vector<std::string>& changes) {
-  ResumePoint from = find_checkpoint(options.resume);
-  const bool in_place = !options.was_given("out") || is_same_directory(options.out, from.run);
-  if (in_place) {
-    folder.emplace(from.run);
-    from = find_checkpoint(options.resume);  // as it is now that nobody changes it
-  }
-  state = read_checkpoint(from.checkpoint);
-  changes = restore(options, from.checkpoint, state);
-  if (in_place) {
-    options.out = from.run;
-    clean_run(from.run);
-    mend_latest(from.run);
-  }
-  check_options(options);
-  if (state.step >= options.steps) {
-    std::printf("nothing to do: %s is complete, at step %u of %lld; --steps N with a larger N goes on\n",
-                from.checkpoint.c_str(), state.step, static_cast<long long>(options.steps));
-    folder.reset();
-    return from;
-  }
-  if (!in_place) folder.emplace(options.out);
-  if (in_place && newest_step(from.run) > state.step) {
-    throw UsageError(from.run + " holds checkpoints after step " + std::to_string(state.step) + "; to go on from " +
-                     from.checkpoint + " name another --out");
-  }
-  if (!in_place && (newest_step(options.out) > 0 || !goes_on_from(options.out, from.run, state.step))) {
-    throw UsageError(options.out + " holds another run already: go on with --resume " + options.out +
-                     ", or name another --out");
-  }
-  return from;
-}
-
 int train(Options options) {
   std::optional<RunFolder> folder;  // held to the end
   std::string checkpoint;
@@ -171,8 +115,7 @@ int train(Options options) {
     if (!folder) return 0;
   } else {
     check_options(options);
-    folder.emplace(options.out);
-    options.out = folder->path();
+    options.out = folder.emplace(options.out).path();
     if (newest_step(options.out) > 0) {
       throw UsageError(options.out + " holds a run already: go on with --resume " + options.out +
                        ", or name another --out");

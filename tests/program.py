@@ -106,11 +106,12 @@ def losses(run):
 
 
 def steps_saved(run):
-    """The steps of the checkpoints in a run's directory; nothing else may be there but latest and metrics."""
+    """The steps of the checkpoints in a run's directory; nothing else may be there but latest, metrics, and the
+    lock of a run that lives or was killed."""
     names = sorted(path.name for path in Path(run).iterdir())
     steps = [int(name.removeprefix("step_")) for name in names if name.startswith("step_")]
     others = {name for name in names if not name.startswith("step_")}
-    assert others <= {"latest", "metrics.jsonl"}, others
+    assert others <= {"latest", "metrics.jsonl", ".lock"}, others
     return steps
 
 

@@ -192,6 +192,7 @@ def test_the_wrong_state_with_the_right_checksum(train, run, refused):
 
 def test_the_good_checkpoint_beside_a_damaged_one(run, tmp_path):
     (run / "step_00000012/model.safetensors").write_bytes(b"")
-    fail("--resume", run, "--steps", 14, code=1)
+    line = fail("--resume", run, "--steps", 14, code=1)
+    assert "step_00000012/model.safetensors" in line and f"--resume {run / 'step_00000006'} " in line
     result = call("--resume", run / "step_00000006", "--out", tmp_path / "b")
     assert result.returncode == 0, result.stderr
