@@ -8,7 +8,7 @@ import os
 from errors import DataError, UsageError
 
 from compressed import COMPRESSIONS, check_regular, open_plain
-from faults import Faults, Fault
+from faults import Fault, Faults
 from json_documents import array_documents, is_array, line_documents
 from parquet_documents import parquet_documents
 from text_documents import Separator, text_documents

@@ -82,5 +82,5 @@ def run_main(main, argv=None):
         message, code = "there is too little memory for this", 1
     except BaseException as error:  # what nobody foresaw
         message, code = f"{type(error).__name__}: {error}", 1
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
     return code

@@ -186,8 +186,8 @@ def prepare(paths, out, name, encoder, *, vocab_dir=None, shard_tokens=100_000_0
             _hold_out_tail(train, validation, encoder, validation_fraction)
         write_tokenizer(os.path.join(out, "tokenizer.bin"), encoder.token_bytes(), encoder.end_of_text)
         if literal:
-            print(f"warning: {END_OF_TEXT} stands in the text of {len(literal):,} documents, as ordinary characters and not "
-                  f"as the token; the first is in {literal[0]}", file=sys.stderr)
+            print(f"warning: {END_OF_TEXT} stands in the text of documents ({len(literal):,}, the first of them in {literal[0]}): "
+                  "ordinary characters there, not the token", file=sys.stderr)
         totals = {"train": train.total, "val": validation.total}
         return {"train": (train.commit(name, "train"), totals["train"]),
                 "val": (validation.commit(name, "val"), totals["val"])}
@@ -255,11 +255,11 @@ def add_on_error_argument(parser):
 
 def report_cuts(separator, given, paths):
     if given and not separator.cuts:
-        texts = sum(kind_of(path) == "text" for path in paths)
-        what = f"each of the {texts} text files is one document" if texts else "it is for plain text, and no input is"
+        texts = any(kind_of(path) == "text" for path in paths)
+        what = "every text file is one document" if texts else "it is for plain text, and no input is"
         print(f"warning: --split-on {given!r} cut nothing: {what}", file=sys.stderr)
     if not given and separator.cuts:
-        print(f"plain text is cut at {separator.text} ({separator.cuts:,} times), which is left out", file=sys.stderr)
+        print(f"plain text is cut at each of its {separator.cuts:,} {separator.text}, which are left out", file=sys.stderr)
 
 
 def main(argv):

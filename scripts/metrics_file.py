@@ -30,7 +30,7 @@ def run_script(name, main):
         message, code = "interrupted", 130
     except Exception as error:  # what nobody foresaw, of the libraries most likely
         message, code = f"{type(error).__name__}: {error}", 1
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)
 
 
