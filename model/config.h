@@ -18,7 +18,7 @@ struct Gpt2Config {
   int64_t trained_positions = 0;
   // bos_token_id, -1: not known; and eos_token_id, which may be several, empty: not known.
   int64_t begin_of_text = -1;
-  std::vector<int64_t> end_of_text;
+  std::vector<int64_t> end_of_text = {};
 
   int64_t usable_positions() const { return trained_positions > 0 ? trained_positions : positions; }
   // end_of_text, or where it is not known GPT-2's 50256 (a vocabulary may be padded), or the last token.

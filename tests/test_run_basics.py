@@ -21,7 +21,8 @@ def test_the_command_of_the_readme_works_in_an_empty_folder(data, tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     assert steps_saved(run) == [2]
     assert {path.name for path in (run / "latest").iterdir()} == {
-        "config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"}
+        "config.json", "generation_config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json",
+        "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
     header, steps = metrics(run)
     assert header["options"]["rank"] == 256 and header["options"]["model"] == "small"
     assert header["version"].startswith("train_gpt2") and header["device"]

@@ -73,6 +73,11 @@ def test_validation_of_another_vocabulary_is_found_before_the_first_step(data, t
     shard = write_shard(tmp_path / "gpt2.bin", language(500, 1), vocabulary=50257)
     line = fail("--data", data / "text_train_*.bin", "--val-data", shard, *FEW, "--out", tmp_path / "run", code=2)
     assert "50257" in line and str(VOCABULARY) in line and not (tmp_path / "run").exists()
+    tokens = language(500, 1)
+    tokens[300] = 400
+    shard = write_shard(tmp_path / "foreign.bin", tokens)
+    line = fail("--data", data / "text_train_*.bin", "--val-data", shard, *FEW, "--out", tmp_path / "run", code=1)
+    assert "foreign.bin: token 400" in line and not (tmp_path / "run").exists()
 
 
 def test_every_window_counts_once_whatever_the_micro_batch(train, evaluate, tmp_path):

@@ -47,10 +47,10 @@ void read_tokenizer(RunSetup& setup, const fs::path& place) {
   const std::string extension = place.extension();
   if (folder || extension == ".json" || extension == ".txt") {
     const fs::path directory = folder ? place : fs::absolute(place).parent_path();
-    setup.tokenizer = std::make_shared<Tokenizer>(read_hugging_face_tokenizer(directory, vocabulary));
     for (const char* name : kHuggingFaceTokenizerFiles) {
       if (fs::exists(directory / name)) setup.checkpoint_files[name] = read_file(directory / name);
     }
+    setup.tokenizer = std::make_shared<Tokenizer>(read_hugging_face_tokenizer(directory, vocabulary));
   } else {
     setup.tokenizer = std::make_shared<Tokenizer>(Tokenizer::from_file(place));
     setup.checkpoint_files = hugging_face_tokenizer_files(*setup.tokenizer, setup.engine.model.positions);
@@ -70,9 +70,8 @@ void find_tokenizer(RunSetup& setup) {
   if (!place.empty() && fs::is_directory(place) && !setup.options.was_given("tokenizer")) {
     try {
       read_tokenizer(setup, place);
-    } catch (const std::runtime_error& error) {  // theirs may be of another kind; it is only asked for by prompts
+    } catch (const std::runtime_error& error) {  // of another kind: others can read it, and only prompts need it here
       setup.tokenizer = nullptr;
-      setup.checkpoint_files.clear();
       setup.tokenizer_warning = std::string("no tokenizer: ") + error.what();
     }
   } else if (!place.empty()) {

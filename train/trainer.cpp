@@ -132,6 +132,16 @@ void Trainer::open_validation() {
                      " tokens, the training shards one of " + std::to_string(loader_.vocabulary()) +
                      "; --val-data needs shards of the same tokenizer: " + o.val_data);
   }
+  // A token that the model does not have is found now, not at the first evaluation.
+  const int64_t all = validation_->sequences_per_epoch(), used = validation_sequences();
+  for (int64_t left = used > 0 ? std::min(used, all) : all; left > 0; left -= o.micro_batch) validation_->next();
+  validation_->rewind();
+}
+
+int64_t Trainer::validation_sequences() const {
+  const Options& o = setup_.options;
+  return o.eval_batches < 0 ? kDefaultEvalBatches * default_micro_batch(backend_.name())
+                            : o.eval_batches * o.micro_batch;
 }
 
 nlohmann::ordered_json Trainer::metrics_header() const {
@@ -225,10 +235,7 @@ StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double second
 
 void Trainer::evaluate(StepMetrics& metrics) {
   int64_t tokens;
-  const Options& o = setup_.options;
-  const int64_t sequences =
-      o.eval_batches < 0 ? kDefaultEvalBatches * default_micro_batch(backend_.name()) : o.eval_batches * o.micro_batch;
-  metrics.val_loss = static_cast<float>(validation_loss(engine_, *validation_, sequences, tokens));
+  metrics.val_loss = static_cast<float>(validation_loss(engine_, *validation_, validation_sequences(), tokens));
   char text[96];
   snprintf(text, sizeof text, "step %u: validation loss %.4f (%lld tokens)", metrics.step, *metrics.val_loss,
            static_cast<long long>(tokens));

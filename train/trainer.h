@@ -35,6 +35,7 @@ class Trainer {
   StepResult train_step(uint32_t t);
   bool finite_or_skipped(uint32_t t, const StepResult& result);
   void open_validation();
+  int64_t validation_sequences() const;  // of one evaluation; 0: all
   void evaluate(StepMetrics& metrics);
   void print_sample(uint32_t t);
   void checkpoint(uint32_t t);
