@@ -165,9 +165,21 @@ TEST(Options, AnUnknownWordSuggestsTheNearestOne) {
                                                                   {"evl", "eval?"},
                                                                   {"genrate", "generate?"}};
   for (const auto& [word, nearest] : words) EXPECT_HAS(message_of([&] { parse({word}); }), nearest);
-  const std::string far = message_of([] { parse({"--frobnicate"}); });
-  EXPECT_HAS(far, "--frobnicate");
-  EXPECT_EQ(far.find("did you mean"), std::string::npos) << far;
+  for (const char* word : {"--frobnicate", "-x", "--x=3", "-5"}) {
+    const std::string far = message_of([&] { parse({word}); });
+    EXPECT_HAS(far, std::string(word).substr(0, std::string(word).find('=')));
+    EXPECT_EQ(far.find("did you mean"), std::string::npos) << far;
+  }
+  EXPECT_HAS(message_of([] { parse({"eval", "plan"}); }), "one subcommand too many");
+}
+
+TEST(Options, AFlagIsNoValue) {
+  EXPECT_HAS(message_of([] { parse({"--resume", "--steps", "5"}); }), "--resume needs a value, not --steps");
+  EXPECT_HAS(message_of([] { parse({"--config", "--plan"}); }), "--config needs a value");
+  EXPECT_EQ(parse({"--prompt=--steps", "--tf32", "--steps", "5"}).options.prompt, "--steps");
+  EXPECT_EQ(parse({"--lr", "-1"}).options.lr, -1);  // for check_options() to refuse
+  EXPECT_HAS(message_of([] { parse({"--out", "r\xff"}); }), "not UTF-8");
+  EXPECT_EQ(parse({"--out", "r\u00e9"}).options.out, "r\u00e9");
 }
 
 // Every flag that takes a text, but the prompt, names something.
