@@ -46,16 +46,18 @@ size_t InputFile::read(void* data, size_t bytes) {
 std::string read_file(const std::string& path) {
   InputFile file(path);
   std::string contents;
+  const auto too_large = [&] {
+    return std::runtime_error(path + ": is larger than " + std::to_string(kLargestText >> 20) +
+                              " MiB; is it the right file?");
+  };
+  if (file.bytes() > kLargestText) throw too_large();
   constexpr size_t kPiece = size_t{1} << 20;  // files of /proc say that they have no bytes
   for (size_t count = kPiece; count == kPiece;) {
     const size_t before = contents.size();
     contents.resize(before + kPiece);
     count = file.read(contents.data() + before, kPiece);
     contents.resize(before + count);
-    if (contents.size() > kLargestText) {
-      throw std::runtime_error(path + ": is larger than " + std::to_string(kLargestText >> 20) +
-                               " MiB; is it the right file?");
-    }
+    if (contents.size() > kLargestText) throw too_large();
   }
   return contents;
 }

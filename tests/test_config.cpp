@@ -3,7 +3,9 @@
 #include "model/config.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -156,6 +158,15 @@ TEST(Config, RefusesWhatItCannotCompute) {
     error_with(key, 1.5);
     error_with(key, nullptr);
   }
+  for (const char* key : {"n_head", "n_layer", "n_embd", "n_positions", "vocab_size"}) {
+    for (const int64_t huge : {int64_t{1} << 30, int64_t{1} << 62, INT64_MAX}) error_with(key, huge);
+    error_with(key, UINT64_MAX);  // not -1
+    error_with(key, 300.7);
+    error_with(key, true);
+  }
+  error_with("n_layer", 100000);
+  error_with("scale_attn_weights", "yes");
+  error_with("n_inner", nlohmann::json::array());
   error_with("model_type", "llama");
   error_with("n_inner", 100);
   error_with("activation_function", "relu");
@@ -163,6 +174,30 @@ TEST(Config, RefusesWhatItCannotCompute) {
   error_with("layer_norm_epsilon", 1e-6);
   error_with("layer_norm_epsilon", "1e-5");
   error_with("tie_word_embeddings", "true");
+  const auto error_of = [&](const std::string& text) {
+    const std::string path = directory.write("config.json", text);
+    const std::string message = message_of([&] { read_config(path); });
+    EXPECT_EQ(message.rfind(path + ": ", 0), 0u) << message;
+    EXPECT_EQ(message.find("exception"), std::string::npos) << message;
+    EXPECT_LT(message.size(), path.size() + 150);
+    return message;
+  };
+  const std::string deep(80000, '[');
+  EXPECT_HAS(error_of("{\"model_type\": " + deep + std::string(80000, ']') + "}"), "nests deeper");
+  EXPECT_HAS(error_of(deep), "nests deeper");
+  EXPECT_HAS(error_of("{\"n_layer\": 1, \"n_layer\": 2}"), "\"n_layer\" twice");
+  EXPECT_HAS(error_of("{\n \"n_layer\": 1e400}"), "not valid JSON");
+  EXPECT_HAS(error_of("{\n \"n_layer\": x}"), "at line 2, column 13");
+  EXPECT_HAS(error_of("{\"n_layer\": 1"), "it ends too early");
+  EXPECT_HAS(error_of(""), "not valid JSON");
+  EXPECT_HAS(error_of("{\"model_type\": \"\xff\"}"), "not valid JSON");
+  error_of("{\"model_type\": \"" + std::string(100000, 'x') + "\", \"vocab_size\": 1}");
+  EXPECT_HAS(message_of([&] { read_config(directory.path()); }), "is a directory");
+  EXPECT_HAS(message_of([&] { read_config("/dev/zero"); }), "is a device");
+  ASSERT_EQ(mkfifo((directory / "pipe").c_str(), 0600), 0);
+  EXPECT_HAS(message_of([&] { read_config(directory / "pipe"); }), "is a pipe");
+  std::filesystem::resize_file(directory.write("config.json", "{}"), uint64_t{10} << 30);
+  EXPECT_HAS(message_of([&] { read_config(directory / "config.json"); }), "larger than 64 MiB");
   EXPECT_HAS(message_of([&] { read_config(directory / "absent.json"); }), "absent.json");
   EXPECT_HAS(message_of([&] { read_config(directory.write("bad.json", "{")); }), "bad.json");
   EXPECT_HAS(message_of([&] { read_config(directory.write("list.json", "[1]")); }), "list.json");

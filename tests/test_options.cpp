@@ -86,7 +86,7 @@ TEST(Options, WhatWasGivenIsKeptOrContradicts) {
   const nlohmann::json json = options_to_json(saved);
 
   Options now = parse({"--steps", "200", "--recompute", "gelu", "--rank", "64"}).options;
-  restore_options(now, json);
+  EXPECT_EQ(restore_options(now, json).changes, std::vector<std::string>{"steps was 100, is now 200"});
   EXPECT_EQ(now.steps, 200);
   EXPECT_EQ(now.recompute, "gelu");
   EXPECT_EQ(now.rank, 64);
@@ -101,11 +101,35 @@ TEST(Options, WhatWasGivenIsKeptOrContradicts) {
   EXPECT_THROW(restore_options(now, json), UsageError);
 }
 
+TEST(Options, WhatChangesTheTrainingIsSaid) {
+  Options saved;
+  saved.lr = 1e-3, saved.micro_batch = 4, saved.tokens_per_step = 1024, saved.weight_decay = 0.1;
+  const nlohmann::json json = options_to_json(saved);
+  Options now = parse({"--lr", "5e-4", "--schedule", "linear", "--micro-batch", "2", "--tokens-per-step", "1024",
+                       "--weight-decay", "0"})
+                    .options;
+  const std::vector<std::string> changes = restore_options(now, json).changes;
+  EXPECT_EQ(changes, (std::vector<std::string>{"micro-batch was 4, is now 2", "lr was 0.001, is now 0.0005",
+                                               "schedule was \"cosine\", is now \"linear\"",
+                                               "weight-decay was 0.1, is now 0.0"}));
+  EXPECT_EQ(now.lr, 5e-4);
+  EXPECT_EQ(now.schedule, "linear");
+  EXPECT_EQ(now.micro_batch, 2);
+  EXPECT_EQ(now.weight_decay, 0);
+  for (const char* flag : {"--seq-len", "--seed", "--kappa", "--head-chunk"}) {
+    Options other = parse({flag, "77"}).options;
+    EXPECT_HAS(message_of([&] { restore_options(other, json); }), "cannot change on resume");
+  }
+}
+
 TEST(Options, ASavedOptionOfTheWrongTypeIsDamage) {
   nlohmann::json json = options_to_json(Options());
-  json["kappa"] = "often";
-  Options now;
-  EXPECT_HAS(message_of([&] { restore_options(now, json); }), "kappa");
+  for (const nlohmann::json& wrong : {nlohmann::json("often"), nlohmann::json(300.7), nlohmann::json(true),
+                                      nlohmann::json(uint64_t{1} << 63), nlohmann::json(nullptr)}) {
+    json["kappa"] = wrong;
+    Options now;
+    EXPECT_HAS(message_of([&] { restore_options(now, json); }), "kappa") << wrong;
+  }
 }
 
 TEST(Options, WhatIsNotSavedIsSaid) {
@@ -141,6 +165,128 @@ TEST(Options, CommandLineMistakesAreUsageErrors) {
   for (const auto& mistake : mistakes) EXPECT_THROW(parse(mistake), UsageError) << mistake[0];
 }
 
+TEST(Options, AnUnknownWordSuggestsTheNearestOne) {
+  const std::vector<std::pair<const char*, const char*>> words = {{"--ranks", "--rank?"},
+                                                                  {"--tokens_per_step", "--tokens-per-step?"},
+                                                                  {"--optimzer=sgd", "--optimizer?"},
+                                                                  {"evl", "eval?"},
+                                                                  {"genrate", "generate?"}};
+  for (const auto& [word, nearest] : words) EXPECT_HAS(message_of([&] { parse({word}); }), nearest);
+  for (const char* word : {"--frobnicate", "-x", "--x=3", "-5"}) {
+    const std::string far = message_of([&] { parse({word}); });
+    EXPECT_HAS(far, std::string(word).substr(0, std::string(word).find('=')));
+    EXPECT_EQ(far.find("did you mean"), std::string::npos) << far;
+  }
+  EXPECT_HAS(message_of([] { parse({"eval", "plan"}); }), "one subcommand too many");
+}
+
+TEST(Options, AFlagIsNoValue) {
+  EXPECT_HAS(message_of([] { parse({"--resume", "--steps", "5"}); }), "--resume needs a value, not --steps");
+  EXPECT_HAS(message_of([] { parse({"--config", "--plan"}); }), "--config needs a value");
+  EXPECT_EQ(parse({"--prompt=--steps", "--tf32", "--steps", "5"}).options.prompt, "--steps");
+  EXPECT_EQ(parse({"--lr", "-1"}).options.lr, -1);  // for check_options() to refuse
+  EXPECT_HAS(message_of([] { parse({"--out", "r\xff"}); }), "not UTF-8");
+  EXPECT_EQ(parse({"--out", "r\u00e9"}).options.out, "r\u00e9");
+}
+
+// Every flag that takes a text, but the prompt, names something.
+struct EmptyStrings {
+  void group(const char*) {}
+  template <typename T>
+  void operator()(T&, const char* flag, const char*, const char*, const std::vector<std::string>&, OnResume) {
+    const std::string name = flag;
+    if (std::is_same_v<T, bool> || name == "prompt") return;
+    EXPECT_EQ(message_of([&] { parse({"--" + name, ""}); }), "--" + name + " needs a value");
+    EXPECT_HAS(message_of([&] { parse({"--" + name + "="}); }), "--" + name + " needs a value");
+    EXPECT_HAS(message_of([&] { parse({"--" + name}); }), "--" + name + " needs a value");
+    EXPECT_THROW(parse({"--" + name, ""}), UsageError);
+  }
+};
+
+TEST(Options, AnEmptyValueIsAMistake) {
+  Options options;
+  EmptyStrings visitor;
+  describe(options, visitor);
+  EXPECT_EQ(parse({"--prompt", ""}).options.prompt, "");
+}
+
+TEST(Options, NumbersAreTakenAsTheyAreOrRefused) {
+  EXPECT_EQ(parse({"--seed", "9223372036854775807"}).options.seed, INT64_MAX);
+  EXPECT_EQ(parse({"--lr", "1e-3"}).options.lr, 1e-3);
+  EXPECT_EQ(parse({"--rank", "3", "--rank", "5"}).options.rank, 5);  // the last one
+  for (const char* text : {"9223372036854775808", "18446744073709551616", "-9223372036854775809"}) {
+    EXPECT_HAS(message_of([&] { parse({"--seed", text}); }), "out of range");
+  }
+  for (const char* text : {"1e400", "-1e400", "1e-400"}) {
+    EXPECT_HAS(message_of([&] { parse({"--lr", text}); }), "out of range");
+  }
+  for (const char* text : {"8.5", "1e3", "0x10", " 8", "8 ", "8,9", "eight"}) {
+    EXPECT_HAS(message_of([&] { parse({"--rank", text}); }), std::string("whole number, not '") + text);
+  }
+}
+
+TEST(Options, AConfigurationFileIsReadStrictly) {
+  const TemporaryDirectory directory;
+  const auto read = [&](const std::string& text, std::vector<std::string> arguments = {}) {
+    arguments.insert(arguments.end(), {"--config", directory.write("run.toml", text)});
+    return parse(arguments).options;
+  };
+  const Options o = read(
+      "\xef\xbb\xbf# a run\r\n\n  rank = 8 # small\r\nlr=3e-3\ntokens-per-step = 1_024\nno-factored = true\n"
+      "tf32 = false\noptimizer = adamw\nprompt = \"a \\\"b\\\" # \\\\ \\n[c]\"\nout = 'C:\\x'\nseed = 5",
+      {"--seed", "6"});
+  EXPECT_EQ(o.rank, 8);
+  EXPECT_EQ(o.lr, 3e-3);
+  EXPECT_EQ(o.tokens_per_step, 1024);
+  EXPECT_TRUE(o.no_factored);
+  EXPECT_FALSE(o.tf32);
+  EXPECT_EQ(o.optimizer, "adamw");
+  EXPECT_EQ(o.prompt, "a \"b\" # \\ \n[c]");
+  EXPECT_EQ(o.out, "C:\\x");
+  EXPECT_EQ(o.seed, 6);  // the command line goes first
+  for (const char* flag : {"rank", "no-factored", "tf32", "seed"}) EXPECT_TRUE(o.was_given(flag)) << flag;
+  EXPECT_FALSE(o.was_given("kappa"));
+
+  const std::vector<std::pair<std::string, const char*>> mistakes = {
+      {"rank = [a#b", "not a list"},
+      {"data = [\"a.bin\", \"b.bin\"]", "not a list"},
+      {"rank = [\n8]", "not a list"},
+      {"[optimizer]\nrank = 8", "sections"},
+      {"rank", "name = value"},
+      {"= 8", "name = value"},
+      {"rank =", "needs a value"},
+      {"rank = # 8", "needs a value"},
+      {"out = \"\"", "--out needs a value"},
+      {"ranks = 8", "did you mean rank?"},
+      {"config = \"other.toml\"", "no flag 'config'"},
+      {"help = true", "no flag 'help'"},
+      {"rank = 8\nlr = 1\nrank = 9", "line 1"},
+      {"rank = 8 9", "more after the value"},
+      {"prompt = \"a\" b", "more after the value"},
+      {"prompt = \"a", "no closing"},
+      {"prompt = \"a\\", "after a \\"},
+      {"prompt = \"\\q\"", "after a \\"},
+      {"data = x_[0-9].bin", "quotes"},
+      {"rank = 8.5", "whole number"},
+      {"rank = \"many\"", "many"},
+      {"seed = 99999999999999999999", "out of range"},
+      {"tf32 = 1", "true or false"},
+      {"optimizer = lion", "none of"},
+      {std::string("rank\0 = 8", 9), "no text"},
+      {"rank = 8\x01", "no text"},
+  };
+  for (const auto& [text, part] : mistakes) {
+    EXPECT_THROW(read(text), UsageError) << text;
+    const std::string message = message_of([&] { read(text); });
+    EXPECT_HAS(message, part);
+    EXPECT_HAS(message, directory / "run.toml:");
+    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+  }
+  for (const std::string& path : {directory.path(), std::string("/dev/zero"), directory / "absent"}) {
+    EXPECT_THROW(parse({"--config", path}), UsageError) << path;
+  }
+}
+
 TEST(Options, DefaultsAreLegal) { EXPECT_NO_THROW(check_options(parse({}).options)); }
 
 TEST(Options, ContradictionsAreFound) {
@@ -161,10 +307,18 @@ TEST(Options, ContradictionsAreFound) {
     EXPECT_HAS(error_of({std::string("--") + flag, "nan"}), std::string("--") + flag);
   }
   for (const char* flag : {"seq-len", "micro-batch", "steps", "rank", "threads", "head-chunk"}) {
-    EXPECT_HAS(error_of({std::string("--") + flag, "9999999999"}), "at most");
+    EXPECT_HAS(error_of({std::string("--") + flag, "2147483648"}), "at most");
     EXPECT_HAS(error_of({std::string("--") + flag, "99999999999999999999999"}), std::string("--") + flag);
   }
   EXPECT_EQ(error_of({"--seed", "9999999999"}), "");
+  for (const char* flag : {"lr", "weight-decay", "eps", "beta2", "temperature", "final-lr", "clip-norm"}) {
+    EXPECT_HAS(error_of({std::string("--") + flag, "1e-46"}), std::string("--") + flag);
+    EXPECT_HAS(error_of({std::string("--") + flag, "1e-40"}), "less than fp32 holds");
+    EXPECT_HAS(error_of({std::string("--") + flag, "1e39"}), "more than fp32 holds");
+    EXPECT_HAS(error_of({std::string("--") + flag, "0.99999999"}), "would be 1");
+  }
+  EXPECT_HAS(error_of({"--beta1", "0.99999999"}), "would be 1");
+  EXPECT_EQ(error_of({"--beta1", "0.9999999"}), "");
   EXPECT_HAS(error_of({"--decay-rate", "0.8"}), "--decay-rate");
   EXPECT_HAS(error_of({"--optimizer", "adamw", "--rank", "8"}), "--optimizer adamw");
   EXPECT_HAS(error_of({"--optimizer", "adamw", "--kappa", "8", "--gradients", "compressed"}), "--kappa");

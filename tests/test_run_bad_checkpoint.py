@@ -153,8 +153,8 @@ def test_no_checkpoint_there(run, refused, tmp_path):
     (["--dtype", "bf16"], ["--dtype", "fp32"]),
     (["--seq-len", 16], ["--seq-len 16", "32"]),
     (["--seed", 2], ["--seed 2", "1337"]),
-    (["--lr", 0.5], ["--lr"]),
-    (["--micro-batch", 4, "--tokens-per-step", 128], ["--micro-batch"]),
+    (["--kappa", 10], ["--kappa 10", "1000"]),
+    (["--head-chunk", 32], ["--head-chunk 32", "64"]),
     (["--gradients", "dense"], ["--gradients", "fused"]),
 ], ids=lambda value: " ".join(map(str, value)))
 def test_what_must_not_change(refused, flags, words):

@@ -1,11 +1,13 @@
 """test_run_bad_input.py: every mistake in flags, data or models ends in one line that says what is wrong, with exit
 code 2 (usage) or 1 (at run time), and writes nothing."""
 import json
+import os
 import subprocess
 
 import numpy as np
 import pytest
-from program import TINY, VOCABULARY, call, fail, language, listing, steps_saved, with_defaults, write_shard
+from program import (PROGRAM, TINY, VOCABULARY, call, fail, language, listing, steps_saved, succeed, with_defaults,
+                     write_shard)
 
 
 @pytest.fixture
@@ -58,6 +60,17 @@ USAGE = [
     (["--device", "cuda"], ["--device cuda"]),
     (["--steps", 10**30], ["--steps"]),
     (["--micro-batch", 10**9, "--seq-len", 200], ["--micro-batch", "--seq-len"]),
+    (["--resume", ""], ["--resume needs a value"]),
+    (["--data", ""], ["--data needs a value"]),
+    (["--data="], ["--data needs a value"]),
+    (["--seed", 2**64], ["--seed", "out of range"]),
+    (["--lr", 1e-46], ["--lr 1e-46", "0"]),
+    (["--beta1", 0.99999999], ["--beta1", "1 in fp32"]),
+    (["--threads", 100000], ["--threads", "1024"]),
+    (["--learning_rates", 1], ["--learning_rates"]),
+    (["--tokens_per_step", 1], ["did you mean --tokens-per-step?"]),
+    (["--model", "two\nlines \x1b[31m"], ["two lines", "tiny"]),
+    (["--optimizer", "x" * 5000], ["--optimizer", "flora"]),
 ]
 
 
@@ -146,6 +159,10 @@ CONFIGS = [
     ({"layer_norm_epsilon": "small"}, 1, ["layer_norm_epsilon"]),
     ({"tie_word_embeddings": "yes"}, 1, ["tie_word_embeddings"]),
     ({"n_inner": 99}, 1, ["n_inner"]),
+    ({"n_embd": 2**62}, 1, ["n_embd", "131072"]),
+    ({"vocab_size": 2**62}, 1, ["vocab_size"]),
+    ({"n_layer": 10**5}, 1, ["n_layer", "1024"]),
+    ({"n_positions": 2**64 - 1}, 1, ["n_positions"]),
     ({"vocab_size": 100}, 2, ["257", "100"]),
     ({}, 2, ["--seq-len 32", "16"]),
 ]
@@ -156,6 +173,13 @@ def test_configurations_that_cannot_be_used(refused, tmp_path, changes, code, wo
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     line = refused("--model", tmp_path / "config.json", code=code)
     assert all(word in line for word in words), line
+
+
+def test_a_batch_whose_sizes_would_overflow(refused, tmp_path):
+    widest = {**CONFIG, "n_embd": 2**17, "n_layer": 1024, "n_positions": 2**20}
+    (tmp_path / "widest.json").write_text(json.dumps(widest))
+    flags = ["--model", tmp_path / "widest.json", "--seq-len", 2**20, "--micro-batch", 1000]
+    assert "1024 layers" in refused(*flags, code=2)
 
 
 def test_files_that_are_not_models(refused, tmp_path):
@@ -171,6 +195,9 @@ def test_files_that_are_not_models(refused, tmp_path):
     header[:8] = 20240326, 3, 32, 257, 2, 2, 32, 384
     (tmp_path / "cut.bin").write_bytes(header.tobytes() + b"\0" * 1000)
     assert "truncated" in refused("--model", tmp_path / "cut.bin", code=1)
+    header[7] = 2**31 - 1
+    (tmp_path / "padded.bin").write_bytes(header.tobytes())
+    assert "truncated" in refused("--model", tmp_path / "padded.bin", code=1)
     header[1] = 7
     (tmp_path / "version.bin").write_bytes(header.tobytes())
     assert "version 7" in refused("--model", tmp_path / "version.bin", code=1)
@@ -182,6 +209,54 @@ def test_configuration_files(refused, tmp_path):
     (tmp_path / "value.toml").write_text('rank = "many"\n')
     assert "rank" in refused("--config", tmp_path / "value.toml", code=2)
     assert "absent.toml" in refused("--config", tmp_path / "absent.toml", code=2)
+    (tmp_path / "crash.toml").write_text("rank = [a#b\n")
+    assert "crash.toml:1: 'rank'" in refused("--config", tmp_path / "crash.toml", code=2)
+    (tmp_path / "list.toml").write_text('data = ["two/a.bin", "two/b.bin"]\n')
+    assert "not a list" in refused("--config", tmp_path / "list.toml", code=2)
+
+
+def test_pipes_devices_and_folders_are_no_files(refused, tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "zero.bin").symlink_to("/dev/zero")
+    for path, code in (("pipe.json", 2), ("folder.json", 1), ("zero.bin", 2), ("/dev/random", 2)):
+        assert str(path) in refused("--model", tmp_path / path, code=code)
+    for path in ("pipe.json", "folder.json", "zero.bin"):
+        assert "a file is needed" in refused("--config", tmp_path / path, code=2)
+        assert "a file is needed" in refused("--tokenizer", tmp_path / path, code=1)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").symlink_to("/dev/zero")
+    assert "is a device" in refused("--model", tmp_path / "model", code=1)
+
+
+def test_deep_json(refused, tmp_path):
+    deep = "[" * 80000 + "]" * 80000
+    (tmp_path / "deep.json").write_text(json.dumps(CONFIG)[:-1] + f', "n_inner": {deep}}}')
+    assert "deeper" in refused("--model", tmp_path / "deep.json", code=1)
+    speeds = tmp_path / "cache/train_gpt2/speeds.json"
+    speeds.parent.mkdir(parents=True)
+    speeds.write_text(deep)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    assert "chosen" in succeed("plan", *TINY, "--memory-budget", "200MiB", env=environment)
+
+
+def test_what_cannot_be_printed_is_a_failure():
+    with open("/dev/full", "w") as full:
+        for flags in (["--help"], ["plan", "--model", "tiny", "--json"], ["plan", "--model", "tiny"]):
+            result = subprocess.run([str(PROGRAM), *flags], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+            assert result.returncode == 1 and result.stderr == "train_gpt2: standard output cannot be written\n"
+
+
+def test_weights_that_are_not_numbers_have_no_loss(train, data, tmp_path):
+    run = train("run", steps=1)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((run / "latest/config.json").read_bytes())
+    weights = bytearray((run / "latest/model.safetensors").read_bytes())
+    weights[-4096:] = np.full(1024, np.nan, np.float32).tobytes()
+    (broken / "model.safetensors").write_bytes(weights)
+    line = fail("eval", "--model", broken, "--val-data", data / "text_val_*.bin", "--seq-len", 32, code=1)
+    assert "not a number" in line
 
 
 def test_subcommands_need_a_model_with_weights(data, tmp_path):

@@ -93,6 +93,21 @@ def test_help_shows_every_flag_with_its_group_and_unit(data):
     assert succeed("--version").startswith("train_gpt2 ")
 
 
+SUBCOMMAND_FLAGS = {
+    "generate": (["model", "prompt", "sample-tokens", "temperature", "top-k", "tokenizer", "seed"], ["rank", "lr", "out"]),
+    "eval": (["model", "val-data", "seq-len", "eval-batches", "micro-batch", "device"], ["rank", "prompt", "steps"]),
+    "plan": (["model", "memory-budget", "json", "recompute", "rank", "micro-batch"], ["resume", "prompt", "out"]),
+}
+
+
+@pytest.mark.parametrize("subcommand", SUBCOMMAND_FLAGS)
+def test_help_of_a_subcommand_shows_its_flags(subcommand):
+    shown, hidden = SUBCOMMAND_FLAGS[subcommand]
+    for command in ([subcommand, "--help"], ["--help", subcommand]):
+        flags = set(re.findall(r"^  --([\w-]+)", succeed(*command), re.MULTILINE))
+        assert flags >= {*shown, "config"} and not flags & set(hidden)
+
+
 def test_a_configuration_file_sets_flags(data, tmp_path):
     (tmp_path / "run.toml").write_text(
         f'data = "{data}/text_train_*.bin"\nmodel = "tiny"\nseq-len = 32\nmicro-batch = 2\nlr = 3e-3\n'

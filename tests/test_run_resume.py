@@ -166,6 +166,32 @@ def test_what_may_change_changes_nothing(train, tmp_path):
     assert options["recompute"] == "block" and options["log_every"] == 3
 
 
+def test_what_is_learned_may_change_when_asked_for(train, tmp_path):
+    """Each change is said; the data goes on where it was, in portions of another size."""
+    run = train("run", "--rank", 16, "--tokens-per-step", 192, "--checkpoint-every", 5, "--keep-checkpoints", 0)
+    text = succeed("--resume", run / "step_00000005", "--out", tmp_path / "b", "--micro-batch", 3, "--lr", 1e-3,
+                   "--schedule", "constant", "--weight-decay", 0)
+    for line in ("micro-batch was 2, is now 3", "lr was 0.0005, is now 0.001", "weight-decay was 0.1, is now 0.0",
+                 'schedule was "cosine", is now "constant"'):
+        assert f"changed     {line}\n" in text
+    assert text.count("changed  ") == 4
+    lines = [line for line in metrics(tmp_path / "b")[1] if line["step"] > 5]
+    assert len(lines) == 7 and all(line["lr"] == pytest.approx(1e-3, rel=1e-6) for line in lines)
+    # The same sequences: the loss before the first changed update is the run's own but for rounding.
+    assert losses(tmp_path / "b")[6] == pytest.approx(losses(run)[6], rel=1e-5)
+    options = json.loads((tmp_path / "b/latest/trainer_state.json").read_text())["options"]
+    assert options["micro_batch"] == 3 and options["tokens_per_step"] == 192 and options["lr"] == 1e-3
+
+    # 12 x 6 sequences are no multiple of the new micro-batch.
+    text = succeed("--resume", tmp_path / "b", "--out", tmp_path / "c", "--micro-batch", 5, "--tokens-per-step", 160,
+                   "--steps", 14)
+    assert "tokens-per-step was 192, is now 160" in text
+    assert [line["tokens"] for line in metrics(tmp_path / "c")[1]][12:] == [12 * 192 + 160, 12 * 192 + 320]
+    line = fail("--resume", tmp_path / "b", "--out", tmp_path / "d", "--micro-batch", 4, "--steps", 14, code=2)
+    assert "--tokens-per-step 192" in line
+    assert "cannot change" in fail("--resume", tmp_path / "b", "--seq-len", 16, code=2)
+
+
 def test_a_second_run_into_the_same_directory_is_refused(train, data):
     run = train("run", "--rank", 16)
     before = same_state(run, run), (run / "metrics.jsonl").read_text()

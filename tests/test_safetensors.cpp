@@ -99,9 +99,32 @@ TEST(Safetensors, RefusesDamagedFiles) {
            R"({"dtype": "F32", "shape": 2, "data_offsets": [0, 8]})",                            //
            R"({"dtype": "F32", "shape": [2], "data_offsets": [0]})",                             //
            R"({"dtype": "F32", "shape": [2]})",
+           R"({"dtype": "F32", "shape": [2.7], "data_offsets": [0, 8]})",      // a fraction
+           R"({"dtype": "F32", "shape": [true, 2], "data_offsets": [0, 8]})",  // no number
+           R"({"dtype": "F32", "shape": {"a": 2}, "data_offsets": [0, 8]})",   // no list
+           R"({"dtype": "F32", "shape": [2], "data_offsets": [0, 8.2]})",      //
+           R"({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]})",       //
+           R"({"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 8]})",     //
+           R"({"dtype": "F32", "shape": [1e400], "data_offsets": [0, 8]})",    //
+           R"({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})",        // bytes of no tensor at the end
+           R"({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]})",        // and at the beginning
+           R"({"dtype": "F32", "shape": [2, 9223372036854775808], "data_offsets": [0, 8]})",
        }) {
     error_of(file_of("{\"a\": " + std::string(entry) + "}", "12345678"));
   }
+  const auto tensor = [](const char* name, int count, int begin, int end) {
+    return '"' + std::string(name) + R"(": {"dtype": "F32", "shape": [)" + std::to_string(count) +
+           R"(], "data_offsets": [)" + std::to_string(begin) + ", " + std::to_string(end) + "]}";
+  };
+  const auto header_of = [](const std::string& a, const std::string& b) { return "{" + a + ", " + b + "}"; };
+  EXPECT_NO_THROW(SafetensorsReader(
+      directory.write("good", file_of(header_of(tensor("a", 1, 4, 8), tensor("b", 1, 0, 4)), "12345678"))));
+  EXPECT_HAS(error_of(file_of(header_of(tensor("a", 2, 0, 8), tensor("b", 1, 4, 8)), "12345678")), "share");
+  EXPECT_HAS(error_of(file_of(header_of(tensor("a", 2, 0, 8), tensor("b", 2, 0, 8)), "12345678")), "share");
+  EXPECT_HAS(error_of(file_of(header_of(tensor("a", 1, 0, 4), tensor("b", 1, 8, 12)), "123456789012")), "no tensor");
+  EXPECT_HAS(error_of(file_of(header_of(tensor("a", 1, 0, 4), tensor("a", 1, 4, 8)), "12345678")), "twice");
+  EXPECT_HAS(error_of(file_of("{\"a\": " + std::string(80000, '['), "")), "nests deeper");
+  EXPECT_HAS(message_of([] { SafetensorsReader reader("/dev/zero"); }), "is a device");
   const std::string absent = message_of([&] { SafetensorsReader reader(directory / "absent"); });
   EXPECT_HAS(absent, "absent");
   EXPECT_HAS(absent, "No such file");

@@ -88,7 +88,7 @@ TEST(Tokenizer, RefusesDamagedFiles) {
     return message;
   };
   const std::string good = tokenizer_bytes(2, small_vocabulary(), 256);
-  EXPECT_HAS(error_of(directory / "absent.bin"), "cannot open");
+  EXPECT_HAS(error_of(directory / "absent.bin"), "cannot be read");
   EXPECT_HAS(error_of(directory.write("empty.bin", "")), "empty");
   EXPECT_HAS(error_of(directory.write("tiny.bin", "ab")), "truncated");
   EXPECT_HAS(error_of(directory.write("head.bin", good.substr(0, 100))), "truncated: the header needs 1024");

@@ -291,6 +291,16 @@ TEST(WeightsIo, DamagedShardsAreRefused) {
     directory.write("model.safetensors.index.json", text);
     EXPECT_NE(error(), "") << text;
   }
+  // Even a good file is not read outside the folder.
+  for (const std::string& name : {"../" + std::filesystem::path(directory.path()).filename().string() + "/" + first,
+                                  directory / first, "./" + first, std::string(".."), std::string()}) {
+    nlohmann::json moved = map;
+    for (const auto& [tensor, file] : map.items()) {
+      if (file == first) moved[tensor] = name;
+    }
+    directory.write("model.safetensors.index.json", nlohmann::json{{"weight_map", moved}}.dump());
+    EXPECT_HAS(error(), "is no name of a file beside it");
+  }
 }
 
 TEST(WeightsIo, FindsWhatAModelIs) {

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "data/unicode_classes.h"
 #include "train/config_file.h"
 #include "train/version.h"
 
@@ -80,10 +81,10 @@ size_t distance(const std::string& a, const std::string& b) {
 // ", did you mean --rank?", or nothing where no name is near.
 std::string suggestion(std::string word, const std::vector<std::string>& names, const std::string& dashes) {
   constexpr size_t kLongest = 100;
-  if (word.size() > kLongest) return "";
+  if (word.empty() || word.size() > kLongest) return "";
   std::replace(word.begin(), word.end(), '_', '-');
   std::string nearest;
-  size_t least = std::max<size_t>(2, word.size() / 3) + 1;
+  size_t least = std::min(std::max<size_t>(2, word.size() / 3) + 1, word.size());  // a letter must stay
   for (const std::string& name : names) {
     const size_t changes = distance(word, name);
     if (changes < least) least = changes, nearest = name;
@@ -105,6 +106,15 @@ T number_of(const std::string& flag, const std::string& text) {
            std::string("needs a ") + (std::is_same_v<T, double> ? "number" : "whole number") + ", not '" + text + "'");
   }
   return value;
+}
+
+bool is_utf8(const std::string& text) {
+  for (size_t i = 0; i < text.size();) {
+    const CodePoint point = decode_utf8(text, i);
+    if (point.code == kInvalidCode) return false;
+    i += point.bytes;
+  }
+  return true;
 }
 
 struct ToCommandLine {
@@ -130,6 +140,7 @@ struct ToCommandLine {
         if constexpr (std::is_same_v<T, std::string>) {
           // An empty prompt is one; all other strings name something.
           if (text.empty() && name != "prompt") refuse(name, "needs a value");
+          if (!is_utf8(text)) refuse(name, "'" + text + "' is not UTF-8, as what is written into a run must be");
           if (!choices.empty() && std::find(choices.begin(), choices.end(), text) == choices.end()) {
             refuse(name, "'" + text + "' is none of " + CLI::detail::join(choices, ", "));
           }
@@ -174,6 +185,7 @@ class Parser {
   }
 
   Command parse(int argc, char** argv) {
+    refuse_flags_as_values(argc, argv);
     try {
       app_.parse(argc, argv);
     } catch (const CLI::CallForHelp&) {
@@ -214,6 +226,18 @@ class Parser {
     return Command::kTrain;
   }
 
+  // CLI11 would take the next flag for the value of one that lacks it.
+  void refuse_flags_as_values(int argc, char** argv) const {
+    for (int i = 1; i + 1 < argc; ++i) {
+      const std::string word = argv[i], next = argv[i + 1];
+      const CLI::Option* const option = word.starts_with("--") ? app_.get_option_no_throw(word) : nullptr;
+      if (option && option->get_items_expected_min() > 0 && next.starts_with("--")) {
+        throw UsageError(word + " needs a value, not " + next + " (what begins with -- is given as " + word + "=" +
+                         next + ")");
+      }
+    }
+  }
+
   // What is neither a flag nor a subcommand.
   std::string surplus() {
     const std::string help = " (./train_gpt2 --help lists the flags)";
@@ -222,6 +246,7 @@ class Parser {
       if (!word.starts_with("-")) {
         std::vector<std::string> names;
         for (const auto& [command, subcommand] : subcommands_) names.push_back(subcommand->get_name());
+        if (std::count(names.begin(), names.end(), word) > 0) return "'" + word + "' is one subcommand too many" + help;
         return "'" + word + "' is no flag and no subcommand" + suggestion(word, names, "") + help;
       }
       const std::string flag = word.substr(0, word.find('='));

@@ -29,6 +29,15 @@ struct ToJson {
   }
 };
 
+// Whether a value is of the type of an option; the JSON library itself would cut 300.7 to 300 and take true for 1.
+template <typename T>
+bool holds(const nlohmann::json& value) {
+  if constexpr (std::is_same_v<T, bool>) return value.is_boolean();
+  if constexpr (std::is_same_v<T, std::string>) return value.is_string();
+  if constexpr (std::is_same_v<T, double>) return value.is_number();
+  return value.is_number_integer() && (!value.is_number_unsigned() || value.get<uint64_t>() <= INT64_MAX);
+}
+
 struct FromJson {
   const nlohmann::json& saved;
   const Options& options;
@@ -44,12 +53,10 @@ struct FromJson {
       if (!options.was_given(flag)) found.missing.emplace_back(flag);
       return;
     }
-    T value;
-    try {
-      value = saved[key].get<T>();
-    } catch (const nlohmann::json::exception&) {
+    if (!holds<T>(saved[key])) {
       throw std::runtime_error("the checkpoint's option '" + key + "' has the wrong type; the file is damaged");
     }
+    const T value = saved[key].get<T>();
     if constexpr (std::is_same_v<T, std::string>) {
       if (!value.empty() && !choices.empty() && std::find(choices.begin(), choices.end(), value) == choices.end()) {
         throw std::runtime_error("the checkpoint's option '" + key + "' is '" + value + "'; the file is damaged");
