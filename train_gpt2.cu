@@ -17,6 +17,7 @@
 #include "train/run_setup.h"
 #include "train/sampler.h"
 #include "train/speeds_cache.h"
+#include "train/standard_streams.h"
 #include "train/trainer.h"
 
 namespace {
@@ -89,7 +90,8 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
   if (plan.host_bytes() > 0) std::printf("host memory %s\n", format_bytes(plan.host_bytes()).c_str());
   std::fputs(budget.c_str(), stdout);
   std::printf("output      %s\n", o.out.c_str());
-  for (const std::string& warning : {trainer.compression_warning(), backend.host_memory_note()}) {
+  for (const std::string& warning :
+       {trainer.compression_warning(), trainer.transfer_warning(), backend.host_memory_note()}) {
     if (!warning.empty()) std::fprintf(stderr, "train_gpt2: warning: %s\n", warning.c_str());
   }
   std::fflush(stdout);
@@ -126,8 +128,7 @@ int train(Options options) {
   const RunSetup setup = choice ? choice->setup : resolve(request);
   Trainer trainer(setup, *backend, checkpoint, state);
   print_banner(setup, *backend, why, choice ? budget_report(*choice) : "", trainer);
-  trainer.run();
-  return 0;
+  return trainer.run();
 }
 
 int plan_largest(const Options& options, Backend& backend) {
@@ -225,16 +226,23 @@ int eval(Options options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  prepare_standard_streams();
   spin_briefly(argv);
   try {
     Options options;
+    int code = 0;
     switch (parse_command_line(argc, argv, options)) {
-      case Command::kTrain: return train(options);
-      case Command::kPlan: return plan(options);
-      case Command::kGenerate: return generate(options);
-      case Command::kEval: return eval(options);
-      case Command::kExit: return 0;
+      case Command::kTrain:
+        outlive_reader();
+        code = train(options);
+        output_arrived();  // what a run is for is in its checkpoints
+        return code;
+      case Command::kPlan: code = plan(options); break;
+      case Command::kGenerate: code = generate(options); break;
+      case Command::kEval: code = eval(options); break;
+      case Command::kExit: break;
     }
+    return output_arrived() ? code : 1;
   } catch (const UsageError& error) {
     std::fprintf(stderr, "train_gpt2: %s\n", error.what());
     return 2;
@@ -242,5 +250,4 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "train_gpt2: %s\n", error.what());
     return 1;
   }
-  return 1;
 }

@@ -76,6 +76,10 @@ Command parse_command_line(int argc, char** argv, Options& options) {
   app.get_formatter()->column_width(kNameColumn);
   app.set_config("--config", "", "read flags from a TOML file: one 'name = value' per line")->type_name("FILE");
   app.allow_config_extras(CLI::config_extras_mode::error);
+  app.footer(
+      "Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end a training run after the step in progress, with a checkpoint; Ctrl-C "
+      "or\n"
+      "SIGTERM again ends it at once. Exit codes: 0 done, 1 failure, 2 wrong usage, 128 + signal when a signal came.");
   app.set_version_flag("--version", kVersion);
   CLI::App* plan = app.add_subcommand(
       "plan", wrapped("print the memory plan, and what each technique saves; with --memory-budget and no --model: the "

@@ -26,8 +26,8 @@ bool output_arrived() {
   errno = 0;
   if (std::fflush(stdout) == 0 && !failed_before) return true;
   if (errno != EPIPE) {
-    std::fprintf(stderr, "train_gpt2: standard output cannot be written%s%s\n", errno != 0 ? ": " : "",
-                 errno != 0 ? std::strerror(errno) : "");
+    std::fprintf(stderr, "train_gpt2: standard output cannot be written: %s\n",
+                 errno != 0 ? std::strerror(errno) : "it is closed or full");
   }
   return false;
 }
