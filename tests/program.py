@@ -42,6 +42,26 @@ def call(*arguments, cwd=None, timeout=60, **options):
                           timeout=timeout, stdin=subprocess.DEVNULL, **options)
 
 
+def start(data, out, *flags, steps, until="step 10/", **options):
+    """A run in the background, `until` a line that begins so was printed (the 10th step)."""
+    command = [PROGRAM, "--data", data / "text_train_*.bin", "--steps", steps, "--out", out,
+               *with_defaults(flags, [*TINY, "--eval-every", 0])]
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, **options)
+    for line in process.stdout:
+        if line.startswith(until):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+def stop(process, *signals):
+    """Sends the signals and waits for the end. Returns exit code, output and errors."""
+    for sent in signals:
+        process.send_signal(sent)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
 def succeed(*arguments, **options):
     """Runs the program and expects exit code 0; returns what it printed."""
     result = call(*arguments, **options)

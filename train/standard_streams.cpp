@@ -2,6 +2,7 @@
 #include "train/standard_streams.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -19,13 +20,22 @@ void prepare_standard_streams() {
   std::signal(SIGXFSZ, SIG_IGN);
 }
 
+namespace {
+
+bool reader_has_gone() {
+  pollfd output{STDOUT_FILENO, POLLOUT, 0};
+  return poll(&output, 1, 0) == 1 && (output.revents & (POLLERR | POLLHUP)) != 0;
+}
+
+}  // namespace
+
 void outlive_reader() { std::signal(SIGPIPE, SIG_IGN); }
 
 bool output_arrived() {
   const bool failed_before = std::ferror(stdout) != 0;
   errno = 0;
   if (std::fflush(stdout) == 0 && !failed_before) return true;
-  if (errno != EPIPE) {
+  if (!reader_has_gone()) {
     std::fprintf(stderr, "train_gpt2: standard output cannot be written: %s\n",
                  errno != 0 ? std::strerror(errno) : "it is closed or full");
   }

@@ -170,8 +170,9 @@ double CpuBackend::measure_peak_flops() {
 }
 
 void* CpuBackend::allocate(size_t bytes) {
+  const size_t room = room_for(bytes);
   if (device_blocks_.empty() && threads_ > 1) try_threads(threads_);
-  void* memory = allocate_into(device_blocks_, bytes, room_for(bytes), "CPU");
+  void* memory = allocate_into(device_blocks_, bytes, room, "CPU");
   allocated_ += bytes;
   return memory;
 }
