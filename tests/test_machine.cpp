@@ -106,9 +106,10 @@ TEST(Threads, ThatCannotBeStartedAreAnError) {
   ASSERT_EQ(pthread_setattr_default_np(&huge), 0);
   const std::string message = message_of([] { make_cpu_backend({.threads = 4})->allocate(100); });
   ASSERT_EQ(pthread_setattr_default_np(&before), 0);
-  EXPECT_EQ(message,
-            "only 0 of 4 threads can be started: Resource temporarily unavailable; use fewer --threads, or raise the "
-            "limit (ulimit -u)");
+  EXPECT_EQ(
+      message,
+      "only 0 of 3 more threads can be started: Resource temporarily unavailable; use fewer --threads, or raise the "
+      "limit (ulimit -u)");
   for (pthread_attr_t* attributes : {&before, &huge}) pthread_attr_destroy(attributes);
 }
 

@@ -73,7 +73,8 @@ def test_a_reader_that_goes_away_ends_nothing(data, tmp_path):
 
 def test_what_is_printed_to_a_closed_output_goes_into_no_file(data, tmp_path):
     """The next file that is opened must not get the number of standard output."""
-    command = [PROGRAM, "--data", data / "text_train_*.bin", *TINY, "--steps", 3, "--rank", 16, "--out", tmp_path / "run"]
+    command = [PROGRAM, "--data", data / "text_train_*.bin", *TINY, "--steps", 3, "--rank", 16, "--out",
+               tmp_path / "run"]
     result = subprocess.run([str(part) for part in command], stderr=subprocess.DEVNULL, timeout=60,
                             preexec_fn=lambda: [os.close(descriptor) for descriptor in (0, 1)])
     assert result.returncode == 0 and [line["step"] for line in metrics(tmp_path / "run")[1]] == [1, 2, 3]

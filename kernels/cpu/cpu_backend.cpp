@@ -87,7 +87,7 @@ void try_threads(int count) {
   for (const pthread_t thread : threads) pthread_join(thread, nullptr);
   if (error != 0)
     throw std::runtime_error("only " + std::to_string(threads.size()) + " of " + std::to_string(count) +
-                             " threads can be started: " + std::strerror(error) +
+                             " more threads can be started: " + std::strerror(error) +
                              "; use fewer --threads, or raise the limit (ulimit -u)");
 }
 
@@ -124,6 +124,11 @@ size_t CpuBackend::memory_available() const {
   return std::min(available_memory(), mappable - aside);
 }
 
+void CpuBackend::check_threads() {
+  if (!threads_checked_ && threads_ > 1) try_threads(threads_ - 1);
+  threads_checked_ = true;
+}
+
 // What an allocation may take: asked for the first one and for large ones only.
 size_t CpuBackend::room_for(size_t bytes) const {
   return device_blocks_.empty() || bytes >= 2 * kHugePage ? memory_available() : SIZE_MAX;
@@ -141,6 +146,7 @@ size_t CpuBackend::runtime_bytes() const {
 
 // The best of a few products of 2048 x 1024 x 2048 (8.6 GFLOP) through matmul(), within about half a second.
 double CpuBackend::measure_peak_flops() {
+  check_threads();
   constexpr int64_t kRows = 2048, kDepth = 1024, kCols = 2048;
   auto random_matrix = [](int64_t elements) {
     std::unique_ptr<float[]> values(new float[elements]);
@@ -171,7 +177,7 @@ double CpuBackend::measure_peak_flops() {
 
 void* CpuBackend::allocate(size_t bytes) {
   const size_t room = room_for(bytes);
-  if (device_blocks_.empty() && threads_ > 1) try_threads(threads_);
+  check_threads();
   void* memory = allocate_into(device_blocks_, bytes, room, "CPU");
   allocated_ += bytes;
   return memory;
