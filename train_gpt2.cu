@@ -13,6 +13,7 @@
 #include "train/checkpoint.h"
 #include "train/command_line.h"
 #include "train/largest_model.h"
+#include "train/mapping_fault.h"
 #include "train/plan_report.h"
 #include "train/run_setup.h"
 #include "train/sampler.h"
@@ -227,6 +228,7 @@ int eval(Options options) {
 
 int main(int argc, char** argv) {
   prepare_standard_streams();
+  explain_mapping_faults();
   spin_briefly(argv);
   try {
     Options options;
