@@ -229,7 +229,7 @@ int eval(Options options) {
 int main(int argc, char** argv) {
   prepare_standard_streams();
   explain_mapping_faults();
-  spin_briefly(argv);
+  choose_thread_settings(argv);
   try {
     Options options;
     int code = 0;

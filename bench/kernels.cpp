@@ -379,7 +379,7 @@ bool parse(int argc, char** argv, BenchOptions& options) {
 
 int main(int argc, char** argv) {
   const Clock::time_point began = Clock::now();
-  spin_briefly(argv);
+  choose_thread_settings(argv);
   try {
     BenchOptions options;
     return parse(argc, argv, options) ? bench(options, began) : 0;

@@ -185,7 +185,7 @@ void add_optimizers() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  spin_briefly(argv);
+  choose_thread_settings(argv);
   {
     const std::unique_ptr<Backend> backend = make_cpu_backend();
     peak_flops = backend->measure_peak_flops();
