@@ -18,12 +18,14 @@
 #include "train/budget.h"
 #include "train/command_line.h"
 #include "train/largest_model.h"
+#include "train/mapping_fault.h"
 #include "train/plan_report.h"
 #include "train/resume.h"
 #include "train/run_data.h"
 #include "train/run_setup.h"
 #include "train/sampler.h"
 #include "train/speeds_cache.h"
+#include "train/standard_streams.h"
 #include "train/trainer.h"
 
 namespace {
@@ -97,8 +99,9 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
   if (plan.host_bytes() > 0) std::printf("host memory %s\n", format_bytes(plan.host_bytes()).c_str());
   std::fputs(budget.c_str(), stdout);
   std::printf("output      %s\n", o.out.c_str());
-  for (const std::string& warning : {trainer.compression_warning(), backend.host_memory_note(),
-                                     vocabulary_warning(setup, o.data), setup.tokenizer_warning}) {
+  for (const std::string& warning :
+       {trainer.compression_warning(), trainer.transfer_warning(), backend.host_memory_note(),
+        vocabulary_warning(setup, o.data), setup.tokenizer_warning}) {
     warn(warning);
   }
   for (const std::string& warning : trainer.data_warnings()) warn(warning);
@@ -136,8 +139,7 @@ int train(Options options) {
   Trainer trainer(setup, *backend, checkpoint, state);
   print_banner(setup, *backend, why, choice ? budget_report(*choice) : "", no_validation, trainer);
   for (const std::string& change : changes) std::printf("changed     %s\n", change.c_str());
-  trainer.run();
-  return 0;
+  return trainer.run();
 }
 
 int plan_largest(const Options& options, Backend& backend) {
@@ -260,20 +262,25 @@ int report(std::string message, int code) {
 
 int run(Command command, const Options& options) {
   switch (command) {
-    case Command::kTrain: return train(options);
+    case Command::kTrain: {
+      outlive_reader();
+      const int code = train(options);
+      output_arrived();  // what a run is for is in its checkpoints
+      return code;
+    }
     case Command::kPlan: plan(options); break;
     case Command::kGenerate: generate(options); break;
     case Command::kEval: eval(options); break;
     case Command::kExit: break;
   }
-  // What was asked for is what is printed.
-  if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw std::runtime_error("standard output cannot be written");
-  return 0;
+  return output_arrived() ? 0 : 1;  // what was asked for is what is printed
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  prepare_standard_streams();
+  explain_mapping_faults();
   choose_library_settings(argv);
   try {
     Options options;

@@ -1,18 +1,22 @@
-// shard.cpp: mapping a token file and judging its header. Costs one page fault per file; reading tokens is a widening
-// copy out of the page cache.
+// shard.cpp: opening a token file and judging its header; reading tokens is one system call per window and a widening
+// copy.
 #include "data/shard.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
 
 namespace {
+
+constexpr size_t kLookedAt = 256;          // bytes that tell what kind of file it is
+constexpr rlim_t kOtherDescriptors = 128;  // for checkpoints, metrics and libraries
 
 struct FileDescriptor {
   int fd;
@@ -25,15 +29,25 @@ struct FileDescriptor {
   throw std::runtime_error(path + ": " + what);
 }
 
+// Whether a shard may stay open, or the rest of the program would be short of descriptors. The soft limit is raised as
+// far as it goes.
+bool may_keep(int descriptor) {
+  const rlim_t needed = static_cast<rlim_t>(descriptor) + kOtherDescriptors;
+  struct rlimit limit = {};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return false;
+  if (needed < limit.rlim_cur) return true;
+  limit.rlim_cur = limit.rlim_max;
+  return ::setrlimit(RLIMIT_NOFILE, &limit) == 0 && needed < limit.rlim_cur;
+}
+
 // What a file with an unknown first word probably is, and what to do about it.
-std::string guess_kind(int32_t magic, const unsigned char* bytes, size_t size) {
+std::string guess_kind(int32_t magic, const unsigned char* bytes, size_t looked_at, int64_t size) {
   constexpr int32_t kModelMagics[] = {20240326, 20240327};
   if (magic == kTokenizerMagic)
     return "is it a tokenizer? narrow the pattern so that it matches only shards, for instance DIR/*_train_*.bin";
   for (int32_t model : kModelMagics)
     if (magic == model) return "is it an llm.c model checkpoint? --data takes token shards";
   size_t printable = 0;
-  const size_t looked_at = size < 256 ? size : 256;
   for (size_t i = 0; i < looked_at; ++i) printable += (bytes[i] >= 32 && bytes[i] < 127) || bytes[i] == '\n';
   if (printable == looked_at)
     return "is it plain text? tokenize it first: .venv/bin/python data/prepare.py FILE --out DIR";
@@ -44,29 +58,25 @@ std::string guess_kind(int32_t magic, const unsigned char* bytes, size_t size) {
 }  // namespace
 
 Shard::Shard(const std::string& path, DataFormat format) : path_(path) {
-  const FileDescriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  // Without O_NONBLOCK a named pipe would wait here for somebody to write.
+  FileDescriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
   if (file.fd < 0) fail(path, std::string("cannot open the token shard: ") + std::strerror(errno) + "; check --data");
   struct stat status = {};
   if (::fstat(file.fd, &status) != 0) fail(path, std::string("cannot stat: ") + std::strerror(errno));
   if (!S_ISREG(status.st_mode)) fail(path, "not a regular file; --data takes shards, for instance DIR/*_train_*.bin");
-  mapped_bytes_ = static_cast<size_t>(status.st_size);
-  if (mapped_bytes_ == 0) fail(path, "the file is empty (0 bytes); prepare or download it again");
-  mapping_ = ::mmap(nullptr, mapped_bytes_, PROT_READ, MAP_SHARED, file.fd, 0);
-  if (mapping_ == MAP_FAILED) {
-    mapping_ = nullptr;
-    fail(path, std::string("cannot map: ") + std::strerror(errno));
-  }
-  try {
-    read_header(format);
-  } catch (...) {
-    unmap();
-    throw;
-  }
+  bytes_ = status.st_size;
+  device_ = status.st_dev;
+  inode_ = status.st_ino;
+  if (bytes_ == 0) fail(path, "the file is empty (0 bytes); prepare or download it again");
+  read_header(format, file.fd);
+  if (may_keep(file.fd)) descriptor_ = std::exchange(file.fd, -1);
 }
 
-void Shard::read_header(DataFormat format) {
-  const auto* bytes = static_cast<const unsigned char*>(mapping_);
-  const auto present = static_cast<int64_t>(mapped_bytes_);
+void Shard::read_header(DataFormat format, int descriptor) {
+  const int64_t present = bytes_;
+  unsigned char bytes[kLookedAt] = {};
+  const size_t looked_at = std::min(sizeof bytes, static_cast<size_t>(present));
+  read_bytes(descriptor, bytes, looked_at, 0);
   if (format == DataFormat::kNanogpt) {
     int32_t magic = 0;
     if (present >= 4) std::memcpy(&magic, bytes, sizeof magic);
@@ -74,7 +84,7 @@ void Shard::read_header(DataFormat format) {
       fail(path_, "starts with llm.c's header, but --data-format nanogpt is for files without one; drop the flag");
     if (present % 2 != 0)
       fail(path_, "truncated: " + std::to_string(present) + " bytes are not a whole number of uint16 tokens");
-    data_ = bytes;
+    data_start_ = 0;
     tokens_ = present / 2;
     vocabulary_ = kGpt2Vocabulary;
     return;
@@ -82,11 +92,11 @@ void Shard::read_header(DataFormat format) {
 
   constexpr int64_t kHeaderBytes = kHeaderWords * static_cast<int64_t>(sizeof(int32_t));
   int32_t header[4] = {};
-  std::memcpy(header, bytes, std::min(sizeof header, mapped_bytes_));
+  std::memcpy(header, bytes, std::min(sizeof header, looked_at));
   const bool wide = header[0] == kWideShardMagic;
   if (!wide && header[0] != kShardMagic)
     fail(path_, "not an llm.c token shard (its first word is " + std::to_string(header[0]) + ", expected " +
-                    std::to_string(kShardMagic) + "); " + guess_kind(header[0], bytes, mapped_bytes_));
+                    std::to_string(kShardMagic) + "); " + guess_kind(header[0], bytes, looked_at, present));
   if (present < kHeaderBytes)
     fail(path_, "truncated: the header needs " + std::to_string(kHeaderBytes) + " bytes, the file has " +
                     std::to_string(present) + "; prepare or download it again");
@@ -106,29 +116,55 @@ void Shard::read_header(DataFormat format) {
                     " bytes, but the file has " + std::to_string(present) + "; prepare or download it again");
   if (header[3] < 0) fail(path_, "the vocabulary in the header is negative: " + std::to_string(header[3]));
   vocabulary_ = header[3] != 0 ? header[3] : wide ? kLlama3Vocabulary : kGpt2Vocabulary;
-  data_ = bytes + kHeaderBytes;
+  data_start_ = kHeaderBytes;
 }
 
-Shard::~Shard() { unmap(); }
+Shard::~Shard() { close(); }
 
 Shard::Shard(Shard&& other) noexcept { *this = std::move(other); }
 
 Shard& Shard::operator=(Shard&& other) noexcept {
   if (this == &other) return *this;
-  unmap();
+  close();
   path_ = std::move(other.path_);
-  mapping_ = std::exchange(other.mapping_, nullptr);
-  mapped_bytes_ = other.mapped_bytes_;
-  data_ = std::exchange(other.data_, nullptr);
+  descriptor_ = std::exchange(other.descriptor_, -1);
+  device_ = other.device_;
+  inode_ = other.inode_;
+  bytes_ = other.bytes_;
+  data_start_ = other.data_start_;
   tokens_ = std::exchange(other.tokens_, 0);
   vocabulary_ = other.vocabulary_;
   token_bytes_ = other.token_bytes_;
   return *this;
 }
 
-void Shard::unmap() noexcept {
-  if (mapping_ != nullptr) ::munmap(mapping_, mapped_bytes_);
-  mapping_ = nullptr;
+void Shard::close() noexcept {
+  if (descriptor_ >= 0) ::close(descriptor_);
+  descriptor_ = -1;
+}
+
+int Shard::open_again() const {
+  const int descriptor = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (descriptor < 0) fail(path_, std::string("cannot be opened any more: ") + std::strerror(errno));
+  struct stat status = {};
+  if (::fstat(descriptor, &status) != 0 || status.st_dev != device_ || status.st_ino != inode_) {
+    ::close(descriptor);
+    fail(path_, "was replaced by another file while it was in use");
+  }
+  return descriptor;
+}
+
+void Shard::read_bytes(int descriptor, void* out, size_t bytes, int64_t offset) const {
+  for (size_t done = 0; done < bytes;) {
+    const ssize_t got =
+        ::pread(descriptor, static_cast<char*>(out) + done, bytes - done, offset + static_cast<int64_t>(done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail(path_, std::string("cannot be read: ") + std::strerror(errno));
+    if (got == 0)
+      fail(path_, "was cut while it was in use: it had " + std::to_string(bytes_) + " bytes and now ends at " +
+                      std::to_string(offset + static_cast<int64_t>(done)));
+    done += static_cast<size_t>(got);
+  }
 }
 
 void Shard::read(std::span<int32_t> out, int64_t first) const {
@@ -136,11 +172,12 @@ void Shard::read(std::span<int32_t> out, int64_t first) const {
   if (first < 0 || first + count > tokens_)
     throw std::out_of_range(path_ + ": tokens [" + std::to_string(first) + ", " + std::to_string(first + count) +
                             ") of " + std::to_string(tokens_));
-  const unsigned char* from = data_ + first * token_bytes_;
-  if (token_bytes_ == 4) {
-    std::memcpy(out.data(), from, out.size_bytes());
-    return;
-  }
+  const FileDescriptor reopened{descriptor_ < 0 ? open_again() : -1};
+  // 16-bit tokens are read into the second half of `out` and widened from its front.
+  const size_t bytes = out.size() * static_cast<size_t>(token_bytes_);
+  char* const from = reinterpret_cast<char*>(out.data()) + (out.size_bytes() - bytes);
+  read_bytes(descriptor_ < 0 ? reopened.fd : descriptor_, from, bytes, data_start_ + first * token_bytes_);
+  if (token_bytes_ == 4) return;
   for (int64_t i = 0; i < count; ++i) {
     uint16_t token;
     std::memcpy(&token, from + 2 * i, sizeof token);

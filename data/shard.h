@@ -1,6 +1,9 @@
-// shard.h: one file of token ids, memory-mapped: nothing is read before it is asked for, and the page cache is the only
-// buffer. Formats: docs/data.md.
+// shard.h: one file of token ids. Nothing is read before it is asked for, and the page cache is the only buffer. It is
+// read, not mapped: a file that is cut while it is used ends a read with an error, a mapping with a signal.
+// Formats: docs/data.md.
 #pragma once
+
+#include <sys/types.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -22,7 +25,7 @@ inline constexpr int64_t kLlama3Vocabulary = 128256;
 
 class Shard {
  public:
-  // Maps the file and checks its header against its size. Throws std::runtime_error, one line naming the file and the
+  // Opens the file and checks its header against its size. Throws std::runtime_error, one line naming the file and the
   // remedy, when it is missing, empty, truncated, or of another kind or version.
   explicit Shard(const std::string& path, DataFormat format = DataFormat::kLlmc);
   ~Shard();
@@ -37,17 +40,22 @@ class Shard {
   int64_t vocabulary() const { return vocabulary_; }
 
   // out = the tokens at positions [first, first + out.size()). A uint32 id that does not fit int32 comes out negative.
-  // Throws std::out_of_range when the range leaves the shard.
+  // Throws std::out_of_range when the range leaves the shard, std::runtime_error naming the file when it cannot be
+  // read: the disk fails, or the file was cut or (without a descriptor) replaced since it was opened.
   void read(std::span<int32_t> out, int64_t first) const;
 
  private:
-  void read_header(DataFormat format);
-  void unmap() noexcept;
+  void read_header(DataFormat format, int descriptor);
+  void read_bytes(int descriptor, void* out, size_t bytes, int64_t offset) const;
+  int open_again() const;
+  void close() noexcept;
 
   std::string path_;
-  void* mapping_ = nullptr;
-  size_t mapped_bytes_ = 0;
-  const unsigned char* data_ = nullptr;  // first token
+  int descriptor_ = -1;  // kept while the process may have more of them; else the file is opened for each read
+  dev_t device_ = 0;     // which file it is, by device and inode
+  ino_t inode_ = 0;
+  int64_t bytes_ = 0;       // of the file
+  int64_t data_start_ = 0;  // offset of the first token
   int64_t tokens_ = 0;
   int64_t vocabulary_ = 0;
   int64_t token_bytes_ = 2;

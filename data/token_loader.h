@@ -1,6 +1,5 @@
-// token_loader.h: micro-batches of token sequences out of memory-mapped shards, in an order that is a pure function of
-// the seed, so that any position of any epoch can be resumed exactly. Memory: the mapping (page cache) and two
-// micro-batches; nothing per sequence.
+// token_loader.h: micro-batches of token sequences out of shards, in an order that is a pure function of the seed, so
+// that any position of any epoch can be resumed exactly. Memory: two micro-batches; nothing per sequence.
 #pragma once
 
 #include <cstdint>

@@ -18,7 +18,31 @@ OptimizerConfig checked(OptimizerConfig config) {
   return config;
 }
 
+// Whether the momentum of a parameter is kept in a projection.
+bool compresses_momentum(const OptimizerConfig& config, const Parameter& parameter) {
+  return config.factored && parameter.matrix && config.beta1 > 0 &&
+         is_compressed(parameter, config.rank, config.compress_embeddings, config.projection);
+}
+
 }  // namespace
+
+double transfer_growth(const OptimizerConfig& config, const std::vector<Parameter>& parameters) {
+  const bool inflates = config.transfer == TransferKind::kReencode && config.projection != ProjectionKind::kOrthonormal;
+  if (config.kind != OptimizerKind::kFlora || !inflates) return 0;
+  int64_t largest = 0;
+  for (const Parameter& parameter : parameters)
+    if (compresses_momentum(config, parameter))
+      largest = std::max(largest, Compression(parameter, config.rank).dimension());
+  if (largest == 0) return 0;
+  const double others = static_cast<double>(largest) + (config.projection == ProjectionKind::kGaussian ? 1 : -1);
+  return std::pow(static_cast<double>(config.beta1), config.kappa) *
+         std::sqrt(1 + others / static_cast<double>(config.rank));
+}
+
+TransferKind bounded_transfer(OptimizerConfig config, const std::vector<Parameter>& parameters) {
+  config.transfer = TransferKind::kReencode;
+  return transfer_growth(config, parameters) < 1 ? TransferKind::kReencode : TransferKind::kRescale;
+}
 
 Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parameters, DType gradient_dtype,
              Backend& backend)
@@ -37,8 +61,7 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
     Slot slot;
     slot.parameter = parameter;
     slot.factored = config_.factored && parameter.matrix;
-    slot.compressed = slot.factored && has_momentum() &&
-                      is_compressed(parameter, config_.rank, config_.compress_embeddings, config_.projection);
+    slot.compressed = compresses_momentum(config_, parameter);
     if (in_blocks(parameter) && !slot.factored)
       throw std::invalid_argument("a gradient in blocks needs a factored second moment");
     add_states(slot);

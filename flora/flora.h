@@ -13,6 +13,15 @@
 #include "flora/optimizer.h"
 #include "flora/projection.h"
 
+// By which factor the norm of a compressed momentum is expected to grow from one change of projection to the next, the
+// largest over the parameters: beta1^kappa sqrt(1 + (d + 1)/r) for Gaussian projections, (d - 1) for Rademacher ones,
+// when it is re-encoded (docs/design.md, "Flora, exactly"). From 1 on it grows without bound. 0 where nothing is
+// compressed or a transfer cannot inflate.
+double transfer_growth(const OptimizerConfig& config, const std::vector<Parameter>& parameters);
+
+// The transfer of a run that chose none: the paper's reencode while it is bounded, else rescale.
+TransferKind bounded_transfer(OptimizerConfig config, const std::vector<Parameter>& parameters);
+
 class Flora final : public Optimizer {
  public:
   Flora(const OptimizerConfig& config, const std::vector<Parameter>& parameters, DType gradient_dtype,

@@ -43,6 +43,30 @@ def call(*arguments, cwd=None, timeout=300, **options):
                           timeout=timeout, stdin=subprocess.DEVNULL, **options)
 
 
+def start(*arguments, until="step 10/", cwd=None, **options):
+    """The program in the background, when it has printed a line that begins so."""
+    process = subprocess.Popen([str(PROGRAM), *map(str, arguments)], cwd=cwd or ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, **options)
+    for line in process.stdout:
+        if line.startswith(until):
+            return process
+    raise AssertionError(process.communicate()[1])
+
+
+def start_training(data, out, *flags, steps, **options):
+    """A tiny run in the background, some steps along."""
+    return start("--data", data / "text_train_*.bin", "--steps", steps, "--out", out,
+                 *with_defaults(flags, [*TINY, "--eval-every", 0]), **options)
+
+
+def stop(process, *signals):
+    """Sends the signals and waits for the end. Returns exit code, output and errors."""
+    for sent in signals:
+        process.send_signal(sent)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
 def succeed(*arguments, **options):
     """Runs the program and expects exit code 0; returns what it printed."""
     result = call(*arguments, **options)
@@ -89,16 +113,6 @@ def metrics(run):
     """The header of metrics.jsonl and the list of its steps."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     return lines[0], lines[1:]
-
-
-def start(*arguments, until="step 10/", cwd=None):
-    """The program in the background, when it has printed a line that begins so."""
-    process = subprocess.Popen([str(PROGRAM), *map(str, arguments)], cwd=cwd or ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
-    for line in process.stdout:
-        if line.startswith(until):
-            return process
-    raise AssertionError(process.communicate()[1])
 
 
 def losses(run):

@@ -248,6 +248,54 @@ TEST(Transfer, ChangesTheNormAsTheorySays) {
   }
 }
 
+// What one transfer does to the norm, and what the momentum decays until the next.
+TEST(Transfer, GrowthIsThatOfTheLargestCompressedParameter) {
+  Parameter embedding = matrix(50000, 64), weight = matrix(192, 400);
+  weight.index = 1;
+  const std::vector<Parameter> parameters = {embedding, weight};
+  const auto growth = [&](ProjectionKind projection, TransferKind transfer, uint32_t kappa, float beta1) {
+    OptimizerConfig config = flora_config(48, kappa, projection, transfer);
+    config.beta1 = beta1;
+    return transfer_growth(config, parameters);
+  };
+  const auto gaussian = ProjectionKind::kGaussian, rademacher = ProjectionKind::kRademacher;
+  const auto reencode = TransferKind::kReencode;
+  EXPECT_NEAR(growth(gaussian, reencode, 3, 0.9f), 0.729 * std::sqrt(1 + 193.0 / 48), 1e-6);
+  EXPECT_NEAR(growth(rademacher, reencode, 3, 0.9f), 0.729 * std::sqrt(1 + 191.0 / 48), 1e-6);
+  EXPECT_LT(growth(gaussian, reencode, 1000, 0.9f), 1e-40);
+  EXPECT_EQ(growth(ProjectionKind::kOrthonormal, reencode, 1, 0.9f), 0);
+  EXPECT_EQ(growth(gaussian, TransferKind::kRescale, 1, 0.9f), 0);
+  EXPECT_EQ(growth(gaussian, TransferKind::kRestart, 1, 0.9f), 0);
+  EXPECT_EQ(growth(gaussian, reencode, 1, 0.0f), 0);
+  OptimizerConfig wide = flora_config(256, 1, gaussian, reencode);  // nothing has that rank
+  EXPECT_EQ(transfer_growth(wide, parameters), 0);
+}
+
+// On either side of a growth of 1, over 12 transfers: re-encoding runs away above it and not below, and what is chosen
+// by default never does.
+TEST(Transfer, TheDefaultIsBounded) {
+  const int64_t rows = 32, cols = 40, rank = 4;
+  const auto config = [&](uint32_t kappa) {
+    return flora_config(rank, kappa, ProjectionKind::kGaussian, TransferKind::kReencode);
+  };
+  const auto largest = [&](OptimizerConfig used) {
+    Bench bench(used, matrix(rows, cols));
+    double most = 0;
+    for (uint32_t t = 1; t <= 12 * used.kappa; ++t) {
+      bench.step(t, gradient_of(rows * cols, t));
+      most = std::max(most, norm(bench.momentum()));
+    }
+    return most;
+  };
+  OptimizerConfig chosen = config(2);  // growth 2.5
+  chosen.transfer = bounded_transfer(chosen, {matrix(rows, cols)});
+  EXPECT_EQ(chosen.transfer, TransferKind::kRescale);
+  const double bounded = largest(chosen);
+  EXPECT_GT(largest(config(2)), 100 * bounded);
+  EXPECT_EQ(bounded_transfer(config(16), {matrix(rows, cols)}), TransferKind::kReencode);  // growth 0.56
+  EXPECT_LT(largest(config(16)), 10 * bounded);
+}
+
 TEST(Transfer, HappensBehindAClosedGate) {
   const int64_t rows = 48, cols = 96;
   for (DType state : {DType::kF32, DType::kBF16, DType::kI8}) {

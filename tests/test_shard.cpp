@@ -3,6 +3,8 @@
 #include "data/shard.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <numeric>
 #include <vector>
@@ -52,6 +54,58 @@ TEST(Shard, ReadsWhatWriteShardWrote) {
   EXPECT_THROW(shard.read(part, 998), std::out_of_range);
   EXPECT_THROW(shard.read(part, -1), std::out_of_range);
   EXPECT_EQ(std::distance(std::filesystem::directory_iterator(directory.path()), {}), 1) << "a temporary file is left";
+}
+
+TEST(Shard, AFileThatIsCutWhileItIsUsedIsAnErrorThatNamesIt) {
+  TemporaryDirectory directory;
+  const std::string path = directory / "a.bin";
+  write_shard(path, std::vector<uint16_t>(1000, 7), 257);
+  const Shard shard(path);
+  std::vector<int32_t> tokens(100);
+  std::filesystem::resize_file(path, 1024 + 2 * 500);
+  shard.read(tokens, 400);  // what is left can be read
+  const std::string message = message_of([&] { shard.read(tokens, 401); });
+  EXPECT_EQ(message.rfind(path + ": was cut", 0), 0u) << message;
+  EXPECT_HAS(message, "had 3024 bytes and now ends at 2024");
+}
+
+TEST(Shard, AnOpenFileMayBeReplacedOrRemoved) {
+  TemporaryDirectory directory;
+  const std::string path = directory / "a.bin";
+  write_shard(path, std::vector<uint16_t>{1, 2, 3}, 257);
+  const Shard shard(path);
+  write_shard(path, std::vector<uint16_t>{4, 5, 6}, 257);
+  EXPECT_EQ(read_all(shard), (std::vector<int32_t>{1, 2, 3}));
+  std::filesystem::remove(path);
+  EXPECT_EQ(read_all(shard), (std::vector<int32_t>{1, 2, 3}));
+}
+
+// In a process with few descriptors: a shard is read, replaced, removed; the messages go to standard error.
+[[noreturn]] void use_shard_without_descriptors(const std::string& path) {
+  const rlimit few{100, 100};
+  setrlimit(RLIMIT_NOFILE, &few);
+  const Shard shard(path);
+  if (read_all(shard) != std::vector<int32_t>{1, 2, 3}) exit(1);
+  std::filesystem::rename(path, path + ".old");
+  write_shard(path, std::vector<uint16_t>{4, 5, 6}, 257);
+  fprintf(stderr, "%s\n", message_of([&] { read_all(shard); }).c_str());
+  std::filesystem::remove(path);
+  fprintf(stderr, "%s\n", message_of([&] { read_all(shard); }).c_str());
+  exit(0);
+}
+
+TEST(Shard, WithoutDescriptorsToKeepItReadsTheSameFileOrSaysSo) {
+  TemporaryDirectory directory;
+  const std::string path = directory / "a.bin";
+  write_shard(path, std::vector<uint16_t>{1, 2, 3}, 257);
+  EXPECT_EXIT(use_shard_without_descriptors(path), testing::ExitedWithCode(0),
+              "a.bin: was replaced.*\n.*a.bin: cannot be opened any more: No such file");
+}
+
+TEST(Shard, ANamedPipeIsRefusedAtOnce) {
+  TemporaryDirectory directory;
+  ASSERT_EQ(mkfifo((directory / "a.bin").c_str(), 0600), 0);
+  EXPECT_HAS(error_of(directory / "a.bin"), "not a regular file");
 }
 
 TEST(Shard, WriterRefusesWhatAReaderCouldNotUse) {

@@ -172,6 +172,11 @@ class Parser {
     app_.name("train_gpt2");
     app_.option_defaults()->always_capture_default(false);
     app_.get_formatter()->column_width(kNameColumn);
+    app_.footer(
+        "Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end a training run after the step in progress, with a checkpoint; Ctrl-C "
+        "or\n"
+        "SIGTERM again ends it at once. Exit codes: 0 done, 1 failure, 2 wrong usage, 128 + signal when a signal "
+        "came.");
     app_.add_option("--config", config_, "read flags from a TOML file: one 'name = value' per line")->type_name("FILE");
     app_.set_version_flag("--version", kVersion);
     add(Command::kPlan, "plan",

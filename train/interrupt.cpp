@@ -1,22 +1,89 @@
-// interrupt.cpp: see interrupt.h.
+// interrupt.cpp: see interrupt.h. A handler may neither allocate nor lock, so what it says is composed beforehand.
 #include "train/interrupt.h"
 
+#include <unistd.h>
 #include <csignal>
+#include <ctime>
+
+#include <atomic>
+#include <cerrno>
+#include <climits>
+#include <cstdio>
+#include <cstring>
 
 namespace {
 
-volatile std::sig_atomic_t signal_seen = 0;
+constexpr int kSignals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1};
+constexpr int64_t kRepeatMilliseconds = 100;  // the same signal within these is the same request
+
+struct Answers {
+  char first[96];
+  char second[PATH_MAX + 96];
+};
+// Two, of which the handler reads the one that is not being written.
+Answers answers[2];
+std::atomic<int> current_answers{0};
+
+std::atomic<int> first_signal{0};
+std::atomic<int64_t> first_time[NSIG];  // of each signal, in milliseconds; 0: not yet
+const char* line_start = "";            // a new line where the terminal shows ^C or half a progress line
+
+int64_t milliseconds_now() {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return 1000 * static_cast<int64_t>(now.tv_sec) + now.tv_nsec / 1000000 + 1;
+}
+
+void say(const char* text, const char* end) {
+  char line[sizeof(Answers::second) + 64];
+  size_t length = 0;
+  for (const char* part : {line_start, text, end}) {
+    const size_t bytes = strnlen(part, sizeof line - length);
+    std::memcpy(line + length, part, bytes);
+    length += bytes;
+  }
+  if (write(STDERR_FILENO, line, length) < 0) return;  // nobody reads it: the run goes on all the same
+}
 
 void on_signal(int signal) {
-  signal_seen = 1;
-  std::signal(signal, SIG_DFL);
+  const int error = errno;
+  const Answers& words = answers[current_answers];
+  const bool ends = signal == SIGINT || signal == SIGTERM;
+  const int64_t now = milliseconds_now();
+  int64_t before = 0;
+  if (first_time[signal].compare_exchange_strong(before, now)) {
+    int none = 0;
+    first_signal.compare_exchange_strong(none, signal);
+    say(words.first, ends ? "; again to stop now\n" : "\n");
+  } else if (ends && now - before > kRepeatMilliseconds) {
+    say(words.second, "\n");
+    _exit(128 + signal);
+  }
+  errno = error;
 }
 
 }  // namespace
 
 void watch_for_interrupts() {
-  std::signal(SIGINT, on_signal);
-  std::signal(SIGTERM, on_signal);
+  if (isatty(STDERR_FILENO)) line_start = "\n";
+  struct sigaction action {};
+  action.sa_handler = on_signal;
+  action.sa_flags = SA_RESTART;
+  for (const int signal : kSignals) sigaddset(&action.sa_mask, signal);
+  for (const int signal : kSignals) {
+    struct sigaction before {};
+    sigaction(signal, nullptr, &before);
+    if (signal != SIGHUP || before.sa_handler != SIG_IGN) sigaction(signal, &action, nullptr);
+  }
 }
 
-bool interrupted() { return signal_seen != 0; }
+void say_when_interrupted(uint32_t step, const std::string& last_checkpoint) {
+  const int next = 1 - current_answers;
+  Answers& words = answers[next];
+  snprintf(words.first, sizeof words.first, "train_gpt2: finishing step %u, then a checkpoint", step);
+  snprintf(words.second, sizeof words.second, "train_gpt2: stopped in step %u; last checkpoint: %s", step,
+           last_checkpoint.empty() ? "none yet" : last_checkpoint.c_str());
+  current_answers = next;
+}
+
+int interrupting_signal() { return first_signal; }

@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t kMostThreads = 1024;
+constexpr int64_t kMostThreads = 1024;  // more than any machine's cores; each has a stack and buffers of its own
 
 std::string underscored(std::string flag) {
   std::replace(flag.begin(), flag.end(), '-', '_');
@@ -178,6 +178,7 @@ void check_options(const Options& o) {
   at_least(static_cast<double>(o.sample_every), 0, "sample-every");
   at_least(static_cast<double>(o.sample_tokens), 1, "sample-tokens");
   at_least(static_cast<double>(o.log_every), 1, "log-every");
+  at_least(static_cast<double>(o.max_skips), 1, "max-skips");
   at_least(static_cast<double>(o.threads), 0, "threads");
   at_least(static_cast<double>(o.seed), 0, "seed");
   at_least(static_cast<double>(o.top_k), 0, "top-k");
@@ -216,6 +217,7 @@ void check_options(const Options& o) {
   only_for({"lr", "schedule", "warmup-steps", "final-lr"}, !o.relative_step,
            "--relative-step, which has its own schedule");
   only_for({"cooldown-steps"}, o.schedule == "wsd", "--schedule " + o.schedule);
+  only_for({"max-skips"}, o.skip_nonfinite, "the absence of --skip-nonfinite");
   only_for({"accumulation-rank"}, o.gradients != "dense", "--gradients dense");
   only_for({"layers-in-flight"}, o.offload != "none" || !o.memory_budget.empty(), "--offload none");
   const std::string weights = o.weight_dtype.empty() ? o.dtype : o.weight_dtype;

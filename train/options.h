@@ -34,13 +34,14 @@ struct Options {
   double decay_rate = -0.8, eps1 = 1e-30, eps2 = 1e-3, update_clip = 1.0;
   bool no_factored = false, scale_parameter = false, relative_step = false, warmup_init = false;
   bool compress_embeddings = false;
-  std::string projection = "gaussian", transfer = "reencode";
+  std::string projection = "gaussian", transfer;
   // gradients
   std::string gradients;
   int64_t accumulation_rank = 0;
   std::string accumulation_dtype = "fp32";
   double clip_norm = -1;
   bool skip_nonfinite = false;
+  int64_t max_skips = 5;
   // memory
   std::string memory_budget, recompute = "none", gradient_blocks = "whole", offload = "none";
   int64_t head_chunk = 0, layers_in_flight = 2;
@@ -148,7 +149,9 @@ void describe(Options& o, Visitor& v) {
   v(o.beta2, "beta2", "", "AdamW: decay of the second moment", S{}, fixed);
   v(o.eps, "eps", "", "AdamW: added to the root of the second moment", S{}, fixed);
   v(o.projection, "projection", "", "Flora: kind of projection", S{"gaussian", "rademacher", "orthonormal"}, fixed);
-  v(o.transfer, "transfer", "", "Flora: what happens to the momentum when the projection changes",
+  v(o.transfer, "transfer", "",
+    "Flora: what happens to the momentum when the projection changes; default: reencode, or rescale where reencode "
+    "could make it grow without bound",
     S{"reencode", "restart", "rescale"}, fixed);
   v(o.decay_rate, "decay-rate", "", "Flora, Adafactor: beta2(t) = 1 - t^decay-rate", S{}, fixed);
   v(o.eps1, "eps1", "", "Flora, Adafactor: added to squared gradients", S{}, fixed);
@@ -173,6 +176,7 @@ void describe(Options& o, Visitor& v) {
     "largest global gradient norm, 0: off; fused needs two backward passes; default: 1 for dense adamw and sgd, else 0",
     S{}, fixed);
   v(o.skip_nonfinite, "skip-nonfinite", "", "skip an update with a non-finite loss instead of stopping", S{}, free);
+  v(o.max_skips, "max-skips", "steps", "skip-nonfinite: stop after so many skipped updates in a row", S{}, free);
   v.group("memory");
   v(o.memory_budget, "memory-budget", "BYTES|auto",
     "choose the fastest micro-batch, recompute, head-chunk, gradient-blocks and offload that fit, among those not "

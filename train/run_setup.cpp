@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "data/token_loader.h"
+#include "flora/flora.h"
 #include "kernels/cpu/machine.h"
 #include "train/trainer_state.h"
 
@@ -121,9 +122,7 @@ EngineConfig engine_config(const Options& o, const Gpt2Config& model, bool train
   opt.warmup_init = o.warmup_init;
   opt.compress_embeddings = o.compress_embeddings;
   opt.projection = projection;
-  opt.transfer = choice<TransferKind>(
-      {{"reencode", TransferKind::kReencode}, {"restart", TransferKind::kRestart}, {"rescale", TransferKind::kRescale}},
-      o.transfer);
+  opt.transfer = o.transfer.empty() ? bounded_transfer(opt, gpt2_parameters(model)) : transfer_of(o.transfer);
   SinkConfig& sink = engine.sink;
   sink.kind = choice<SinkKind>(
       {{"dense", SinkKind::kDense}, {"fused", SinkKind::kFused}, {"compressed", SinkKind::kCompressed}}, o.gradients);
@@ -271,6 +270,7 @@ RunSetup resolve(const RunRequest& request, Undecided undecided) {
   }
   check_options(options);  // what was chosen may contradict what was given
   setup.engine = engine_config(options, config, request.training);
+  options.transfer = transfer_name(setup.engine.optimizer.transfer);
   check_gradient_blocks(options, setup.engine.sink, undecided);
   setup.schedule = schedule_config(options);
   setup.options = options;

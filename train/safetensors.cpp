@@ -15,6 +15,24 @@
 
 namespace {
 
+// Whether none of the floats is infinite or NaN, which have an exponent of ones.
+template <typename Bits>
+bool all_finite(const std::vector<char>& bytes, Bits exponent) {
+  bool finite = true;
+  for (size_t i = 0; i < bytes.size(); i += sizeof(Bits)) {
+    Bits bits;
+    std::memcpy(&bits, bytes.data() + i, sizeof bits);
+    finite &= (bits & exponent) != exponent;
+  }
+  return finite;
+}
+
+bool all_finite(const std::vector<char>& bytes, DType dtype) {
+  if (dtype == DType::kF32) return all_finite<uint32_t>(bytes, 0x7f800000u);
+  if (dtype == DType::kBF16) return all_finite<uint16_t>(bytes, 0x7f80u);
+  return true;
+}
+
 size_t element_size(const std::string& dtype) {
   static const std::map<std::string, size_t> sizes = {{"F64", 8},  {"I64", 8}, {"F32", 4}, {"I32", 4}, {"F16", 2},
                                                       {"BF16", 2}, {"I16", 2}, {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
@@ -130,6 +148,7 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path, const std::vector<
     header[entry.name] = {
         {"dtype", entry.dtype}, {"shape", entry.shape}, {"data_offsets", {offset, offset + entry.bytes()}}};
     offset += entry.bytes();
+    names_.push_back(entry.name);
   }
   std::string text = header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');  // the data starts at a multiple of 8
@@ -144,6 +163,8 @@ void SafetensorsWriter::write(const Tensor& tensor, Backend& backend) {
     buffer_.resize(std::min(kPiece, tensor.bytes() - begin));
     backend.copy(buffer_.data(), static_cast<const char*>(tensor.data) + begin, buffer_.size());
     backend.synchronize();
+    if (!all_finite(buffer_, tensor.dtype)) throw std::runtime_error(names_.at(written_) + " is not finite");
     file_.write(buffer_.data(), buffer_.size());
   }
+  ++written_;
 }

@@ -44,12 +44,15 @@ class SafetensorsReader {
 class SafetensorsWriter {
  public:
   SafetensorsWriter(const std::string& path, const std::vector<TensorEntry>& entries);
-  // From the device's memory, through a small buffer in the host's.
+  // From the device's memory, through a small buffer in the host's. Throws std::runtime_error naming the tensor when a
+  // number is not finite.
   void write(const Tensor& tensor, Backend& backend);
   void write(const void* data, size_t bytes) { file_.write(data, bytes); }
   FileSummary finish() { return file_.finish(); }
 
  private:
   FileWriter file_;
+  std::vector<std::string> names_;  // in the order of writing
+  size_t written_ = 0;              // tensors
   std::vector<char> buffer_;
 };

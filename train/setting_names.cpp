@@ -13,6 +13,8 @@ constexpr std::pair<const char*, Recompute> kLevels[] = {{"none", Recompute::kNo
                                                          {"block", Recompute::kBlock}};
 constexpr std::pair<const char*, GradientBlocks> kBlocks[] = {
     {"whole", GradientBlocks::kWhole}, {"embedding", GradientBlocks::kEmbedding}, {"all", GradientBlocks::kAll}};
+constexpr std::pair<const char*, TransferKind> kTransfers[] = {
+    {"reencode", TransferKind::kReencode}, {"restart", TransferKind::kRestart}, {"rescale", TransferKind::kRescale}};
 
 template <typename Table, typename Value>
 std::string name_in(const Table& table, Value value) {
@@ -37,6 +39,9 @@ Recompute recompute_of(const std::string& name) { return value_in(kLevels, name)
 
 std::string gradient_blocks_name(GradientBlocks blocks) { return name_in(kBlocks, blocks); }
 GradientBlocks gradient_blocks_of(const std::string& name) { return value_in(kBlocks, name); }
+
+std::string transfer_name(TransferKind transfer) { return name_in(kTransfers, transfer); }
+TransferKind transfer_of(const std::string& name) { return value_in(kTransfers, name); }
 
 std::string offload_name(const Offload& offload) {
   std::string list;

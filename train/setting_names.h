@@ -1,4 +1,4 @@
-// setting_names.h: the memory settings as they are written in flags.
+// setting_names.h: settings as they are written in flags.
 #pragma once
 
 #include <string>
@@ -10,6 +10,9 @@ Recompute recompute_of(const std::string& name);
 
 std::string gradient_blocks_name(GradientBlocks blocks);
 GradientBlocks gradient_blocks_of(const std::string& name);
+
+std::string transfer_name(TransferKind transfer);
+TransferKind transfer_of(const std::string& name);
 
 // "none", or a list such as "activations,weights"; weights bring their state along.
 std::string offload_name(const Offload& offload);

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <stdexcept>
 
+#include "flora/flora.h"
 #include "train/interrupt.h"
 #include "train/memory_advice.h"
 #include "train/run_folder.h"
@@ -17,6 +18,24 @@
 namespace {
 
 constexpr int64_t kDefaultEvalBatches = 20;  // of the default micro-batch
+
+// Training data that cannot be read. A step asks for data before it updates anything with it, so the state is still
+// that of the step before.
+struct DataError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+void warn(const std::string& what) { std::fprintf(stderr, "train_gpt2: warning: %s\n", what.c_str()); }
+
+// Something beside the training itself: when it fails, that is said and the run goes on.
+template <typename Job>
+void try_beside(uint32_t t, const char* without, Job&& job) {
+  try {
+    job();
+  } catch (const std::exception& error) {
+    warn("step " + std::to_string(t) + ": " + without + ": " + error.what());
+  }
+}
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -185,34 +204,57 @@ std::string Trainer::compression_warning() const {
   return "";
 }
 
+std::string Trainer::transfer_warning() const {
+  const Options& o = setup_.options;
+  const double growth = transfer_growth(setup_.engine.optimizer, gpt2_parameters(setup_.engine.model));
+  if (growth < 1) return "";
+  char text[256];
+  snprintf(text, sizeof text,
+           "--transfer reencode with --rank %lld, --kappa %lld and --beta1 %g can multiply the momentum by about %.3g "
+           "every %lld steps, without bound; --transfer rescale or restart, or a larger --kappa, cannot",
+           static_cast<long long>(o.rank), static_cast<long long>(o.kappa), o.beta1, growth,
+           static_cast<long long>(o.kappa));
+  return text;
+}
+
 StepResult Trainer::train_step(uint32_t t) {
   const ActivationShapes& shapes = engine_.config().shapes;
   const bool two_passes = engine_.sink().needs_norm_pass();
   const DataPosition start = loader_.position();
   int passes = 0;
   return engine_.step(t, learning_rate(setup_.schedule, t, static_cast<uint32_t>(setup_.options.steps)), [&](int i) {
-    if (two_passes && i == 0 && passes++ == 1) loader_.seek(start);  // the same micro-batches once more
-    return host_batch(loader_.next(), shapes.batch, shapes.sequence, true);
+    try {
+      if (two_passes && i == 0 && passes++ == 1) loader_.seek(start);  // the same micro-batches once more
+      return host_batch(loader_.next(), shapes.batch, shapes.sequence, true);
+    } catch (const std::runtime_error& error) {
+      throw DataError(error.what());
+    }
   });
 }
 
 bool Trainer::finite_or_skipped(uint32_t t, const StepResult& result) {
+  const Options& o = setup_.options;
   const bool finite_loss = std::isfinite(result.loss);
   const bool finite_norm = std::isfinite(result.grad_norm);
-  if (finite_loss && finite_norm && result.applied) return true;
+  if (finite_loss && finite_norm && result.applied) {
+    skipped_in_a_row_ = 0;
+    return true;
+  }
   const std::string what = !finite_loss ? "loss" : !finite_norm ? "gradient norm" : "factor of a projection";
   // Under the fused sink weights were already updated when a gradient turned out not to be finite.
-  const bool undone =
-      !finite_loss || (!finite_norm && (setup_.options.gradients != "fused" || engine_.sink().needs_norm_pass()));
-  if (setup_.options.skip_nonfinite && undone) {
+  const bool undone = !finite_loss || (!finite_norm && (o.gradients != "fused" || engine_.sink().needs_norm_pass()));
+  std::string why = "step " + std::to_string(t) + ": the " + what + " is not finite";
+  if (o.skip_nonfinite && undone) {
     ++skipped_;
-    progress_.message("step " + std::to_string(t) + ": the " + what + " is not finite, update skipped (" +
-                      std::to_string(skipped_) + " so far)");
-    return false;
+    ++skipped_in_a_row_;
+    if (skipped_in_a_row_ < o.max_skips) {
+      progress_.message(why + ", update skipped (" + std::to_string(skipped_) + " so far)");
+      return false;
+    }
+    why += ", as in every one of the last " + std::to_string(skipped_in_a_row_) + " (--max-skips)";
   }
   progress_.finish();
-  throw std::runtime_error("step " + std::to_string(t) + ": the " + what + " is not finite; last good checkpoint: " +
-                           (last_checkpoint_.empty() ? "none yet" : last_checkpoint_));
+  throw std::runtime_error(why + "; last good checkpoint: " + last_checkpoint());
 }
 
 StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double seconds) {
@@ -250,60 +292,110 @@ void Trainer::print_sample(uint32_t t) {
                     sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling) + "\n----");
 }
 
-void Trainer::checkpoint(uint32_t t) {
+void Trainer::checkpoint(uint32_t t, const DataPosition& position) {
   const Options& o = setup_.options;
-  const TrainerState state{t, skipped_, loader_.position(), options_to_json(with_absolute_paths(o)), backend_.tuning()};
-  last_checkpoint_ = save_checkpoint(o.out, state, engine_, setup_.checkpoint_files, o.keep_checkpoints);
+  const TrainerState state{t, skipped_, position, options_to_json(with_absolute_paths(o)), backend_.tuning()};
+  // In the middle of skipped updates an older checkpoint may be the last one that learned anything: all are kept.
+  const int64_t keep = skipped_in_a_row_ > 0 ? 0 : o.keep_checkpoints;
+  try {
+    last_checkpoint_ = save_checkpoint(o.out, state, engine_, setup_.checkpoint_files, keep);
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error("step " + std::to_string(t) + ": no checkpoint is written: " + error.what() +
+                             "; last checkpoint: " + last_checkpoint());
+  }
+  say_when_interrupted(t, last_checkpoint_);
 }
 
-void Trainer::run() {
+// The state before step t, whose data could not be read: no update of step t has begun.
+void Trainer::checkpoint_before(uint32_t t, const DataPosition& position) {
+  progress_.finish();
+  if (t == first_step_) return;  // nothing was learned
+  try {
+    checkpoint(t - 1, position);
+  } catch (const std::runtime_error& error) {
+    warn(error.what());
+  }
+}
+
+int Trainer::run() {
   const Options& o = setup_.options;
   const uint32_t steps = static_cast<uint32_t>(o.steps);
+  say_when_interrupted(first_step_, last_checkpoint_);
   watch_for_interrupts();
   const auto run_start = std::chrono::steady_clock::now();
   if (o.profile) backend_.profiler = &profiler_;
   double step_seconds = 0;
   uint32_t done = steps;
+  bool owed = false;  // a checkpoint that was due at a step without an update
   const auto due = [](uint32_t t, int64_t every) { return every > 0 && t % static_cast<uint32_t>(every) == 0; };
   for (uint32_t t = first_step_; t <= steps; ++t) {
+    say_when_interrupted(t, last_checkpoint_);
     const auto start = std::chrono::steady_clock::now();
+    const DataPosition position = loader_.position();
     StepResult result;
     try {
       result = train_step(t);
     } catch (const std::runtime_error& error) {
+      if (dynamic_cast<const DataError*>(&error)) checkpoint_before(t, position);
       progress_.finish();
       throw std::runtime_error("step " + std::to_string(t) + ": " + error.what() +
-                               "; last checkpoint: " + (last_checkpoint_.empty() ? "none yet" : last_checkpoint_));
+                               "; last checkpoint: " + last_checkpoint());
     }
     backend_.end_tuning();
     const double seconds = seconds_since(start);
     step_seconds += seconds;
     const bool updated = finite_or_skipped(t, result);
     StepMetrics metrics = measure(t, result, seconds);
-    const bool last = t == steps, stop = interrupted();
-    if (updated && (due(t, o.log_every) || last || stop)) progress_.step(metrics, (steps - t) * mean_step_seconds_);
+    const bool last = t == steps;
+    if (updated && (due(t, o.log_every) || last || interrupted()))
+      progress_.step(metrics, (steps - t) * mean_step_seconds_);
     backend_.profiler = nullptr;
-    if (validation_ && (due(t, o.eval_every) || last)) evaluate(metrics);
-    metrics_->write(metrics);
-    if (due(t, o.sample_every)) print_sample(t);
-    if (due(t, o.checkpoint_every) || last || stop) checkpoint(t);
-    if (stop) {
+    // Evaluations, samples and the metrics file come beside the run: none of them may cost it its checkpoint.
+    if (validation_ && (last || (due(t, o.eval_every) && !interrupted())))
+      try_beside(t, "no validation loss", [&] { evaluate(metrics); });
+    std::string unwritten;
+    try {
+      metrics_->write(metrics);
+    } catch (const std::runtime_error& error) {
+      unwritten = error.what();
+    }
+    const bool stop = interrupted() || !unwritten.empty();
+    owed = owed || due(t, o.checkpoint_every);
+    const bool saved = (owed && updated) || last || stop;
+    if (saved) {
+      checkpoint(t, loader_.position());
+      owed = false;
+    }
+    if (!unwritten.empty()) {
+      progress_.finish();
+      throw std::runtime_error("step " + std::to_string(t) + ": " + unwritten +
+                               "; last checkpoint: " + last_checkpoint_);
+    }
+    if (due(t, o.sample_every) && !stop) try_beside(t, "no sample", [&] { print_sample(t); });
+    if (interrupted()) {
+      if (!saved) checkpoint(t, loader_.position());  // the signal came while the sample was made
       done = t;
       break;
     }
     if (o.profile) backend_.profiler = &profiler_;
   }
   backend_.profiler = nullptr;
+  finish(done, step_seconds, seconds_since(run_start));
+  return done < steps ? 128 + interrupting_signal() : 0;
+}
+
+// The last lines: what was done, and how to go on.
+void Trainer::finish(uint32_t done, double step_seconds, double seconds) {
+  const Options& o = setup_.options;
   progress_.finish();
   if (o.profile) std::fputs(profile_table(profiler_, step_seconds).c_str(), stdout);
-  std::string summary = "trained " + std::to_string(done - first_step_ + 1) + " steps in " +
-                        format_duration(seconds_since(run_start)) + "; peak memory " +
-                        format_bytes(backend_.allocated_bytes()) + " on the device (planned), " +
+  std::string summary = "trained " + std::to_string(done - first_step_ + 1) + " steps in " + format_duration(seconds) +
+                        "; peak memory " + format_bytes(backend_.allocated_bytes()) + " on the device (planned), " +
                         format_bytes(peak_resident_bytes()) + " resident";
   if (skipped_ > 0) summary += "; " + std::to_string(skipped_) + " updates skipped";
   progress_.message(summary);
   progress_.message("checkpoint: " + last_checkpoint_);
-  if (done < steps) {
+  if (done < o.steps) {
     progress_.message("interrupted after step " + std::to_string(done) + "; go on with: ./train_gpt2 --resume " +
                       o.out);
   }

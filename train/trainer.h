@@ -17,9 +17,10 @@ class Trainer {
   // that is not empty, whose `state` was read from it. Throws std::runtime_error or UsageError.
   Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint, const TrainerState& state);
 
-  // Trains to the last step, or to an interrupt, which leaves a checkpoint and says how to resume. Throws
-  // std::runtime_error naming step and last checkpoint when a loss or gradient is not finite.
-  void run();
+  // Trains to the last step, or to a signal, which leaves a checkpoint and says how to resume. Returns the exit code:
+  // 0, or 128 + the signal when steps are left. Throws std::runtime_error naming step and last checkpoint when a loss
+  // or gradient is not finite, or data cannot be read (then with a checkpoint of the step before).
+  int run();
 
   const Engine& engine() const { return engine_; }
   // Shards, tokens, and how often this run reads them, for the banner.
@@ -30,6 +31,8 @@ class Trainer {
   const std::string& validation_problem() const { return validation_problem_; }
   // One line when compression was asked for and nothing is compressed, else empty.
   std::string compression_warning() const;
+  // One line when the momentum can grow without bound, else empty.
+  std::string transfer_warning() const;
 
  private:
   StepResult train_step(uint32_t t);
@@ -38,7 +41,10 @@ class Trainer {
   int64_t validation_sequences() const;  // of one evaluation; 0: all
   void evaluate(StepMetrics& metrics);
   void print_sample(uint32_t t);
-  void checkpoint(uint32_t t);
+  void checkpoint(uint32_t t, const DataPosition& position);
+  void checkpoint_before(uint32_t t, const DataPosition& position);
+  std::string last_checkpoint() const { return last_checkpoint_.empty() ? "none yet" : last_checkpoint_; }
+  void finish(uint32_t done, double step_seconds, double seconds);
   StepMetrics measure(uint32_t t, const StepResult& result, double seconds);
   nlohmann::ordered_json metrics_header() const;
 
@@ -54,7 +60,7 @@ class Trainer {
   std::unique_ptr<MetricsFile> metrics_;
   double peak_flops_ = 0;
   uint32_t first_step_ = 1;
-  int64_t skipped_ = 0;
+  int64_t skipped_ = 0, skipped_in_a_row_ = 0;
   double mean_step_seconds_ = 0;  // smoothed, for the ETA
   std::string last_checkpoint_;
 };

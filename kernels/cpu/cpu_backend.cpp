@@ -3,6 +3,7 @@
 #include "kernels/cpu/cpu_backend.h"
 
 #include <omp.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -10,8 +11,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/blas_core.h"
@@ -25,29 +28,32 @@ namespace {
 constexpr size_t kAlignment = 256;
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Memory that the process takes later: pieces of checkpoints on their way to a file, and what a thread of OpenBLAS packs
-// matrices into: kGemmRows times a depth of at most 512 (Nehalem's; 320 or 384 on later processors), and about 1.5 MiB
-// for the other operand, in whole huge pages.
+// Memory that the process takes later: pieces of checkpoints on their way to a file, and what a thread of OpenBLAS
+// packs matrices into: kGemmRows times a depth of at most 512 (Nehalem's; 320 or 384 on later processors), and
+// about 1.5 MiB for the other operand, in whole huge pages.
 constexpr size_t kFileBuffers = size_t{16} << 20, kBlasBuffers = size_t{8} << 20;
+
+// Address space, most of which is never used: a buffer that OpenBLAS 0.3.21 maps for each thread that calls it, a
+// thread's stack, and what the thread that reads data ahead takes.
+constexpr size_t kBlasMapping = size_t{128} << 20, kThreadStack = size_t{8} << 20, kReaderMapping = size_t{72} << 20;
 
 size_t round_up(size_t bytes, size_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
 
 // Large blocks are aligned to and advised for huge pages: strided walks through weights then miss the TLB far less.
 void* allocate_block(size_t bytes) {
   const bool large = bytes >= 2 * kHugePage;
-  // Linux promises memory it does not have and kills the process later; an error now is kinder.
-  if (large && bytes > available_memory()) return nullptr;
   const size_t alignment = large ? kHugePage : kAlignment;
   void* memory = std::aligned_alloc(alignment, round_up(std::max<size_t>(bytes, 1), alignment));
   if (memory && large) madvise(memory, bytes, MADV_HUGEPAGE);
   return memory;
 }
 
-void* allocate_into(std::unordered_map<void*, size_t>& blocks, size_t bytes, const char* kind) {
-  void* memory = allocate_block(bytes);
+void* allocate_into(std::unordered_map<void*, size_t>& blocks, size_t bytes, size_t available, const char* kind) {
+  // Linux promises memory it does not have and kills the process later; an error now is kinder.
+  void* memory = bytes > available ? nullptr : allocate_block(bytes);
   if (!memory) {
     throw std::runtime_error("cannot allocate " + std::to_string(bytes) + " bytes of " + kind + " memory (" +
-                             std::to_string(available_memory()) + " bytes are available)");
+                             std::to_string(available) + " bytes are available)");
   }
   blocks[memory] = bytes;
   return memory;
@@ -61,6 +67,29 @@ size_t release_from(std::unordered_map<void*, size_t>& blocks, void* memory) {
   std::free(memory);
   blocks.erase(block);
   return bytes;
+}
+
+void* wait_for(void* gate) {
+  const std::lock_guard wait(*static_cast<std::mutex*>(gate));
+  return nullptr;
+}
+
+// Starts and ends `count` threads. OpenMP would end the program where they cannot be had.
+void try_threads(int count) {
+  std::vector<pthread_t> threads;
+  std::mutex gate;
+  int error = 0;
+  {
+    const std::lock_guard closed(gate);
+    pthread_t thread;
+    while (static_cast<int>(threads.size()) < count && (error = pthread_create(&thread, nullptr, wait_for, &gate)) == 0)
+      threads.push_back(thread);
+  }
+  for (const pthread_t thread : threads) pthread_join(thread, nullptr);
+  if (error != 0)
+    throw std::runtime_error("only " + std::to_string(threads.size()) + " of " + std::to_string(count) +
+                             " more threads can be started: " + std::strerror(error) +
+                             "; use fewer --threads, or raise the limit (ulimit -u)");
 }
 
 }  // namespace
@@ -83,8 +112,30 @@ std::string CpuBackend::description() const {
          blas_description();
 }
 
-size_t CpuBackend::memory_available() const { return available_memory(); }
-size_t CpuBackend::host_memory_available() const { return available_memory(); }
+// OpenBLAS waits for ever for a buffer that it cannot map, so where address space is limited its part is set aside.
+size_t CpuBackend::memory_available() const {
+  const size_t mappable = mappable_memory();
+  if (mappable == SIZE_MAX) return available_memory();
+  const size_t aside = blas_is_mapped_ ? 0 : kReaderMapping + (kBlasMapping + kThreadStack) * threads_;
+  if (mappable <= aside)
+    throw std::runtime_error("the limit on address space or data (ulimit -v, ulimit -d) leaves " +
+                             std::to_string(mappable >> 20) + " MiB, " + std::to_string(threads_) +
+                             " threads and their BLAS buffers alone take " + std::to_string(aside >> 20) +
+                             "; raise it, or use fewer --threads");
+  return std::min(available_memory(), mappable - aside);
+}
+
+void CpuBackend::check_threads() {
+  if (!threads_checked_ && threads_ > 1) try_threads(threads_ - 1);
+  threads_checked_ = true;
+}
+
+// What an allocation may take: asked for the first one and for large ones only.
+size_t CpuBackend::room_for(size_t bytes) const {
+  return device_blocks_.empty() || bytes >= 2 * kHugePage ? memory_available() : SIZE_MAX;
+}
+
+size_t CpuBackend::host_memory_available() const { return memory_available(); }
 
 size_t CpuBackend::runtime_bytes() const {
   size_t given_out = 0;
@@ -96,6 +147,7 @@ size_t CpuBackend::runtime_bytes() const {
 
 // The best of a few products of 2048 x 1024 x 2048 (8.6 GFLOP) through matmul(), within about half a second.
 double CpuBackend::measure_peak_flops() {
+  check_threads();
   constexpr int64_t kRows = 2048, kDepth = 1024, kCols = 2048;
   auto random_matrix = [](int64_t elements) {
     std::unique_ptr<float[]> values(new float[elements]);
@@ -120,17 +172,20 @@ double CpuBackend::measure_peak_flops() {
     total += seconds;
   }
   profiler = outer_profiler;
+  blas_is_mapped_ = true;
   return best;
 }
 
 void* CpuBackend::allocate(size_t bytes) {
-  void* memory = allocate_into(device_blocks_, bytes, "CPU");
+  const size_t room = room_for(bytes);
+  check_threads();
+  void* memory = allocate_into(device_blocks_, bytes, room, "CPU");
   allocated_ += bytes;
   return memory;
 }
 
 void CpuBackend::release(void* memory) { allocated_ -= release_from(device_blocks_, memory); }
-void* CpuBackend::allocate_host(size_t bytes) { return allocate_into(host_blocks_, bytes, "host"); }
+void* CpuBackend::allocate_host(size_t bytes) { return allocate_into(host_blocks_, bytes, room_for(bytes), "host"); }
 void CpuBackend::release_host(void* memory) { release_from(host_blocks_, memory); }
 size_t CpuBackend::allocated_bytes() const { return allocated_; }
 

@@ -89,6 +89,9 @@ class CpuBackend : public Backend {
   void dequantize_weight(Tensor out, Tensor in) override;
 
  private:
+  size_t room_for(size_t bytes) const;
+  void check_threads();
+
   // Scratch of one thread, from the workspace the arena provides. Throws std::logic_error when `bytes` is more than
   // there is.
   float* thread_scratch(size_t bytes) const;
@@ -102,5 +105,7 @@ class CpuBackend : public Backend {
   char* workspace_ = nullptr;
   size_t workspace_bytes_ = 0;
   size_t allocated_ = 0;
+  bool threads_checked_ = false;
+  bool blas_is_mapped_ = false;  // each thread has its buffer
   std::unordered_map<void*, size_t> device_blocks_, host_blocks_;
 };

@@ -2,9 +2,12 @@
 #pragma once
 
 // Sets what the user has not set, and executes the program again if that was anything:
-// * GOMP_SPINCOUNT (unless there is OMP_WAIT_POLICY). libgomp's threads spin for milliseconds at the end of a loop. On a
+// * GOMP_SPINCOUNT (unless there is OMP_WAIT_POLICY). libgomp's threads spin for milliseconds at the end of a loop. On
+// a
 //   machine with anything else to do, the spinning thread holds the core that the thread it waits for needs. A short
 //   spin costs nothing when the machine is quiet and saves a lot when it is not (docs/performance.md).
-// * OPENBLAS_CORETYPE, where OpenBLAS does not know the processor and would take its oldest kernels though there is AVX2.
-// What is set is inherited, so it never happens twice.
+// * OPENBLAS_NUM_THREADS. OpenBLAS starts a thread per core when it is loaded, none of which is used here; each maps a
+//   buffer, and waits for ever where address space is limited.
+// * OPENBLAS_CORETYPE, where OpenBLAS does not know the processor and would take its oldest kernels though there is
+// AVX2. What is set is inherited, so it never happens twice.
 void choose_library_settings(char** argv);

@@ -4,6 +4,7 @@
 
 #include <omp.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,8 +17,6 @@
 #include <vector>
 
 namespace {
-
-const std::string kControlGroups = "/sys/fs/cgroup";
 
 // The number a file starts with; `otherwise` when there is none ("max", or no such file).
 double number_in(const std::string& path, double otherwise) {
@@ -38,19 +37,43 @@ double number_after(const std::string& path, const std::string& key, double othe
   return otherwise;
 }
 
-// Directories of this process's control group and its ancestors (version 2); limits of each apply.
-std::vector<std::string> control_groups() {
-  std::vector<std::string> directories = {kControlGroups};
-  std::ifstream file("/proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {
-    if (line.compare(0, 3, "0::") != 0) continue;
-    const std::string path = line.substr(3);
+// Directories of this process's control group and its ancestors; limits of each apply. Of version 2, which has one
+// hierarchy, with an empty controller; else of that controller's version 1. In a container the path may be the host's:
+// then only those that can be seen here count.
+std::vector<std::string> control_groups(const std::string& root, const std::string& controller) {
+  const std::string mount = root + "/sys/fs/cgroup" + (controller.empty() ? "" : "/" + controller);
+  std::vector<std::string> directories = {mount};
+  std::ifstream file(root + "/proc/self/cgroup");
+  for (std::string line; std::getline(file, line);) {  // number:controller,controller:path
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool wanted = controller.empty() ? line.compare(0, second, "0:") == 0
+                                           : controllers.find("," + controller + ",") != std::string::npos;
+    if (!wanted) continue;
+    const std::string path = line.substr(second + 1);
     for (size_t end = path.find('/', 1); path.size() > 1; end = path.find('/', end + 1)) {
-      directories.push_back(kControlGroups + path.substr(0, end));
+      directories.push_back(mount + path.substr(0, end));
       if (end == std::string::npos) break;
     }
   }
   return directories;
+}
+
+constexpr double kUnlimited = static_cast<double>(std::numeric_limits<int64_t>::max());
+
+// What a control group leaves of a limit. The page cache counts as used but is given back on demand.
+double left_in_group(const std::string& limit, const std::string& used, const std::string& stat, const char* cache) {
+  const double bytes = number_in(limit, kUnlimited);
+  if (bytes >= kUnlimited) return kUnlimited;
+  return bytes - number_in(used, 0) + number_after(stat, cache, 0);
+}
+
+// What a limit of the process leaves when it has mapped `used` KiB.
+double left_of(decltype(RLIMIT_AS) resource, const char* used) {
+  struct rlimit limit {};
+  if (getrlimit(resource, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return kUnlimited;
+  return static_cast<double>(limit.rlim_cur) - 1024 * number_after("/proc/self/status", used, 0);
 }
 
 }  // namespace
@@ -64,35 +87,39 @@ std::string processor_name() {
   return "unknown processor";
 }
 
-int usable_cores() {
-  if (std::getenv("OMP_NUM_THREADS")) return std::max(1, omp_get_max_threads());  // libgomp has read it
+int usable_cores(const std::string& root) {
+  if (root.empty() && std::getenv("OMP_NUM_THREADS")) return std::max(1, omp_get_max_threads());  // libgomp has read it
   double cores = omp_get_num_procs();
-  for (const std::string& group : control_groups()) {
+  for (const std::string& group : control_groups(root, "")) {
     std::ifstream file(group + "/cpu.max");
     double quota, period;
     if (file >> quota >> period && period > 0) cores = std::min(cores, quota / period);
   }
-  const double quota = number_in(kControlGroups + "/cpu/cpu.cfs_quota_us", -1);
-  const double period = number_in(kControlGroups + "/cpu/cpu.cfs_period_us", 0);
-  if (quota > 0 && period > 0) cores = std::min(cores, quota / period);
+  for (const std::string& group : control_groups(root, "cpu")) {
+    const double quota = number_in(group + "/cpu.cfs_quota_us", -1),
+                 period = number_in(group + "/cpu.cfs_period_us", 0);
+    if (quota > 0 && period > 0) cores = std::min(cores, quota / period);
+  }
   return std::max(1, static_cast<int>(cores + 0.5));
 }
 
-size_t available_memory() {
-  const double unlimited = static_cast<double>(std::numeric_limits<int64_t>::max());
-  double available = number_after("/proc/meminfo", "MemAvailable:", unlimited / 1024) * 1024;
-  if (available >= unlimited) available = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
-  // The page cache counts as used but is given back on demand.
-  for (const std::string& group : control_groups()) {
-    const double limit = number_in(group + "/memory.max", unlimited);
-    const double used = number_in(group + "/memory.current", 0);
-    const double cache = number_after(group + "/memory.stat", "inactive_file", 0);
-    available = std::min(available, limit - used + cache);
+size_t available_memory(const std::string& root) {
+  double available = number_after(root + "/proc/meminfo", "MemAvailable:", kUnlimited / 1024) * 1024;
+  if (available >= kUnlimited) available = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+  for (const std::string& group : control_groups(root, "")) {
+    for (const char* limit : {"/memory.max", "/memory.high"})  // beyond the second everything becomes very slow
+      available = std::min(
+          available, left_in_group(group + limit, group + "/memory.current", group + "/memory.stat", "inactive_file"));
   }
-  const std::string v1 = kControlGroups + "/memory/memory.";
-  available = std::min(available, number_in(v1 + "limit_in_bytes", unlimited) - number_in(v1 + "usage_in_bytes", 0) +
-                                      number_after(v1 + "stat", "total_inactive_file", 0));
+  for (const std::string& group : control_groups(root, "memory"))
+    available = std::min(available, left_in_group(group + "/memory.limit_in_bytes", group + "/memory.usage_in_bytes",
+                                                  group + "/memory.stat", "total_inactive_file"));
   return static_cast<size_t>(std::max(available, 0.0));
+}
+
+size_t mappable_memory() {
+  const double left = std::min(left_of(RLIMIT_AS, "VmSize:"), left_of(RLIMIT_DATA, "VmData:"));
+  return left >= kUnlimited ? SIZE_MAX : static_cast<size_t>(std::max(left, 0.0));
 }
 
 size_t resident_memory() { return static_cast<size_t>(number_after("/proc/self/status", "VmRSS:", 0) * 1024); }

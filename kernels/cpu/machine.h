@@ -4,8 +4,16 @@
 #include <cstddef>
 #include <string>
 
-std::string processor_name();  // model name from /proc/cpuinfo
-int usable_cores();            // OMP_NUM_THREADS, else affinity mask, and the control group's CPU quota if that is less
-size_t available_memory();     // bytes: MemAvailable, and what the control groups leave if that is less
-size_t resident_memory();      // bytes of this process that are in memory
+// Of these two, `root` is the directory that has /proc and /sys/fs/cgroup below it.
+int usable_cores(
+    const std::string& root = "");  // OMP_NUM_THREADS, else affinity mask, and the control groups' CPU quotas if less
+size_t available_memory(
+    const std::string& root = "");  // bytes: MemAvailable, and what the control groups leave if less
+
+// Bytes that this process may still map under its limits on address space and data (ulimit -v and -d); SIZE_MAX
+// without one. Such a limit counts what is mapped, not what is used.
+size_t mappable_memory();
+
+std::string processor_name();                             // model name from /proc/cpuinfo
+size_t resident_memory();                                 // bytes of this process that are in memory
 size_t resident_bytes(const void* memory, size_t bytes);  // how many of these are in memory

@@ -33,9 +33,9 @@ void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, cons
   // depends on the processor. kGemmRows bounds what no plan would know of.
   for (int64_t row = 0; row < shape.m; row += kGemmRows) {
     const int64_t rows = std::min(kGemmRows, shape.m - row);
-    cblas_sgemm(CblasRowMajor, op_a, op_b, static_cast<int>(rows), static_cast<int>(shape.n),
-                static_cast<int>(shape.k), alpha, a + row * (shape.transpose_a ? 1 : lda), static_cast<int>(lda), b,
-                static_cast<int>(ldb), beta, c + row * ldc, static_cast<int>(ldc));
+    cblas_sgemm(CblasRowMajor, op_a, op_b, static_cast<int>(rows), static_cast<int>(shape.n), static_cast<int>(shape.k),
+                alpha, a + row * (shape.transpose_a ? 1 : lda), static_cast<int>(lda), b, static_cast<int>(ldb), beta,
+                c + row * ldc, static_cast<int>(ldc));
   }
 }
 

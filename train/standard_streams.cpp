@@ -1,0 +1,43 @@
+// standard_streams.cpp: see standard_streams.h.
+#include "train/standard_streams.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+
+void prepare_standard_streams() {
+  // open() takes the lowest free number; what is printed to a file opened for reading is an error, as it should be.
+  for (int descriptor = open("/dev/null", O_RDONLY); descriptor >= 0; descriptor = open("/dev/null", O_RDONLY)) {
+    if (descriptor <= STDERR_FILENO) continue;
+    close(descriptor);
+    break;
+  }
+  std::signal(SIGXFSZ, SIG_IGN);
+}
+
+namespace {
+
+bool reader_has_gone() {
+  pollfd output{STDOUT_FILENO, POLLOUT, 0};
+  return poll(&output, 1, 0) == 1 && (output.revents & (POLLERR | POLLHUP)) != 0;
+}
+
+}  // namespace
+
+void outlive_reader() { std::signal(SIGPIPE, SIG_IGN); }
+
+bool output_arrived() {
+  const bool failed_before = std::ferror(stdout) != 0;
+  errno = 0;
+  if (std::fflush(stdout) == 0 && !failed_before) return true;
+  if (!reader_has_gone()) {
+    std::fprintf(stderr, "train_gpt2: standard output cannot be written: %s\n",
+                 errno != 0 ? std::strerror(errno) : "it is closed or full");
+  }
+  return false;
+}
