@@ -8,6 +8,8 @@
 #                       most 9 minutes: PARTS="tests kernels", TIME_LIMIT=seconds, DATA=shards, LLMC=checkout, OUT=folder;
 #                       DRY_RUN=1: at toy size without a GPU, into build/gpu-report. scripts/gpu_report.py says more
 # make bundle           collects what a build needs into .bundle/, for a machine without a network
+# make fuzz             libFuzzer on everything that reads files and flags (tests/fuzz), FUZZ_SECONDS=60 for each reader, or those
+#                       of READERS="config tokenizer"; what it finds is in build/fuzz
 # make bench            speed of a training step and of each operation, as ratios of what this machine can do
 # make format           clang-format over all sources;  make lint checks it
 # make clean
@@ -276,6 +278,38 @@ gpu-report:
 	  $(if $(filter tests sanitizer all,$(or $(PARTS),tests)),tests))
 	$(PYTHON_HERE) scripts/gpu_report.py --spent $$(( $$(date +%s) - $$(stat -c %Y $(BUILD)/.report-began) )) $(REPORT_FLAGS)
 
+# ---- fuzzing: readers and what they need of the sources, by Clang
+
+FUZZ         := $(BUILD)/fuzz
+FUZZ_SECONDS ?= 60
+READERS      ?= $(notdir $(wildcard tests/fuzz/corpus/*))
+FUZZ_SOURCES := tests/fuzz/readers.cpp $(wildcard data/*.cpp) model/config.cpp $(patsubst %,train/%.cpp,command_line config_file \
+                file_io llmc_model memory_size metrics options safetensors speeds_cache trainer_state)
+FUZZ_FLAGS   := -std=c++20 -O1 -g1 -I. -Wall -Wextra -Werror -fsanitize=fuzzer,address,undefined -fno-sanitize=vptr \
+                -fno-sanitize-recover=undefined
+
+$(FUZZ)/%.o: %.cpp
+	@mkdir -p $(@D)
+	@echo "  CXX   $< (fuzzing)"
+	$(Q)clang++ $(FUZZ_FLAGS) -MMD -MP -c -o $@ $<
+
+$(FUZZ)/readers: $(FUZZ_SOURCES:%.cpp=$(FUZZ)/%.o)
+	@echo "  LINK  $@"
+	$(Q)clang++ $(FUZZ_FLAGS) -o $@ $^ -lz -lpthread
+
+# The first folder is where libFuzzer keeps what reaches new code.
+fuzz-%: $(FUZZ)/readers
+	@mkdir -p $(FUZZ)/corpus/$*
+	@echo "  FUZZ  $* ($(FUZZ_SECONDS) s)"
+	$(Q)READER=$* $< -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=1500 -timeout=20 -close_fd_mask=1 \
+	  -artifact_prefix=$(FUZZ)/$*- $(FUZZ)/corpus/$* tests/fuzz/corpus/$* >$(FUZZ)/$*.log 2>&1 || \
+	  { tail -n 40 $(FUZZ)/$*.log >&2; echo "make fuzz: READER=$*: the input is in $(FUZZ)/$*-*" >&2; exit 1; }
+
+fuzz:
+	scripts/setup.sh fuzz
+	+$(MAKE) $(PARALLEL) $(READERS:%=fuzz-%)
+	@echo "make fuzz: nothing was found in $(words $(READERS)) readers, $(FUZZ_SECONDS) s each"
+
 bench:
 	scripts/setup.sh --check bench
 	+$(MAKE) $(PARALLEL) train_gpt2 $(BUILD)/bench/operations
@@ -299,9 +333,10 @@ clean:
 	rm -rf $(BUILD) train_gpt2
 
 FORCE:
-.PHONY: FORCE all tests shim-tests demo test check test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
+.PHONY: FORCE all tests shim-tests demo test check fuzz test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
 .PRECIOUS: $(BUILD)/%.o
 
 -include $(LIB_OBJECTS:.o=.d) $(TEST_SOURCES:%.cpp=$(BUILD)/%.d) $(BUILD)/train_gpt2.d $(wildcard $(BUILD)/bench/*.d)
+-include $(FUZZ_SOURCES:%.cpp=$(FUZZ)/%.d)
 -include $(SHIM_OBJECTS:%.o=$(SHIM)/%.d) $(SHIM_OBJECTS:%.o=$(SANITIZED)/%.d)
 -include $(OWN_BINARIES:$(SHIM)/tests/%=$(SHIM)/tests/cuda_on_cpu/%.d)

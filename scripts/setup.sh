@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# setup.sh [--check] [build|demo|test|bench|format]: installs what the project needs and this machine lacks, and nothing else.
+# setup.sh [--check] [build|demo|test|bench|fuzz|format]: installs what the project needs and this machine lacks, and nothing else.
 # With --check it installs nothing: it names what is missing and the command that installs it, and exits 1.
 #
 #   build   compiler and libraries of ./train_gpt2
 #   demo    build, and the virtual environment .venv with the packages of requirements-demo.txt
 #   test    demo, GoogleTest, Boost.Context (of tests/cuda_on_cpu), PyTorch (where the distribution has it), requirements-test.txt
 #   bench   build, and Google Benchmark
+#   fuzz    build, and Clang with the runtime of libFuzzer and the sanitizers
 #   format  clang-format
 #
 # For Debian 12 and Ubuntu 22.04 or 24.04. Elsewhere it checks, and names what is missing. What a thing is good for is
@@ -31,9 +32,9 @@ fail() {
 }
 
 case $target in
-  build | demo | test | bench | format) ;;
+  build | demo | test | bench | fuzz | format) ;;
   *)
-    echo "usage: scripts/setup.sh [build|demo|test|bench|format]" >&2
+    echo "usage: scripts/setup.sh [build|demo|test|bench|fuzz|format]" >&2
     exit 2
     ;;
 esac
@@ -57,6 +58,11 @@ has_library() {
     [ "$("${cxx[@]}" -print-file-name="$file" 2>/dev/null)" != "$file" ] && return 0
   done
   return 1
+}
+
+links_fuzzer() {
+  echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' |
+    clang++ -fsanitize=fuzzer,address,undefined -x c++ -o /dev/null - 2>/dev/null
 }
 
 # need PACKAGE HEADER LIBRARY
@@ -93,6 +99,11 @@ find_missing() {
   fi
   if [ "$target" = bench ]; then
     need libbenchmark-dev benchmark/benchmark.h benchmark
+  fi
+  if [ "$target" = fuzz ] && ! links_fuzzer; then
+    required+=(clang)
+    # Some distributions have the runtime in a package of its own.
+    ! apt-cache show libclang-rt-dev >/dev/null 2>&1 || required+=(libclang-rt-dev)
   fi
   if [ "$target" = demo ] || [ "$target" = test ]; then
     [ -x "$python" ] || required+=(python3)
@@ -210,6 +221,7 @@ install_venv() {
 exec 9<"${BASH_SOURCE[0]}"
 command -v flock >/dev/null && flock 9
 
+[ "$target" != fuzz ] || [ -n "$check" ] || links_fuzzer || { mkdir -p "$root/build" && apt_update; }
 find_missing
 if [ -n "$check" ]; then
   [ ${#required[@]} -gt 0 ] || exit 0

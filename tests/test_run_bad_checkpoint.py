@@ -131,7 +131,7 @@ def test_a_model_from_a_damaged_checkpoint(run, data, name, tmp_path):
             ["--data", data / "text_train_*.bin", "--steps", 1, "--out", tmp_path / "new"]]
     for use in uses:
         line = fail(*use, "--model", model, code=1)
-        assert name in line and "checksum" in line
+        assert name in line and ("checksum" in line or "damaged" in line)
     if name == "config.json":
         assert name in fail("plan", "--model", model, code=1)
     (model / "trainer_state.json").unlink()

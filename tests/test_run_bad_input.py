@@ -223,7 +223,9 @@ def test_pipes_devices_and_folders_are_no_files(refused, tmp_path):
         assert str(path) in refused("--model", tmp_path / path, code=code)
     for path in ("pipe.json", "folder.json", "zero.bin"):
         assert "a file is needed" in refused("--config", tmp_path / path, code=2)
+    for path in ("pipe.json", "zero.bin"):
         assert "a file is needed" in refused("--tokenizer", tmp_path / path, code=1)
+    assert "folder.json/tokenizer.json: cannot be read" in refused("--tokenizer", tmp_path / "folder.json", code=1)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").symlink_to("/dev/zero")
     assert "is a device" in refused("--model", tmp_path / "model", code=1)
@@ -244,7 +246,7 @@ def test_what_cannot_be_printed_is_a_failure():
     with open("/dev/full", "w") as full:
         for flags in (["--help"], ["plan", "--model", "tiny", "--json"], ["plan", "--model", "tiny"]):
             result = subprocess.run([str(PROGRAM), *flags], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-            assert result.returncode == 1 and result.stderr == "train_gpt2: standard output cannot be written\n"
+            assert result.returncode == 1 and result.stderr.startswith("train_gpt2: standard output cannot be written: ")
 
 
 def test_weights_that_are_not_numbers_have_no_loss(train, data, tmp_path):
@@ -256,7 +258,7 @@ def test_weights_that_are_not_numbers_have_no_loss(train, data, tmp_path):
     weights[-4096:] = np.full(1024, np.nan, np.float32).tobytes()
     (broken / "model.safetensors").write_bytes(weights)
     line = fail("eval", "--model", broken, "--val-data", data / "text_val_*.bin", "--seq-len", 32, code=1)
-    assert "not a number" in line
+    assert "not finite" in line
 
 
 def test_subcommands_need_a_model_with_weights(data, tmp_path):

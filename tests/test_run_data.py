@@ -4,10 +4,11 @@ another vocabulary, and samples that stay within the tokenizer.
 import json
 import re
 import shutil
+import zlib
 
 import numpy as np
 import pytest
-from program import TINY, VOCABULARY, call, fail, language, metrics, succeed, tensors, write_shard
+from program import TINY, VOCABULARY, call, fail, language, metrics, succeed, tensors, write_shard, write_state
 
 FEW = [*TINY, "--optimizer", "adamw", "--steps", 2]
 
@@ -131,6 +132,10 @@ def test_a_model_is_used_at_the_length_it_was_trained_at(train, evaluate, data):
     assert json.loads((again / "config.json").read_text())["trained_positions"] == 32
     del config["trained_positions"]
     (checkpoint / "config.json").write_text(json.dumps(config))
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    changed = (checkpoint / "config.json").read_bytes()
+    state["files"]["config.json"] = {"bytes": len(changed), "crc32": zlib.crc32(changed)}
+    write_state(checkpoint / "trainer_state.json", state)
     assert evaluate(checkpoint, *flags)[0] == loss
 
 
@@ -207,6 +212,7 @@ def test_weights_that_are_not_finite(train, data):
     start, _ = json.loads(whole[8: 8 + header])["transformer.ln_f.bias"]["data_offsets"]
     whole[8 + header + start: 8 + header + start + 4] = np.float32("nan").tobytes()
     path.write_bytes(whole)
+    (checkpoint / "trainer_state.json").unlink()  # which would know that they were changed
     flags = ["--model", checkpoint, "--threads", 1]
     assert "not finite" in fail("eval", *flags, "--val-data", data / "text_val_*.bin", code=1)
     assert "not finite" in fail("generate", *flags, code=1)

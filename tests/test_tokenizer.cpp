@@ -193,7 +193,7 @@ TEST(HuggingFaceTokenizer, ReadsTokenizerJson) {
   EXPECT_NE(error_with("/model/merges", 3), "");
   EXPECT_NE(error_with("/model", 3), "");
   directory.write("m/tokenizer.json", std::string(100000, '['));
-  EXPECT_HAS(message_of([&] { read_hugging_face_tokenizer(directory / "m", 7); }), "nested too deeply");
+  EXPECT_HAS(message_of([&] { read_hugging_face_tokenizer(directory / "m", 7); }), "nests deeper");
 }
 
 std::vector<std::string> words(std::string_view text) {

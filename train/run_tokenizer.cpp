@@ -46,6 +46,7 @@ void read_tokenizer(RunSetup& setup, const fs::path& place) {
   const bool folder = fs::is_directory(place);
   const std::string extension = place.extension();
   if (folder || extension == ".json" || extension == ".txt") {
+    if (!folder) InputFile{place};  // is one of the tokenizer's files
     const fs::path directory = folder ? place : fs::absolute(place).parent_path();
     for (const char* name : kHuggingFaceTokenizerFiles) {
       if (fs::exists(directory / name)) setup.checkpoint_files[name] = read_file(directory / name);

@@ -135,7 +135,7 @@ size_t CpuBackend::room_for(size_t bytes) const {
   return device_blocks_.empty() || bytes >= 2 * kHugePage ? memory_available() : SIZE_MAX;
 }
 
-size_t CpuBackend::host_memory_available() const { return memory_available(); }
+size_t CpuBackend::host_memory_available() const { return CpuBackend::memory_available(); }
 
 size_t CpuBackend::runtime_bytes() const {
   size_t given_out = 0;

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "data/hugging_face_tokenizer.h"
 #include "data/input_file.h"
 #include "data/json_text.h"
 #include "data/shard.h"
@@ -27,6 +28,7 @@
 #include "train/options.h"
 #include "train/safetensors.h"
 #include "train/speeds_cache.h"
+#include "train/trainer_state.h"
 
 namespace {
 
@@ -103,7 +105,30 @@ void saved_options(const std::string& input) {
 void metrics(const std::string& input) {
   static const TemporaryDirectory directory;
   directory.write("metrics.jsonl", input);
-  MetricsFile(directory.path(), {}, 5);
+  MetricsFile(directory.path(), {}, 5, directory.path());
+}
+
+// A checkpoint's own file: one of the first format needs no checksum to be read.
+void trainer_state(const std::string& input) {
+  static const TemporaryDirectory directory;
+  directory.write(kStateFile, input);
+  const TrainerState state = read_trainer_state(directory.path());
+  Options options;
+  restore_options(options, state.options);
+}
+
+void hugging_face_tokenizer(const std::string& input) {
+  static const TemporaryDirectory directory;
+  directory.write("tokenizer.json", input);
+  const Tokenizer tokenizer = read_hugging_face_tokenizer(directory.path(), 1000);
+  tokenizer.decode(tokenizer.encode("It was the best of times, it was the worst of times.\n"));
+  hugging_face_tokenizer_files(tokenizer, 64);
+}
+
+void generation_config(const std::string& input) {
+  Gpt2Config config;
+  read_generation_config(file_with(input), config);
+  generation_config_json(config);
 }
 
 void speeds(const std::string& input) { cached_speeds(file_with(input), "k"); }
@@ -128,6 +153,9 @@ Reader chosen_reader() {
                                                  {"shard", shard},
                                                  {"saved_options", saved_options},
                                                  {"metrics", metrics},
+                                                 {"trainer_state", trainer_state},
+                                                 {"hugging_face_tokenizer", hugging_face_tokenizer},
+                                                 {"generation_config", generation_config},
                                                  {"speeds", speeds},
                                                  {"memory_size", memory_size},
                                                  {"text", text}};
