@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr uint32_t kFewSteps = 4;
+constexpr uint32_t kFewSteps = 3;
 
 EngineConfig deep_config(DType dtype, OptimizerKind optimizer = OptimizerKind::kFlora,
                          SinkKind sink = SinkKind::kFused) {
@@ -64,6 +64,7 @@ TEST_P(OffloadDtype, EveryOptimizerAndSinkChangesNoBit) {
   for (const OptimizerKind optimizer :
        {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd}) {
     for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
+      if (GetParam() == DType::kF32 && optimizer != OptimizerKind::kFlora) continue;  // the same moves as in bf16
       EngineConfig config = deep_config(GetParam(), optimizer, sink);
       config.model.layers = 3;
       config.master_weights = GetParam() == DType::kBF16 && optimizer == OptimizerKind::kAdamW;

@@ -13,7 +13,7 @@
 #include "tests/gpt2_bench.h"
 #include "train/engine.h"
 
-inline constexpr uint32_t kSteps = 20;
+inline constexpr uint32_t kSteps = 13;
 inline constexpr int64_t kBatch = 2, kSequence = 33, kVocabulary = 131;
 
 // A head of 64, so that bf16 attention runs on tensor cores.
@@ -29,7 +29,7 @@ inline EngineConfig small_config(DType dtype) {
   config.optimizer.seed = config.sink.seed = 5;
   config.optimizer.state_dtype = dtype;
   config.optimizer.rank = 8;
-  config.optimizer.kappa = 4;  // five changes of projection
+  config.optimizer.kappa = 4;  // three changes of projection
   config.optimizer.weight_decay = 0.1f;
   config.sink.gradient_dtype = dtype;
   return config;
