@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -217,7 +218,7 @@ def report(result, out, name, encoder, faults=None):
     parts = [f"{tokens:,} {split} tokens in {len(paths)} shard{'s' * (len(paths) != 1)}"
              for split, (paths, tokens) in result.items()]
     data = os.path.join(out, f"{name}_train_*.bin")
-    print(f"{out}: {', '.join(parts)} ({encoder.name}); train with --data '{data}'", file=sys.stderr)
+    print(f"{out}: {', '.join(parts)} ({encoder.name}); train with --data {shlex.quote(data)}", file=sys.stderr)
 
 
 def default_name(path):

@@ -100,7 +100,8 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
       backend_(backend),
       engine_(setup.engine, backend),
       loader_(loader_options(setup.options, setup.options.data, setup.engine.model.vocabulary, true)),
-      progress_(setup.options.steps) {
+      progress_(setup.options.steps),
+      saved_options_(options_to_json(with_absolute_paths(setup.options))) {
   const Options& o = setup_.options;
   if (!loader_.left_out().empty()) data_warnings_.push_back(loader_.left_out());
   if (!o.val_data.empty() && o.eval_every > 0) open_validation();
@@ -294,7 +295,7 @@ void Trainer::print_sample(uint32_t t) {
 
 void Trainer::checkpoint(uint32_t t, const DataPosition& position) {
   const Options& o = setup_.options;
-  const TrainerState state{t, skipped_, position, options_to_json(with_absolute_paths(o)), backend_.tuning()};
+  const TrainerState state{t, skipped_, position, saved_options_, backend_.tuning()};
   // In the middle of skipped updates an older checkpoint may be the last one that learned anything: all are kept.
   const int64_t keep = skipped_in_a_row_ > 0 ? 0 : o.keep_checkpoints;
   try {
