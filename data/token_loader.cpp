@@ -175,7 +175,8 @@ std::vector<std::string> expand_globs(const std::string& patterns, const std::st
     if (found.empty()) throw std::runtime_error("no shards match " + pattern + "; check " + flag);
     for (const std::string& path : found) {
       if (std::filesystem::is_directory(path))
-        throw std::runtime_error(path + ": is a directory; name its shards, for instance '" + path + "/*_train_*.bin'");
+        throw std::runtime_error(path + ": is a directory; name its shards, for instance '" +
+                                 (path.ends_with('/') ? path : path + "/") + "*_train_*.bin'");
       paths.push_back(path);
     }
   }

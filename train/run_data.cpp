@@ -93,7 +93,8 @@ std::vector<std::string> validation_patterns(const std::string& training_pattern
   std::vector<std::string> names;
   const size_t at = last_train(name);
   if (at != std::string::npos) {
-    for (const std::string& ending : endings(name.substr(at + kTrainLength))) {
+    const size_t end = at + kTrainLength + (name.compare(at + kTrainLength, 3, "ing") == 0 ? 3 : 0);  // "training"
+    for (const std::string& ending : endings(name.substr(end))) {
       for (const char* word : {"val", "valid", "validation"}) names.push_back(name.substr(0, at) + word + ending);
     }
   }

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "flora/flora.h"
+#include "train/file_io.h"
 #include "train/interrupt.h"
 #include "train/memory_advice.h"
 #include "train/run_folder.h"
@@ -33,7 +34,7 @@ void try_beside(uint32_t t, const char* without, Job&& job) {
   try {
     job();
   } catch (const std::exception& error) {
-    warn("step " + std::to_string(t) + ": " + without + ": " + error.what());
+    warn("step " + std::to_string(t) + ": " + without + ": " + message_of(error));
   }
 }
 
@@ -301,7 +302,7 @@ void Trainer::checkpoint(uint32_t t, const DataPosition& position) {
   try {
     last_checkpoint_ = save_checkpoint(o.out, state, engine_, setup_.checkpoint_files, keep);
   } catch (const std::runtime_error& error) {
-    throw std::runtime_error("step " + std::to_string(t) + ": no checkpoint is written: " + error.what() +
+    throw std::runtime_error("step " + std::to_string(t) + ": no checkpoint is written: " + message_of(error) +
                              "; last checkpoint: " + last_checkpoint());
   }
   say_when_interrupted(t, last_checkpoint_);
