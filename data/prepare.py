@@ -286,8 +286,6 @@ def main(argv):
     name = default_name(args.input[0]) if args.name is None else args.name
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise UsageError(f"--name may hold letters, digits and . _ - only, not '{name}'")
-    if args.split_on == "":
-        raise UsageError("--split-on needs a separator that is not empty")
     given = args.split_on and args.split_on.replace(r"\n", "\n").replace(r"\r", "\r").replace(r"\t", "\t")
 
     paths = find_inputs(args.input)
