@@ -88,10 +88,12 @@ double validation_loss(Engine& engine, TokenLoader& loader, int64_t sequences, i
   const ActivationShapes& shapes = engine.config().shapes;
   const int64_t available = loader.sequences_per_epoch();
   const int64_t total = sequences > 0 ? std::min(sequences, available) : available;
+  const int signal_before = interrupting_signal();
   loader.rewind();
   tokens = total * shapes.sequence;
   // The last micro-batch goes on into the next epoch; only what is left of this one is used.
   return engine.evaluate((total + shapes.batch - 1) / shapes.batch, [&](int64_t i) {
+    if (interrupting_signal() != signal_before) throw std::runtime_error("stopped by a signal");
     return host_batch(loader.next(), std::min(shapes.batch, total - i * shapes.batch), shapes.sequence, false);
   });
 }
