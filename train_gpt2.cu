@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdio>
 #include <exception>
-#include <filesystem>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -17,6 +16,7 @@
 #include "kernels/cpu/library_settings.h"
 #include "train/budget.h"
 #include "train/command_line.h"
+#include "train/file_io.h"
 #include "train/largest_model.h"
 #include "train/mapping_fault.h"
 #include "train/plan_report.h"
@@ -292,11 +292,9 @@ int main(int argc, char** argv) {
     return report("out of memory: a smaller --micro-batch, or --memory-budget auto, takes less", 1);
   } catch (const std::length_error&) {
     return report("out of memory: a size is beyond what can be allocated", 1);
-  } catch (const std::filesystem::filesystem_error& error) {
-    return report((error.path1().empty() ? "" : error.path1().string() + ": ") + error.code().message(), 1);
   } catch (const nlohmann::json::exception& error) {
     return report("damaged JSON: " + problem_of(error), 1);
   } catch (const std::exception& error) {
-    return report(error.what(), 1);
+    return report(message_of(error), 1);
   }
 }

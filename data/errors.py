@@ -42,6 +42,15 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(f"{message} (see --help)")
 
+    def parse_args(self, args=None, namespace=None):
+        arguments = super().parse_args(args, namespace)
+        for name, value in vars(arguments).items():
+            if isinstance(value, list) and "" in value:
+                self.error(f"{name}: a name is empty")
+            if value == "" and self.get_default(name) != "":
+                self.error(f"--{name.replace('_', '-')} needs a value that is not empty")
+        return arguments
+
 
 class Terminated(BaseException):
     """SIGTERM or SIGHUP has come: unwinds the stack, so that temporary files are removed on the way out."""

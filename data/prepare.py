@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -217,7 +218,7 @@ def report(result, out, name, encoder, faults=None):
     parts = [f"{tokens:,} {split} tokens in {len(paths)} shard{'s' * (len(paths) != 1)}"
              for split, (paths, tokens) in result.items()]
     data = os.path.join(out, f"{name}_train_*.bin")
-    print(f"{out}: {', '.join(parts)} ({encoder.name}); train with --data '{data}'", file=sys.stderr)
+    print(f"{out}: {', '.join(parts)} ({encoder.name}); train with --data {shlex.quote(data)}", file=sys.stderr)
 
 
 def default_name(path):
@@ -285,8 +286,6 @@ def main(argv):
     name = default_name(args.input[0]) if args.name is None else args.name
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise UsageError(f"--name may hold letters, digits and . _ - only, not '{name}'")
-    if args.split_on == "":
-        raise UsageError("--split-on needs a separator that is not empty")
     given = args.split_on and args.split_on.replace(r"\n", "\n").replace(r"\r", "\r").replace(r"\t", "\t")
 
     paths = find_inputs(args.input)

@@ -13,6 +13,7 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <sstream>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -80,7 +81,35 @@ int64_t fingerprint_of(const std::vector<Shard>& shards) {
 
 }  // namespace
 
-std::vector<std::string> matching_files(const std::string& pattern) {
+namespace {
+
+// Whether there is a file or folder of exactly this name.
+bool is_there(const std::string& path) {
+  std::error_code ignored;
+  return std::filesystem::exists(path, ignored);
+}
+
+std::string escaped(const std::string& name, const char* special) {
+  std::string out;
+  for (const char c : name) {
+    if (std::strchr(special, c)) out += '\\';
+    out += c;
+  }
+  return out;
+}
+
+// The glob with its first folders escaped, as far as there are folders of exactly their names, and `special` characters
+// of the rest.
+std::string with_literal_folders(const std::string& pattern, const char* special) {
+  size_t literal = 0;
+  for (size_t slash = pattern.find('/'); slash != std::string::npos; slash = pattern.find('/', slash + 1)) {
+    if (slash > 0 && !is_there(pattern.substr(0, slash))) break;
+    literal = slash;
+  }
+  return escaped(pattern.substr(0, literal), "*?[]\\") + escaped(pattern.substr(literal), special);
+}
+
+std::vector<std::string> glob_files(const std::string& pattern) {
   struct Matches : glob_t {
     Matches() : glob_t{} {}
     ~Matches() { globfree(this); }
@@ -100,22 +129,58 @@ std::vector<std::string> matching_files(const std::string& pattern) {
   return {matches.gl_pathv, matches.gl_pathv + matches.gl_pathc};
 }
 
-std::vector<std::string> expand_globs(std::string_view patterns, const std::string& flag) {
+bool has_files(const std::string& pattern) {
+  const std::vector<std::string> found = matching_files(pattern);
+  return std::any_of(found.begin(), found.end(), [](const std::string& path) {
+    std::error_code ignored;
+    return !std::filesystem::is_directory(path, ignored);
+  });
+}
+
+}  // namespace
+
+std::vector<std::string> matching_files(const std::string& pattern) {
+  if (is_there(pattern)) return {pattern};
+  const std::vector<std::string> found = glob_files(with_literal_folders(pattern, ""));
+  if (!found.empty() || pattern.find('[') == std::string::npos) return found;
+  return glob_files(with_literal_folders(pattern, "[]"));  // "notes[1]_train_*.bin", of a text named notes[1].txt
+}
+
+std::vector<std::string> split_globs(const std::string& patterns) {
+  if (is_there(patterns)) return {patterns};
+  std::vector<std::string> words, globs;
+  std::istringstream list(patterns);
+  for (std::string word; std::getline(list, word, ',');) words.push_back(word);
+  for (size_t first = 0; first < words.size(); ++first) {
+    std::string glob = words[first];
+    if (glob.empty()) continue;
+    // Where a word alone names no file, its comma may be part of a name.
+    std::string longer = glob;
+    for (size_t last = first + 1; last < words.size() && !has_files(glob); ++last) {
+      longer += "," + words[last];
+      if (has_files(longer)) {
+        glob = longer;
+        first = last;
+      }
+    }
+    globs.push_back(glob);
+  }
+  return globs;
+}
+
+std::vector<std::string> expand_globs(const std::string& patterns, const std::string& flag) {
   std::vector<std::string> paths;
-  for (size_t start = 0; start <= patterns.size();) {
-    const size_t comma = std::min(patterns.find(',', start), patterns.size());
-    const std::string pattern(patterns.substr(start, comma - start));
-    start = comma + 1;
-    if (pattern.empty()) continue;
+  for (const std::string& pattern : split_globs(patterns)) {
     const std::vector<std::string> found = matching_files(pattern);
     if (found.empty()) throw std::runtime_error("no shards match " + pattern + "; check " + flag);
     for (const std::string& path : found) {
       if (std::filesystem::is_directory(path))
-        throw std::runtime_error(path + ": is a directory; name its shards, for instance '" + path + "/*_train_*.bin'");
+        throw std::runtime_error(path + ": is a directory; name its shards, for instance '" +
+                                 (path.ends_with('/') ? path : path + "/") + "*_train_*.bin'");
       paths.push_back(path);
     }
   }
-  if (paths.empty()) throw std::runtime_error("no shards match '" + std::string(patterns) + "'; check " + flag);
+  if (paths.empty()) throw std::runtime_error("no shards match '" + patterns + "'; check " + flag);
   std::sort(paths.begin(), paths.end());
   paths.erase(std::unique(paths.begin(), paths.end()), paths.end());
   return paths;

@@ -6,7 +6,6 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "data/shard.h"
@@ -91,12 +90,17 @@ class TokenLoader {
   std::unique_ptr<Prefetcher> prefetcher_;  // after reader_: its thread ends first
 };
 
-// The files matching one glob, sorted; none is no error. Throws std::runtime_error when a folder cannot be read.
+// The files matching one glob, sorted; none is no error. A file or folder that has exactly the name given is meant by
+// it, whatever characters of a glob that holds, and brackets that match nothing mean themselves. Throws
+// std::runtime_error when a folder cannot be read.
 std::vector<std::string> matching_files(const std::string& pattern);
+
+// The globs of a comma-separated list. A comma is part of a name where only that leads to files.
+std::vector<std::string> split_globs(const std::string& patterns);
 
 // The files matching comma-separated globs, sorted by path, each once. Throws std::runtime_error "no shards match ..."
 // for a glob without a file, naming the flag that it came from.
-std::vector<std::string> expand_globs(std::string_view patterns, const std::string& flag = "--data");
+std::vector<std::string> expand_globs(const std::string& patterns, const std::string& flag = "--data");
 
 // Fills the three group_* vectors of a micro-batch from its inputs, all in [0, vocabulary): a counting sort, O(N + V).
 void group_tokens(MicroBatch& batch, int64_t vocabulary);

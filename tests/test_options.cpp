@@ -130,6 +130,13 @@ TEST(Options, ASavedOptionOfTheWrongTypeIsDamage) {
     Options now;
     EXPECT_HAS(message_of([&] { restore_options(now, json); }), "kappa") << wrong;
   }
+  json = options_to_json(Options());
+  for (const char* key : {"optimizer", "recompute"}) {
+    json[key] = "";
+    Options now;
+    EXPECT_HAS(message_of([&] { restore_options(now, json); }), std::string(key) + "' is ''; the file is damaged");
+    json.erase(key);
+  }
 }
 
 TEST(Options, WhatIsNotSavedIsSaid) {

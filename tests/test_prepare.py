@@ -211,7 +211,9 @@ def test_an_error_after_many_batches_stops_the_workers_and_leaves_nothing(tmp_pa
     (["{dir}/a.txt", "--workers", "0"], "--workers"),
     (["{dir}/a.txt", "--name", "a/b"], "--name"),
     (["{dir}/a.txt", "--tokenizer", "bert"], "--tokenizer"),
-    (["{dir}/a.txt", "--split-on", ""], "--split-on"),
+    (["{dir}/a.txt", "--split-on", ""], "--split-on needs a value"),
+    (["{dir}/a.txt", "--vocab-dir", ""], "--vocab-dir needs a value"),
+    ([""], "a name is empty"),
     (["{dir}/a.txt", "--tokenizer", "bytes", "--vocab-dir", "{dir}"], "--vocab-dir"),
     ([], "input"),
 ])

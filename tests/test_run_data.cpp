@@ -21,6 +21,7 @@ TEST(RunData, TheLastTrainOfTheNameBecomesVal) {
   EXPECT_EQ(first("openwebtext/train.bin"), "openwebtext/val.bin");
   EXPECT_EQ(first("train_pretrained_*.bin"), "val_pretrained_*.bin");
   EXPECT_EQ(first("d/mytrain.bin"), "d/myval.bin");
+  EXPECT_EQ(first("training_1.bin"), "val_*.bin");
   EXPECT_EQ(first("d/train/*.bin"), "d/val/*.bin");
   EXPECT_EQ(first("train/00001.bin"), "val/*.bin");
   EXPECT_TRUE(validation_patterns("d/shakespeare.bin").empty());

@@ -110,7 +110,7 @@ def test_names_and_links_of_the_users_stay(train, tmp_path):
     assert os.readlink(run / "latest") == "step_00000015"
 
 
-@pytest.mark.parametrize("folder", ["plain", "with [brackets] and * and spaces"])
+@pytest.mark.parametrize("folder", ["plain", "with [brackets], and * and spaces"])
 def test_a_run_goes_on_from_any_working_directory(data, tmp_path, folder):
     home = tmp_path / folder
     (home / "shards").mkdir(parents=True)

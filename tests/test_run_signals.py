@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 from program import (PROGRAM, TINY, VOCABULARY, call, fail, language, losses, metrics, same_state, start_training, steps_saved,
                      stop, succeed, write_shard)
@@ -42,6 +43,20 @@ def test_a_second_ctrl_c_ends_at_once_and_names_the_last_checkpoint(data, tmp_pa
     assert code == 130 and time.monotonic() - began < 5
     assert errors == "train_gpt2: stopped in step 1; last checkpoint: none yet\n"
     assert steps_saved(tmp_path / "run") == []
+
+
+def test_a_signal_ends_an_evaluation_or_a_sample_in_progress(data, tmp_path):
+    """Both of minutes, while whoever sent the signal may wait for seconds only."""
+    write_shard(tmp_path / "long_val_0.bin", np.tile(language(3000, seed=1), 300))
+    for name, *flags in (("evaluation", "--eval-every", 1, "--eval-batches", 0, "--val-data", tmp_path / "long_val_0.bin"),
+                         ("sample", "--sample-every", 1, "--sample-tokens", 1000000)):
+        process = start_training(data, tmp_path / name, "--rank", 16, *flags, steps=ENDLESS, until="step 1/")
+        time.sleep(0.2)
+        began = time.monotonic()
+        code, _, errors = stop(process, signal.SIGTERM)
+        assert code == 143 and time.monotonic() - began < 5
+        assert ("stopped by a signal" in errors) == (name == "evaluation")
+        assert steps_saved(tmp_path / name) == [1]
 
 
 def test_signals_that_come_together_are_one_request(data, tmp_path):

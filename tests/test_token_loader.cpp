@@ -283,6 +283,23 @@ TEST_F(TokenLoaderTest, ExpandGlobsSortsAndDropsDuplicates) {
   EXPECT_EQ(expand_globs(b + "," + a + "," + directory_ / "*_[ab].bin"), (std::vector<std::string>{a, b}));
 }
 
+TEST_F(TokenLoaderTest, ANameThatExistsMeansItselfWhateverItHolds) {
+  const std::string odd = directory_ / "a,b [1]*";
+  std::filesystem::create_directory(odd);
+  const std::string one = odd + "/x[2],y_train_1.bin", two = odd + "/x[2],y_train_2.bin",
+                    a = directory_ / "train_a.bin";
+  for (const std::string& path : {one, two}) std::filesystem::copy(a, path);
+  std::filesystem::create_directory(directory_ / "a");  // is no shard
+  using Paths = std::vector<std::string>;
+  EXPECT_EQ(expand_globs(one), Paths{one});
+  EXPECT_EQ(expand_globs(odd + "/*_train_*.bin"), (Paths{one, two}));
+  EXPECT_EQ(expand_globs(odd + "/x[2],y_train_*.bin"), (Paths{one, two}));
+  EXPECT_EQ(expand_globs(two + "," + one + "," + a), (Paths{one, two, a}));
+  EXPECT_EQ(split_globs(a + "," + odd + "/*_train_*.bin"), (Paths{a, odd + "/*_train_*.bin"}));
+  EXPECT_EQ(split_globs("nowhere/a.bin,,nowhere/b.bin"), (Paths{"nowhere/a.bin", "nowhere/b.bin"}));
+  EXPECT_HAS(message_of([&] { expand_globs(directory_ / "a," + a); }), directory_ / "a: is a directory");
+}
+
 TEST(GroupTokens, ListsThePositionsOfEachToken) {
   MicroBatch batch;
   batch.inputs = {7, 3, 7, 0, 3, 7};

@@ -252,9 +252,9 @@ TEST(WeightsIo, WeightsOfAnotherKindAreRefusedWithTheWayToConvertThem) {
     std::filesystem::remove_all(directory / "m");
     return message;
   };
-  for (const char* file :
-       {"pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "tf_model.h5",
-        "flax_model.msgpack", "model.ckpt.index", "ckpt.pt", "consolidated.00.pth", "gpt2.Q8_0.gguf"}) {
+  for (const char* file : {"pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin",
+                           "tf_model.h5", "flax_model.msgpack", "model.ckpt.index", "ckpt.pt", "consolidated.00.pth",
+                           "gpt2.Q8_0.gguf", "rust_model.ot", "weights.npz"}) {
     const std::string message = error_with(file, "x");
     EXPECT_HAS(message, std::string(file) + " cannot be read");
     EXPECT_HAS(message, "M.from_pretrained('" + directory / "m'");
@@ -262,6 +262,7 @@ TEST(WeightsIo, WeightsOfAnotherKindAreRefusedWithTheWayToConvertThem) {
   }
   EXPECT_HAS(error_with("tf_model.h5", "x"), "from_tf=True");
   EXPECT_HAS(error_with("weights.bin", "PK\3\4"), "weights.bin");
+  EXPECT_HAS(error_with("optimizer.safetensors", "x"), "model.safetensors: is missing");
   EXPECT_HAS(error_with("model-00001-of-00002.safetensors", "x"), "no model.safetensors.index.json");
   for (const char* file :
        {"training_args.bin", "optimizer.pt", "text_train_000000.bin", "tokenizer.json", "vocab.json"})

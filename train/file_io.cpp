@@ -110,3 +110,9 @@ void replace_symlink(const std::string& link, const std::string& target) {
   if (symlink(target.c_str(), temporary.c_str()) != 0) fail(temporary, "cannot be created");
   if (rename(temporary.c_str(), link.c_str()) != 0) fail(link, "cannot be replaced");
 }
+
+std::string message_of(const std::exception& error) {
+  const auto* const of_files = dynamic_cast<const std::filesystem::filesystem_error*>(&error);
+  if (!of_files) return error.what();
+  return (of_files->path1().empty() ? "" : of_files->path1().string() + ": ") + of_files->code().message();
+}

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <string>
 
 #include "data/input_file.h"
@@ -34,6 +35,9 @@ FileSummary write_file(const std::string& path, const std::string& contents);
 FileSummary summarize_file(const std::string& path);  // reads all of it
 uint32_t checksum(const std::string& contents);       // FileSummary::crc32 of a file with these contents
 void sync_directory(const std::string& path);
+
+// What an exception says to users: the path and the system's message, where the library has words of its own for that.
+std::string message_of(const std::exception& error);
 
 // Gives `link` the new target in one step (a new symbolic link renamed over the old one).
 void replace_symlink(const std::string& link, const std::string& target);

@@ -58,7 +58,8 @@ struct FromJson {
     }
     const T value = saved[key].get<T>();
     if constexpr (std::is_same_v<T, std::string>) {
-      if (!value.empty() && !choices.empty() && std::find(choices.begin(), choices.end(), value) == choices.end()) {
+      // `field` is the default, or what is asked for: both are choices, or "" where one is made later.
+      if (value != field && !choices.empty() && std::find(choices.begin(), choices.end(), value) == choices.end()) {
         throw std::runtime_error("the checkpoint's option '" + key + "' is '" + value + "'; the file is damaged");
       }
     }

@@ -216,8 +216,8 @@ void describe(Options& o, Visitor& v) {
   v(o.log_every, "log-every", "steps", "progress line; metrics.jsonl has every step", S{}, free);
   v.group("device");
   v(o.device, "device", "", "where to compute", S{"auto", "cpu", "cuda"}, free);
-  v(o.threads, "threads", "", "CPU threads; 0: OMP_NUM_THREADS, else one per core; fixed on resume for identical bits",
-    S{}, free);
+  v(o.threads, "threads", "",
+    "CPU threads; 0: OMP_NUM_THREADS, else one per core; on resume those of the run, for identical bits", S{}, free);
   v(o.tf32, "tf32", "", "CUDA: fp32 matmuls on tensor cores, inputs rounded to TF32", S{}, fixed);
   v(o.no_autotune, "no-autotune", "",
     "CUDA: cuBLASLt's first choice of a matmul algorithm instead of timing several at the start", S{}, free);

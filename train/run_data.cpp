@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
-#include <sstream>
 #include <vector>
 
 #include "data/system_text.h"
@@ -60,20 +59,11 @@ size_t last_train(const std::string& name) {
   return name.rfind(kTrain);
 }
 
-std::vector<std::string> split(const std::string& patterns) {
-  std::vector<std::string> parts;
-  std::istringstream list(patterns);
-  for (std::string part; std::getline(list, part, ',');) {
-    if (!part.empty()) parts.push_back(part);
-  }
-  return parts;
-}
-
 // The validation patterns that have files, for all training patterns, with commas between; `looked_for` says what had
 // none.
 std::string find_validation(const std::string& training, std::string& looked_for) {
   std::string found;
-  for (const std::string& pattern : split(training)) {
+  for (const std::string& pattern : split_globs(training)) {
     const std::vector<std::string> candidates = validation_patterns(pattern);
     const auto with_files = std::find_if(candidates.begin(), candidates.end(),
                                          [](const std::string& c) { return !matching_files(c).empty(); });
@@ -103,7 +93,8 @@ std::vector<std::string> validation_patterns(const std::string& training_pattern
   std::vector<std::string> names;
   const size_t at = last_train(name);
   if (at != std::string::npos) {
-    for (const std::string& ending : endings(name.substr(at + kTrainLength))) {
+    const size_t end = at + kTrainLength + (name.compare(at + kTrainLength, 3, "ing") == 0 ? 3 : 0);  // "training"
+    for (const std::string& ending : endings(name.substr(end))) {
       for (const char* word : {"val", "valid", "validation"}) names.push_back(name.substr(0, at) + word + ending);
     }
   }
@@ -159,7 +150,7 @@ std::string resolve_evaluation_data(Options& options) {
   }
   if (val_data.empty())
     throw UsageError("eval needs --val-data: the run of " + options.model + " had no validation shards");
-  for (const std::string& pattern : split(val_data)) {
+  for (const std::string& pattern : split_globs(val_data)) {
     if (matching_files(pattern).empty()) {
       throw UsageError("eval needs --val-data: the run's own validation shards, " + pattern + ", are not there");
     }

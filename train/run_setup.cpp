@@ -5,8 +5,6 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <sstream>
-#include <string_view>
 
 #include "data/token_loader.h"
 #include "flora/flora.h"
@@ -184,21 +182,14 @@ int64_t trained_by_older_version(const ModelSource& source) {
   return *length < source.config.positions ? length->get<int64_t>() : 0;
 }
 
-// A list of globs as --data takes it, from the root. What the working directory has of a glob's characters means itself
-// there; a directory with a comma, which ends a glob, or one whose name is no text, cannot be said: then nothing
-// changes.
+// A list of globs as --data takes it, from the root. Nothing changes in a directory whose name is no text.
 std::string absolute_globs(const std::string& patterns) {
   std::error_code error;
-  std::string directory;
-  for (const char c : fs::current_path(error).string()) {
-    if (std::string_view("*?[]\\").find(c) != std::string_view::npos) directory += '\\';
-    directory += c;
-  }
-  if (error || !is_utf8(directory) || directory.find(',') != std::string::npos) return patterns;
+  const std::string directory = fs::current_path(error);
+  if (error || !is_utf8(directory)) return patterns;
   std::string absolute;
-  std::istringstream list(patterns);
-  for (std::string pattern; std::getline(list, pattern, ',');) {
-    const bool relative = !pattern.empty() && pattern[0] != '/' && pattern[0] != '~';
+  for (const std::string& pattern : split_globs(patterns)) {
+    const bool relative = pattern[0] != '/' && (pattern[0] != '~' || fs::exists(pattern));
     absolute += (absolute.empty() ? "" : ",") + (relative ? directory + "/" + pattern : pattern);
   }
   return absolute;

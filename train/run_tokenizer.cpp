@@ -15,8 +15,8 @@ constexpr int64_t kByteVocabulary = 257;
 
 // The folder of the training shards, where --data is given and has any.
 fs::path data_folder(const Options& options) {
-  const std::string pattern = options.data.substr(0, options.data.find(','));
-  const std::vector<std::string> shards = pattern.empty() ? std::vector<std::string>{} : matching_files(pattern);
+  const std::vector<std::string> globs = split_globs(options.data);
+  const std::vector<std::string> shards = globs.empty() ? globs : matching_files(globs.front());
   return shards.empty() ? fs::path("/nowhere") : fs::absolute(shards.front()).parent_path();
 }
 

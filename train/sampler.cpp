@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "kernels/philox.h"
+#include "train/interrupt.h"
 
 namespace {
 
@@ -45,7 +46,7 @@ void sample(Engine& engine, std::vector<int32_t> tokens, const std::vector<int32
   }
   const RandomKey key{options.seed, RandomPurpose::kSampling, hash_name("sample")};
   std::vector<float> logits(static_cast<size_t>(vocabulary));
-  for (int64_t i = 0; i < options.tokens; ++i) {
+  for (int64_t i = 0; i < options.tokens && !interrupted(); ++i) {
     const int64_t count = std::min<int64_t>(window, static_cast<int64_t>(tokens.size()));
     const Tensor row = engine.model().logits(tokens.data() + tokens.size() - count, count, 1);
     std::vector<bf16> rounded;

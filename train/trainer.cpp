@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "flora/flora.h"
+#include "train/file_io.h"
 #include "train/interrupt.h"
 #include "train/memory_advice.h"
 #include "train/run_folder.h"
@@ -33,7 +34,7 @@ void try_beside(uint32_t t, const char* without, Job&& job) {
   try {
     job();
   } catch (const std::exception& error) {
-    warn("step " + std::to_string(t) + ": " + without + ": " + error.what());
+    warn("step " + std::to_string(t) + ": " + without + ": " + message_of(error));
   }
 }
 
@@ -87,10 +88,12 @@ double validation_loss(Engine& engine, TokenLoader& loader, int64_t sequences, i
   const ActivationShapes& shapes = engine.config().shapes;
   const int64_t available = loader.sequences_per_epoch();
   const int64_t total = sequences > 0 ? std::min(sequences, available) : available;
+  const int signal_before = interrupting_signal();
   loader.rewind();
   tokens = total * shapes.sequence;
   // The last micro-batch goes on into the next epoch; only what is left of this one is used.
   return engine.evaluate((total + shapes.batch - 1) / shapes.batch, [&](int64_t i) {
+    if (interrupting_signal() != signal_before) throw std::runtime_error("stopped by a signal");
     return host_batch(loader.next(), std::min(shapes.batch, total - i * shapes.batch), shapes.sequence, false);
   });
 }
@@ -100,7 +103,8 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
       backend_(backend),
       engine_(setup.engine, backend),
       loader_(loader_options(setup.options, setup.options.data, setup.engine.model.vocabulary, true)),
-      progress_(setup.options.steps) {
+      progress_(setup.options.steps),
+      saved_options_(options_to_json(with_absolute_paths(setup.options))) {
   const Options& o = setup_.options;
   if (!loader_.left_out().empty()) data_warnings_.push_back(loader_.left_out());
   if (!o.val_data.empty() && o.eval_every > 0) open_validation();
@@ -294,13 +298,13 @@ void Trainer::print_sample(uint32_t t) {
 
 void Trainer::checkpoint(uint32_t t, const DataPosition& position) {
   const Options& o = setup_.options;
-  const TrainerState state{t, skipped_, position, options_to_json(with_absolute_paths(o)), backend_.tuning()};
+  const TrainerState state{t, skipped_, position, saved_options_, backend_.tuning()};
   // In the middle of skipped updates an older checkpoint may be the last one that learned anything: all are kept.
   const int64_t keep = skipped_in_a_row_ > 0 ? 0 : o.keep_checkpoints;
   try {
     last_checkpoint_ = save_checkpoint(o.out, state, engine_, setup_.checkpoint_files, keep);
   } catch (const std::runtime_error& error) {
-    throw std::runtime_error("step " + std::to_string(t) + ": no checkpoint is written: " + error.what() +
+    throw std::runtime_error("step " + std::to_string(t) + ": no checkpoint is written: " + message_of(error) +
                              "; last checkpoint: " + last_checkpoint());
   }
   say_when_interrupted(t, last_checkpoint_);

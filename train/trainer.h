@@ -57,6 +57,7 @@ class Trainer {
   std::string validation_problem_;
   Profiler profiler_;
   Progress progress_;
+  nlohmann::ordered_json saved_options_;  // as in checkpoints
   std::unique_ptr<MetricsFile> metrics_;
   double peak_flops_ = 0;
   uint32_t first_step_ = 1;

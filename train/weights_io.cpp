@@ -223,7 +223,7 @@ bool weights_of_another_kind(const fs::path& path) {
     if (name.find(part) != std::string::npos) return true;
   }
   const std::string extension = path.extension();
-  for (const char* known : {".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}) {
+  for (const char* known : {".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz"}) {
     if (extension == known) return true;
   }
   return extension == ".bin" && is_pytorch_file(path);
@@ -254,6 +254,7 @@ bool has_weights(const std::string& directory) {
   std::sort(files.begin(), files.end());
   for (const fs::path& path : files) {
     if (weights_of_another_kind(path)) throw UsageError(directory + ": " + conversion(directory, path.filename()));
+    if (path.filename() == kOptimizerFile) throw UsageError(directory + "/model.safetensors: is missing");
     if (path.extension() == ".safetensors") {
       throw UsageError(path.string() +
                        ": is not named model.safetensors, and there is no model.safetensors.index.json " +
