@@ -28,7 +28,6 @@ MASTER = ["--master-weights", "fp32", "--state-dtype", "fp32"]
 # dtype: the run that states the constant, then those that must keep to it: (layers, width, flags).
 RUNS = {
     "fp32": [(6, 384, ["--optimizer", "adamw"]),
-             (6, 640, ["--optimizer", "adafactor", "--gradients", "fused"]),
              (5, 1024, ["--optimizer", "flora", "--rank", 64, *OFFLOAD])],
     "bf16": [(6, 384, ["--optimizer", "adamw", *MASTER]),
              (4, 768, ["--optimizer", "adamw", *MASTER])],
