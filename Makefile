@@ -173,7 +173,7 @@ SHIM_SOURCES := $(filter-out tests/cuda_on_cpu/test_%,$(wildcard tests/cuda_on_c
 SHIM_OBJECTS := $(SHIM_KERNELS:%.cu=%.o) $(SHIM_SOURCES:%.cpp=%.o)
 SHIM         := $(BUILD)/cuda_on_cpu
 SANITIZED    := $(BUILD)/cuda_on_cpu_sanitized
-# Tests of operations run under the sanitizers, and plain with other seeds; those of whole models would take too long with
+# Tests of operations run under the sanitizers, and plain with another seed; those of whole models would take too long with
 # sanitizers, and the shim's own are built plain, too.
 OPERATION_TESTS := attention classifier device_memory elementwise embedding factored_moment layer_stream layernorm matmul \
                    optimizer_ops quantize philox projection same_bits weight_codes
@@ -238,16 +238,21 @@ demo:
 	PYTHON=$(PYTHON) scripts/demo.sh
 
 # What a long target is doing, and when.
+comma := ,
 BEGAN := $(shell date +%s)
 say    = @echo "make $@: $(1) ($$(( $$(date +%s) - $(BEGAN) )) s so far)"
 
 test:
-	$(call say,1 of 3: what is missing is installed)
-	scripts/setup.sh test
-	$(call say,2 of 3: $$($(MAKE) -n train_gpt2 tests shim-tests 2>/dev/null | grep -cE '"  (CXX|NVCC|LINK|AR) ') files to compile and link)
-	+@$(MAKE) --no-print-directory $(PARALLEL) train_gpt2 tests shim-tests
+	$(call say,1 of 3: packages that are missing are installed)
+	scripts/setup.sh --packages test
+	$(call say,2 of 3: $$($(MAKE) -n train_gpt2 tests shim-tests 2>/dev/null | grep -cE '"  (CXX|NVCC|LINK|AR) ') files to compile and link$(comma) and Python packages)
+	+@$(MAKE) --no-print-directory $(PARALLEL) python-packages train_gpt2 tests shim-tests
 	$(call say,3 of 3: the tests)
 	@$(PYTHON) tests/run.py --began $(BEGAN)
+
+# Beside the compiler: most of it is waiting and unpacking.
+python-packages:
+	@scripts/setup.sh test
 
 check:
 	scripts/setup.sh test
@@ -333,7 +338,7 @@ clean:
 	rm -rf $(BUILD) train_gpt2
 
 FORCE:
-.PHONY: FORCE all tests shim-tests demo test check fuzz test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
+.PHONY: FORCE all python-packages tests shim-tests demo test check fuzz test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
 .PRECIOUS: $(BUILD)/%.o
 
 -include $(LIB_OBJECTS:.o=.d) $(TEST_SOURCES:%.cpp=$(BUILD)/%.d) $(BUILD)/train_gpt2.d $(wildcard $(BUILD)/bench/*.d)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# setup.sh [--check] [build|demo|test|bench|fuzz|format]: installs what the project needs and this machine lacks, and nothing else.
-# With --check it installs nothing: it names what is missing and the command that installs it, and exits 1.
+# setup.sh [--check|--packages] [build|demo|test|bench|fuzz|format]: installs what the project needs and this machine lacks, and nothing else.
+# With --check it installs nothing: it names what is missing and the command that installs it, and exits 1. With --packages
+# it installs what comes from the distribution, and leaves the virtual environment for another call.
 #
 #   build   compiler and libraries of ./train_gpt2
 #   demo    build, and the virtual environment .venv with the packages of requirements-demo.txt
@@ -15,10 +16,11 @@
 set -euo pipefail
 
 check=
-if [ "${1:-}" = --check ]; then
-  check=yes
-  shift
-fi
+packages_only=
+case ${1:-} in
+  --check) check=yes && shift ;;
+  --packages) packages_only=yes && shift ;;
+esac
 target=${1:-build}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 read -ra cxx <<<"${CXX:-g++}" # a name, or words like "ccache g++"
@@ -239,6 +241,6 @@ if [ ${#required[@]} -gt 0 ] || [ ${#optional[@]} -gt 0 ]; then
   find_missing
   [ ${#required[@]} -eq 0 ] || fail "still missing after the installation: ${required[*]}"
 fi
-case $target in
+case $target$packages_only in
   demo | test) install_venv ;;
 esac
