@@ -88,7 +88,8 @@ std::string processor_name() {
 }
 
 int usable_cores(const std::string& root) {
-  if (root.empty() && std::getenv("OMP_NUM_THREADS")) return std::max(1, omp_get_max_threads());  // libgomp has read it
+  constexpr int kMost = 1024;  // as --threads
+  if (root.empty() && std::getenv("OMP_NUM_THREADS")) return std::clamp(omp_get_max_threads(), 1, kMost);
   double cores = omp_get_num_procs();
   for (const std::string& group : control_groups(root, "")) {
     std::ifstream file(group + "/cpu.max");
