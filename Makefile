@@ -39,7 +39,6 @@ SANITIZE ?=
 WARNINGS := -Wall -Wextra -Werror $(if $(findstring clang,$(CXX)),-Wno-pass-failed,-Wno-restrict)
 # -ffp-contract=off: fused multiply-adds only where the source says fma, so that random numbers are the same everywhere.
 CXXFLAGS := -std=c++20 -O3 -march=$(CPU_ARCH) -ffp-contract=off -fno-math-errno -fopenmp -g1 $(WARNINGS) -I.
-LDFLAGS  += -fopenmp
 LDLIBS   := -lz -lpthread
 ifeq ($(BLAS),none)
   CXXFLAGS += -Ikernels/cpu/no_blas
@@ -129,7 +128,7 @@ train_gpt2: $(BUILD)/train_gpt2 $(if $(filter $(BUILD)/train_gpt2,$(shell readli
 define LINK
 @mkdir -p $(@D)
 @echo "  LINK  $@"
-$(Q)$(CXX) $(LDFLAGS) -o $@ $(filter %.o,$^) $(filter %.a,$^)
+$(Q)$(CXX) -fopenmp $(LDFLAGS) -o $@ $(filter %.o,$^) $(filter %.a,$^)
 endef
 
 $(BUILD)/train_gpt2: $(BUILD)/train_gpt2.o $(LIB) $(BUILD)/.linked

@@ -51,10 +51,6 @@ BudgetChoice choose_settings(const RunRequest& request, Backend& backend, bool f
   return choose_within_budget(undecided, budget, backend, speeds);
 }
 
-void warn(const std::string& warning) {
-  if (!warning.empty()) std::fprintf(stderr, "train_gpt2: warning: %s\n", warning.c_str());
-}
-
 constexpr char kNoModel[] = "--model is needed: a checkpoint or another directory with weights";
 
 void check_prompt(const RunSetup& setup) {
@@ -248,15 +244,8 @@ int eval(Options options) {
   return 0;
 }
 
-// One line, whatever characters came with a value; of a very long one the beginning and the end.
-int report(std::string message, int code) {
-  constexpr size_t kLongest = 560, kEnd = 200;
-  if (message.size() > kLongest) {
-    message = message.substr(0, kLongest - kEnd) + " ... " + message.substr(message.size() - kEnd);
-  }
-  std::replace_if(
-      message.begin(), message.end(), [](char c) { return c == '\n' || c == '\t'; }, ' ');
-  std::fprintf(stderr, "train_gpt2: %s\n", printable(message).c_str());
+int report(const std::string& message, int code) {
+  say_on_error(message);
   return code;
 }
 

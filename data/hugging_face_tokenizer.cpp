@@ -181,7 +181,7 @@ Tokenizer read_hugging_face_tokenizer(const std::string& directory, int64_t limi
       }
     }
   } catch (const nlohmann::json::exception& error) {
-    fail(path, std::string("not a tokenizer's file (") + error.what() + ")");
+    fail(path, "not a tokenizer's file (" + problem_of(error) + ")");
   }
   try {
     return Tokenizer::with_merges(vocabulary.tokens(), merges, end_of_text(directory, vocabulary));

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# setup.sh [--check|--packages] [build|demo|test|bench|fuzz|format]: installs what the project needs and this machine lacks, and nothing else.
+# setup.sh [--check|--packages] [build|demo|test|bench|fuzz|format]: installs what the project needs and this machine lacks,
+# and nothing else.
 # With --check it installs nothing: it names what is missing and the command that installs it, and exits 1. With --packages
 # it installs what comes from the distribution, and leaves the virtual environment for another call.
 #

@@ -115,9 +115,10 @@ def test_options_that_are_missing_are_said(run, tmp_path):
     path = run / "step_00000006/trainer_state.json"
     state = json.loads(path.read_text())
     write_state(path, changed(state, "options", to={k: v for k, v in state["options"].items() if k != "lr"}))
-    result = call("--resume", run / "step_00000006", "--out", tmp_path / "b")
+    odd = run.rename(run.with_name("two\nlines"))  # a warning is one line, too
+    result = call("--resume", odd / "step_00000006", "--out", tmp_path / "b")
     (line,) = result.stderr.splitlines()
-    assert result.returncode == 0 and "warning" in line and "--lr" in line
+    assert result.returncode == 0 and "warning" in line and "two lines" in line and "--lr" in line
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "trainer_state.json"])

@@ -10,6 +10,7 @@
 #include "train/file_io.h"
 #include "train/run_folder.h"
 #include "train/safetensors.h"
+#include "train/standard_streams.h"
 #include "train/weights_io.h"
 
 namespace fs = std::filesystem;
@@ -138,8 +139,7 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
   try {
     remove_old_checkpoints(run, keep);
   } catch (const fs::filesystem_error& error) {  // costs room, not the run
-    std::fprintf(stderr, "train_gpt2: warning: %s cannot be removed: %s\n", error.path1().c_str(),
-                 error.code().message().c_str());
+    warn(error.path1().string() + " cannot be removed: " + error.code().message());
   }
   return path;
 }

@@ -9,11 +9,10 @@
 #include <sstream>
 #include <type_traits>
 
+#include "kernels/cpu/machine.h"
 #include "train/memory_size.h"
 
 namespace {
-
-constexpr int64_t kMostThreads = 1024;  // more than any machine's cores; each has a stack and buffers of its own
 
 std::string underscored(std::string flag) {
   std::replace(flag.begin(), flag.end(), '-', '_');

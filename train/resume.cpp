@@ -9,6 +9,7 @@
 #include "train/checkpoint.h"
 #include "train/metrics.h"
 #include "train/run_setup.h"
+#include "train/standard_streams.h"
 
 namespace {
 
@@ -24,9 +25,8 @@ std::vector<std::string> restore(Options& options, const std::string& checkpoint
   std::string missing;
   for (const std::string& flag : restored.missing) missing += " --" + flag;
   if (!state.sealed || !missing.empty()) {
-    std::fprintf(stderr, "train_gpt2: warning: %s is of an earlier version%s%s%s\n", checkpoint.c_str(),
-                 state.sealed ? "" : ": its trainer_state.json has no checksum",
-                 missing.empty() ? "" : "; defaults are taken for", missing.c_str());
+    warn(checkpoint + " is of an earlier version" + (state.sealed ? "" : ": its trainer_state.json has no checksum") +
+         (missing.empty() ? "" : "; defaults are taken for" + missing));
   }
   if (options.was_given("data") && !options.was_given("val-data")) options.val_data.clear();  // beside the moved data
   return restored.changes;

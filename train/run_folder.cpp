@@ -15,6 +15,7 @@
 #include <stdexcept>
 
 #include "train/file_io.h"
+#include "train/standard_streams.h"
 #include "train/trainer_state.h"
 
 namespace fs = std::filesystem;
@@ -138,8 +139,7 @@ bool RunFolder::lock() {
     return false;
   }
   if (errno != EWOULDBLOCK) {
-    std::fprintf(stderr, "train_gpt2: warning: %s cannot be locked (%s): see that no other run writes there\n",
-                 path_.c_str(), std::strerror(errno));
+    warn(path_ + " cannot be locked (" + std::strerror(errno) + "): see that no other run writes there");
     return true;
   }
   const std::string other = holder(descriptor_);

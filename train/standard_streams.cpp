@@ -5,10 +5,13 @@
 #include <poll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+
+#include "data/tokenizer.h"
 
 void prepare_standard_streams() {
   // open() takes the lowest free number; what is printed to a file opened for reading is an error, as it should be.
@@ -30,6 +33,20 @@ bool reader_has_gone() {
 }  // namespace
 
 void outlive_reader() { std::signal(SIGPIPE, SIG_IGN); }
+
+void say_on_error(std::string message) {
+  constexpr size_t kLongest = 560, kEnd = 200;
+  if (message.size() > kLongest) {
+    message = message.substr(0, kLongest - kEnd) + " ... " + message.substr(message.size() - kEnd);
+  }
+  std::replace_if(
+      message.begin(), message.end(), [](char c) { return c == '\n' || c == '\t'; }, ' ');
+  std::fprintf(stderr, "train_gpt2: %s\n", printable(message).c_str());
+}
+
+void warn(const std::string& warning) {
+  if (!warning.empty()) say_on_error("warning: " + warning);
+}
 
 bool output_arrived() {
   const bool failed_before = std::ferror(stdout) != 0;

@@ -14,6 +14,7 @@
 #include "train/memory_advice.h"
 #include "train/run_folder.h"
 #include "train/sampler.h"
+#include "train/standard_streams.h"
 #include "train/version.h"
 
 namespace {
@@ -25,8 +26,6 @@ constexpr int64_t kDefaultEvalBatches = 20;  // of the default micro-batch
 struct DataError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
-
-void warn(const std::string& what) { std::fprintf(stderr, "train_gpt2: warning: %s\n", what.c_str()); }
 
 // Something beside the training itself: when it fails, that is said and the run goes on.
 template <typename Job>

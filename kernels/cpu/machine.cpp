@@ -88,8 +88,7 @@ std::string processor_name() {
 }
 
 int usable_cores(const std::string& root) {
-  constexpr int kMost = 1024;  // as --threads
-  if (root.empty() && std::getenv("OMP_NUM_THREADS")) return std::clamp(omp_get_max_threads(), 1, kMost);
+  if (root.empty() && std::getenv("OMP_NUM_THREADS")) return std::clamp(omp_get_max_threads(), 1, kMostThreads);
   double cores = omp_get_num_procs();
   for (const std::string& group : control_groups(root, "")) {
     std::ifstream file(group + "/cpu.max");

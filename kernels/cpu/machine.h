@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <string>
 
+inline constexpr int kMostThreads = 1024;  // above any machine's cores; each has a stack and buffers of its own
+
 // Of these two, `root` is the directory that has /proc and /sys/fs/cgroup below it.
 int usable_cores(
     const std::string& root = "");  // OMP_NUM_THREADS, else affinity mask, and the control groups' CPU quotas if less
