@@ -11,14 +11,14 @@ namespace {
 constexpr uint32_t kFewSteps = 3;
 
 EngineConfig deep_config(DType dtype, OptimizerKind optimizer = OptimizerKind::kFlora,
-                         SinkKind sink = SinkKind::kFused) {
+                         GradientMode mode = GradientMode::kFused) {
   EngineConfig config = small_config(dtype);
   config.model.layers = 5;
   config.optimizer.kind = optimizer;
   config.optimizer.kappa = 2;
-  config.sink.kind = sink;
+  config.sink.kind = mode;
   config.shapes.recompute = Recompute::kBlock;
-  if (sink == SinkKind::kCompressed) {
+  if (mode == GradientMode::kCompressed) {
     config.sink.accumulation_rank = 16;
     config.sink.micro_batches = 2;
   }
@@ -60,18 +60,18 @@ TEST_P(OffloadDtype, EveryPartChangesNoBit) {
   }
 }
 
-TEST_P(OffloadDtype, EveryOptimizerAndSinkChangesNoBit) {
+TEST_P(OffloadDtype, EveryOptimizerAndModeChangesNoBit) {
   for (const OptimizerKind optimizer :
        {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd}) {
-    for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
+    for (const GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed}) {
       if (GetParam() == DType::kF32 && optimizer != OptimizerKind::kFlora) continue;  // the same moves as in bf16
-      EngineConfig config = deep_config(GetParam(), optimizer, sink);
+      EngineConfig config = deep_config(GetParam(), optimizer, mode);
       config.model.layers = 3;
       config.master_weights = GetParam() == DType::kBF16 && optimizer == OptimizerKind::kAdamW;
       const Outcome resident = run(config);
       config.offload = {.activations = true, .state = true, .weights = true};
       expect_same_bits(config, resident,
-                       std::to_string(static_cast<int>(optimizer)) + ", " + std::to_string(static_cast<int>(sink)));
+                       std::to_string(static_cast<int>(optimizer)) + ", " + std::to_string(static_cast<int>(mode)));
     }
   }
 }
@@ -170,14 +170,14 @@ TEST(Blocks, SaveTheGradientOfTheEmbeddingAndMostOfTheWidestMatrix) {
   EXPECT_EQ(embedding - gradients(GradientBlocks::kAll), (4 * C * C - C * C) * sizeof(bf16));
 }
 
-TEST(Blocks, NeedAFusedSinkAndOneMicroBatch) {
+TEST(Blocks, NeedFusedUpdatesAndOneMicroBatch) {
   const std::unique_ptr<Backend> backend = make_test_backend();
   EngineConfig config = deep_config(DType::kF32);
   config.sink.blocks = GradientBlocks::kAll;
   config.sink.micro_batches = 2;
   EXPECT_THROW(Engine(config, *backend), std::invalid_argument);
   config.sink.micro_batches = 1;
-  config.sink.kind = SinkKind::kDense;
+  config.sink.kind = GradientMode::kDense;
   EXPECT_THROW(Engine(config, *backend), std::invalid_argument);
 }
 
@@ -221,9 +221,9 @@ TEST(Blocks, OfOneGradientChangeNoBitOfElementwiseOptimizers) {
           if (block_rows == 0) {
             optimizer->update(p, weight, {}, gradient, scalars);
           } else {
-            const BlockedGradient blocks(p.rows, block_rows,
-                                         [&](int64_t begin, int64_t count) { return gradient.slice(begin, count); });
-            optimizer->update_in_blocks(p, weight, {}, blocks, scalars);
+            const Gradient blocks(p.rows, block_rows,
+                                  [&](int64_t begin, int64_t count) { return gradient.slice(begin, count); });
+            optimizer->update(p, weight, {}, blocks, scalars);
           }
         }
         std::vector<uint8_t> all;

@@ -1,4 +1,4 @@
-// test_plan.cpp: the memory plan is the truth. For every optimizer x sink x recompute level x dtypes an engine takes
+// test_plan.cpp: the memory plan is the truth. For every optimizer x mode x recompute level x dtypes an engine takes
 // from the device exactly the bytes that were planned, uses every declared name, and asks for nothing more while it
 // trains.
 #include <gtest/gtest.h>
@@ -52,10 +52,10 @@ void expect_planned(const EngineConfig& config, const std::string& what) {
   EXPECT_EQ(backend->allocated_bytes(), 0u) << what << ": memory was not given back";
 }
 
-class Plan : public ::testing::TestWithParam<std::tuple<OptimizerKind, SinkKind>> {};
+class Plan : public ::testing::TestWithParam<std::tuple<OptimizerKind, GradientMode>> {};
 
 TEST_P(Plan, IsWhatIsAllocated) {
-  const auto [optimizer, sink] = GetParam();
+  const auto [optimizer, mode] = GetParam();
   const DType f32 = DType::kF32, b16 = DType::kBF16;
   struct Types {
     DType weight, activation, gradient, state;
@@ -75,11 +75,11 @@ TEST_P(Plan, IsWhatIsAllocated) {
         config.optimizer.kind = optimizer;
         config.optimizer.state_dtype = types.state;
         config.optimizer.rank = optimizer == OptimizerKind::kFlora ? 8 : 0;
-        config.sink.kind = sink;
+        config.sink.kind = mode;
         config.sink.micro_batches = micro_batches;
         config.sink.gradient_dtype = types.gradient;
         config.sink.accumulation_dtype = types.weight;
-        config.sink.accumulation_rank = sink == SinkKind::kCompressed ? 5 : 0;
+        config.sink.accumulation_rank = mode == GradientMode::kCompressed ? 5 : 0;
         expect_planned(config, "recompute " + std::to_string(static_cast<int>(recompute)) + ", weights " +
                                    dtype_name(types.weight) + ", gradients " + dtype_name(types.gradient) +
                                    ", states " + dtype_name(types.state) + (types.master ? ", master" : "") + ", " +
@@ -91,16 +91,16 @@ TEST_P(Plan, IsWhatIsAllocated) {
 
 std::string case_name(const ::testing::TestParamInfo<Plan::ParamType>& info) {
   const char* optimizers[] = {"flora", "adamw", "adafactor", "sgd"};
-  const char* sinks[] = {"dense", "fused", "compressed"};
+  const char* modes[] = {"dense", "fused", "compressed"};
   return std::string(optimizers[static_cast<int>(std::get<0>(info.param))]) + "_" +
-         sinks[static_cast<int>(std::get<1>(info.param))];
+         modes[static_cast<int>(std::get<1>(info.param))];
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Plan,
                          ::testing::Combine(::testing::Values(OptimizerKind::kFlora, OptimizerKind::kAdamW,
                                                               OptimizerKind::kAdafactor, OptimizerKind::kSgd),
-                                            ::testing::Values(SinkKind::kDense, SinkKind::kFused,
-                                                              SinkKind::kCompressed)),
+                                            ::testing::Values(GradientMode::kDense, GradientMode::kFused,
+                                                              GradientMode::kCompressed)),
                          case_name);
 
 TEST(PlanVariants, AreWhatIsAllocated) {
@@ -116,7 +116,7 @@ TEST(PlanVariants, AreWhatIsAllocated) {
   with("unfactored", [](EngineConfig& c) { c.optimizer.factored = false; });
   with("embeddings compressed", [](EngineConfig& c) { c.optimizer.compress_embeddings = true; });
   with("embeddings' sums compressed", [](EngineConfig& c) {
-    c.sink.kind = SinkKind::kCompressed, c.sink.accumulation_rank = 4, c.sink.compress_embeddings = true;
+    c.sink.kind = GradientMode::kCompressed, c.sink.accumulation_rank = 4, c.sink.compress_embeddings = true;
     c.sink.micro_batches = 2;
   });
   with("rank above every matrix", [](EngineConfig& c) { c.optimizer.rank = 1000; });
@@ -128,10 +128,10 @@ TEST(PlanVariants, AreWhatIsAllocated) {
       });
     }
   }
-  for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
+  for (const GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed}) {
     with("clipped", [&](EngineConfig& c) {
-      c.sink.kind = sink, c.sink.clip_norm = 1, c.sink.micro_batches = 2;
-      c.sink.accumulation_rank = sink == SinkKind::kCompressed ? 4 : 0;
+      c.sink.kind = mode, c.sink.clip_norm = 1, c.sink.micro_batches = 2;
+      c.sink.accumulation_rank = mode == GradientMode::kCompressed ? 4 : 0;
     });
   }
   const auto offload_all = [](EngineConfig& c) {
@@ -169,8 +169,9 @@ TEST(PlanVariants, AreWhatIsAllocated) {
   });
   with("forward only, streamed", [&](EngineConfig& c) { offload_all(c), c.shapes.training = false; });
   with("one layer, streamed", [&](EngineConfig& c) { offload_all(c), c.model.layers = 1; });
-  with("fused with projected sums",
-       [](EngineConfig& c) { c.sink.kind = SinkKind::kFused, c.sink.accumulation_rank = 4, c.sink.micro_batches = 2; });
+  with("fused with projected sums", [](EngineConfig& c) {
+    c.sink.kind = GradientMode::kFused, c.sink.accumulation_rank = 4, c.sink.micro_batches = 2;
+  });
 }
 
 }  // namespace

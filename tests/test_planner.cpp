@@ -133,7 +133,7 @@ TEST(Prediction, RecomputationAndBlocksCostTime) {
 TEST(Planner, LeastBytesAreNoMoreThanThePlan) {
   const auto backend = make_cpu_backend({.threads = 1});
   const Planner planner(*backend, nominal_speeds(small_config(), "cpu"));
-  for (const SinkKind kind : {SinkKind::kDense, SinkKind::kFused}) {
+  for (const GradientMode kind : {GradientMode::kDense, GradientMode::kFused}) {
     EngineConfig config = small_config();
     config.sink.kind = kind;
     for (const Choice& choice : planner.candidates(config, everything(4))) {

@@ -118,7 +118,7 @@ StepTime predict_step(const EngineConfig& config, const Speeds& speeds, const Bl
   const double kept = config.offload.activations ? a.layers * a.tokens * static_cast<double>(config.model.channels) *
                                                        static_cast<double>(dtype_size(config.shapes.dtype))
                                                  : 0;
-  const bool fused = config.sink.kind == SinkKind::kFused;
+  const bool fused = config.sink.kind == GradientMode::kFused;
   const double passes = fused && config.sink.clip_norm > 0 ? 2 : 1;  // the first one measures the norm
   const double micro_batches = passes * a.micro_batches;
 

@@ -38,7 +38,7 @@ EngineConfig usual_config(const RunSetup& setup, DType dtype) {
   config.optimizer.kind = OptimizerKind::kAdamW;
   config.optimizer.rank = 0;
   config.optimizer.beta1 = 0.9f;
-  config.sink.kind = SinkKind::kDense;
+  config.sink.kind = GradientMode::kDense;
   config.sink.micro_batches = 1;
   config.sink.gradient_dtype = dtype;
   config.sink.accumulation_rank = 0;
@@ -110,7 +110,7 @@ std::vector<Technique> plan_techniques(const RunSetup& setup, Backend& backend) 
   add("AdamW in " + dtype_name);
   config.shapes.recompute = Recompute::kBlock;
   add("+ activation checkpointing");
-  config.sink.kind = SinkKind::kFused;
+  config.sink.kind = GradientMode::kFused;
   config.sink.clip_norm = 0;
   add("+ fused backward");
   config.optimizer.kind = OptimizerKind::kFlora;

@@ -118,7 +118,7 @@ bool gradient_blocks_possible(const EngineConfig& config) {
   const OptimizerKind kind = config.optimizer.kind;
   const bool full_moment =
       (kind == OptimizerKind::kFlora || kind == OptimizerKind::kAdafactor) && !config.optimizer.factored;
-  return config.sink.kind == SinkKind::kFused && config.sink.micro_batches == 1 && !full_moment;
+  return config.sink.kind == GradientMode::kFused && config.sink.micro_batches == 1 && !full_moment;
 }
 
 std::vector<Choice> Planner::candidates(const EngineConfig& start, const Freedom& freedom) const {

@@ -121,9 +121,10 @@ EngineConfig engine_config(const Options& o, const Gpt2Config& model, bool train
   opt.compress_embeddings = o.compress_embeddings;
   opt.projection = projection;
   opt.transfer = o.transfer.empty() ? bounded_transfer(opt, gpt2_parameters(model)) : transfer_of(o.transfer);
-  SinkConfig& sink = engine.sink;
-  sink.kind = choice<SinkKind>(
-      {{"dense", SinkKind::kDense}, {"fused", SinkKind::kFused}, {"compressed", SinkKind::kCompressed}}, o.gradients);
+  GradientConfig& sink = engine.sink;
+  sink.kind = choice<GradientMode>(
+      {{"dense", GradientMode::kDense}, {"fused", GradientMode::kFused}, {"compressed", GradientMode::kCompressed}},
+      o.gradients);
   sink.micro_batches = static_cast<int>(o.tokens_per_step / (o.micro_batch * o.seq_len));
   sink.gradient_dtype = dtype_of(o.gradient_dtype);
   sink.accumulation_dtype = dtype_of(o.accumulation_dtype);
@@ -138,10 +139,10 @@ EngineConfig engine_config(const Options& o, const Gpt2Config& model, bool train
   return engine;
 }
 
-void check_gradient_blocks(const Options& o, const SinkConfig& sink, Undecided undecided) {
+void check_gradient_blocks(const Options& o, const GradientConfig& sink, Undecided undecided) {
   if (sink.blocks == GradientBlocks::kWhole) return;
   const std::string flag = "--gradient-blocks " + o.gradient_blocks;
-  if (sink.kind != SinkKind::kFused) throw UsageError(flag + " contradicts --gradients " + o.gradients);
+  if (sink.kind != GradientMode::kFused) throw UsageError(flag + " contradicts --gradients " + o.gradients);
   if (o.no_factored) throw UsageError(flag + " contradicts --no-factored: a full second moment sees a gradient once");
   if (sink.micro_batches > 1 && undecided == Undecided::kNothing) {
     throw UsageError(flag + " needs all of --tokens-per-step " + std::to_string(o.tokens_per_step) +
