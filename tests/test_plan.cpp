@@ -75,11 +75,11 @@ TEST_P(Plan, IsWhatIsAllocated) {
         config.optimizer.kind = optimizer;
         config.optimizer.state_dtype = types.state;
         config.optimizer.rank = optimizer == OptimizerKind::kFlora ? 8 : 0;
-        config.sink.kind = mode;
-        config.sink.micro_batches = micro_batches;
-        config.sink.gradient_dtype = types.gradient;
-        config.sink.accumulation_dtype = types.weight;
-        config.sink.accumulation_rank = mode == GradientMode::kCompressed ? 5 : 0;
+        config.gradients.kind = mode;
+        config.gradients.micro_batches = micro_batches;
+        config.gradients.gradient_dtype = types.gradient;
+        config.gradients.accumulation_dtype = types.weight;
+        config.gradients.accumulation_rank = mode == GradientMode::kCompressed ? 5 : 0;
         expect_planned(config, "recompute " + std::to_string(static_cast<int>(recompute)) + ", weights " +
                                    dtype_name(types.weight) + ", gradients " + dtype_name(types.gradient) +
                                    ", states " + dtype_name(types.state) + (types.master ? ", master" : "") + ", " +
@@ -116,22 +116,23 @@ TEST(PlanVariants, AreWhatIsAllocated) {
   with("unfactored", [](EngineConfig& c) { c.optimizer.factored = false; });
   with("embeddings compressed", [](EngineConfig& c) { c.optimizer.compress_embeddings = true; });
   with("embeddings' sums compressed", [](EngineConfig& c) {
-    c.sink.kind = GradientMode::kCompressed, c.sink.accumulation_rank = 4, c.sink.compress_embeddings = true;
-    c.sink.micro_batches = 2;
+    c.gradients.kind = GradientMode::kCompressed, c.gradients.accumulation_rank = 4,
+    c.gradients.compress_embeddings = true;
+    c.gradients.micro_batches = 2;
   });
   with("rank above every matrix", [](EngineConfig& c) { c.optimizer.rank = 1000; });
   for (const TransferKind transfer : {TransferKind::kReencode, TransferKind::kRestart, TransferKind::kRescale}) {
     for (const auto projection :
          {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal}) {
       with("transfer", [&](EngineConfig& c) {
-        c.optimizer.transfer = transfer, c.optimizer.projection = projection, c.sink.projection = projection;
+        c.optimizer.transfer = transfer, c.optimizer.projection = projection, c.gradients.projection = projection;
       });
     }
   }
   for (const GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed}) {
     with("clipped", [&](EngineConfig& c) {
-      c.sink.kind = mode, c.sink.clip_norm = 1, c.sink.micro_batches = 2;
-      c.sink.accumulation_rank = mode == GradientMode::kCompressed ? 4 : 0;
+      c.gradients.kind = mode, c.gradients.clip_norm = 1, c.gradients.micro_batches = 2;
+      c.gradients.accumulation_rank = mode == GradientMode::kCompressed ? 4 : 0;
     });
   }
   const auto offload_all = [](EngineConfig& c) {
@@ -139,7 +140,7 @@ TEST(PlanVariants, AreWhatIsAllocated) {
     c.shapes.recompute = Recompute::kBlock;
   };
   const auto bf16_all = [](EngineConfig& c) {
-    c.shapes.dtype = c.weight_dtype = c.sink.gradient_dtype = c.optimizer.state_dtype = DType::kBF16;
+    c.shapes.dtype = c.weight_dtype = c.gradients.gradient_dtype = c.optimizer.state_dtype = DType::kBF16;
   };
   for (const OptimizerKind optimizer :
        {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd}) {
@@ -152,7 +153,7 @@ TEST(PlanVariants, AreWhatIsAllocated) {
               if (weights == DType::kI8) c.weight_dtype = c.optimizer.state_dtype = DType::kI8;
               if (offload) offload_all(c);
               c.optimizer.kind = optimizer;
-              c.sink.blocks = blocks;
+              c.gradients.blocks = blocks;
               c.model.tied_head = tied;
             });
           }
@@ -164,13 +165,13 @@ TEST(PlanVariants, AreWhatIsAllocated) {
     bf16_all(c);
     offload_all(c);
     c.master_weights = true;
-    c.sink.micro_batches = 3;
+    c.gradients.micro_batches = 3;
     c.optimizer.kind = OptimizerKind::kAdamW;
   });
   with("forward only, streamed", [&](EngineConfig& c) { offload_all(c), c.shapes.training = false; });
   with("one layer, streamed", [&](EngineConfig& c) { offload_all(c), c.model.layers = 1; });
   with("fused with projected sums", [](EngineConfig& c) {
-    c.sink.kind = GradientMode::kFused, c.sink.accumulation_rank = 4, c.sink.micro_batches = 2;
+    c.gradients.kind = GradientMode::kFused, c.gradients.accumulation_rank = 4, c.gradients.micro_batches = 2;
   });
 }
 

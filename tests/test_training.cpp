@@ -35,10 +35,10 @@ std::string case_name(const ::testing::TestParamInfo<Case>& info) {
 EngineConfig config_of(const Case& c) {
   EngineConfig config = small_config(c.dtype);
   config.optimizer.kind = c.optimizer;
-  config.sink.kind = c.mode;
+  config.gradients.kind = c.mode;
   if (c.mode == GradientMode::kCompressed) {
-    config.sink.accumulation_rank = 16;
-    config.sink.micro_batches = 2;
+    config.gradients.accumulation_rank = 16;
+    config.gradients.micro_batches = 2;
   }
   return config;
 }
@@ -121,19 +121,19 @@ TEST_P(TrainingDtype, GraphsChangeNoBit) {
 TEST_P(TrainingDtype, RarerSettingsRepeatWithAndWithoutGraphs) {
   std::vector<EngineConfig> configs;
   EngineConfig summed = config_of({OptimizerKind::kFlora, GradientMode::kFused, GetParam()});
-  summed.sink.micro_batches = 3;
-  summed.sink.accumulation_dtype = DType::kBF16;
+  summed.gradients.micro_batches = 3;
+  summed.gradients.accumulation_dtype = DType::kBF16;
   configs.push_back(summed);
   EngineConfig clipped = config_of({OptimizerKind::kAdamW, GradientMode::kFused, GetParam()});
-  clipped.sink.clip_norm = 0.5f;
-  clipped.sink.micro_batches = 2;
+  clipped.gradients.clip_norm = 0.5f;
+  clipped.gradients.micro_batches = 2;
   clipped.optimizer.state_dtype = DType::kI8;
   configs.push_back(clipped);
   EngineConfig orthonormal = config_of({OptimizerKind::kFlora, GradientMode::kFused, GetParam()});
-  orthonormal.optimizer.projection = orthonormal.sink.projection = ProjectionKind::kOrthonormal;
+  orthonormal.optimizer.projection = orthonormal.gradients.projection = ProjectionKind::kOrthonormal;
   orthonormal.optimizer.transfer = TransferKind::kRescale;
-  orthonormal.sink.micro_batches = 2;
-  orthonormal.sink.accumulation_rank = 16;
+  orthonormal.gradients.micro_batches = 2;
+  orthonormal.gradients.accumulation_rank = 16;
   orthonormal.master_weights = GetParam() == DType::kBF16;
   configs.push_back(orthonormal);
   for (EngineConfig config : configs) {

@@ -14,7 +14,7 @@ KernelShapes kernel_shapes(const EngineConfig& config) {
   shapes.vocabulary = config.model.padded_vocabulary();
   const DType bf16_type = DType::kBF16;
   shapes.any_bf16 = config.weight_dtype == bf16_type || config.shapes.dtype == bf16_type ||
-                    config.sink.gradient_dtype == bf16_type || config.sink.accumulation_dtype == bf16_type ||
+                    config.gradients.gradient_dtype == bf16_type || config.gradients.accumulation_dtype == bf16_type ||
                     config.optimizer.state_dtype == bf16_type;
   return shapes;
 }
@@ -27,8 +27,8 @@ EngineConfig completed(EngineConfig config) {
   if (offload.activations) config.shapes.streamed_layers = offload.layers_in_flight;
   if (offload.activations || offload.state || offload.weights) config.graphs = false;
   config.master_weights = config.master_weights && config.weight_dtype == DType::kBF16;
-  config.optimizer.blocks = config.sink.blocks;
-  config.shapes.head_blocks = config.shapes.training && config.sink.blocks != GradientBlocks::kWhole;
+  config.optimizer.blocks = config.gradients.blocks;
+  config.shapes.head_blocks = config.shapes.training && config.gradients.blocks != GradientBlocks::kWhole;
   return config;
 }
 
@@ -54,8 +54,8 @@ Engine::Engine(const EngineConfig& config, Backend& backend)
       model_(config_.model, config_.shapes, store_, backend),
       graphs_(backend, config_.graphs) {
   if (!config_.shapes.training) return;
-  optimizer_ = make_optimizer(config_.optimizer, store_.parameters(), config_.sink.gradient_dtype, backend);
-  gradients_ = std::make_unique<Gradients>(config_.sink, *optimizer_, store_, backend);
+  optimizer_ = make_optimizer(config_.optimizer, store_.parameters(), config_.gradients.gradient_dtype, backend);
+  gradients_ = std::make_unique<Gradients>(config_.gradients, *optimizer_, store_, backend);
 }
 
 MemoryPlan Engine::declared() const {

@@ -26,7 +26,7 @@ struct EngineConfig {
   DType weight_dtype = DType::kF32;  // kI8: of the blocks' matrices, the rest has the activations' dtype
   bool master_weights = false;
   OptimizerConfig optimizer;
-  GradientConfig sink;
+  GradientConfig gradients;
   Offload offload;
   bool graphs = true;  // record a step's operations and replay them, where the backend can
 };
@@ -59,11 +59,11 @@ class Engine {
   const EngineConfig& config() const { return config_; }
   const Arena& arena() const { return *arena_; }
 
-  // One optimizer step over sink.micro_batches micro-batches; next_batch(i) supplies the i-th. With global-norm
+  // One optimizer step over gradients.micro_batches micro-batches; next_batch(i) supplies the i-th. With global-norm
   // clipping under fused updates every micro-batch is asked for twice (first all, then all again).
   template <typename NextBatch>
   StepResult step(uint32_t t, float lr, NextBatch&& next_batch) {
-    StepContext context{t, lr, config_.sink.micro_batches, scalars_};
+    StepContext context{t, lr, config_.gradients.micro_batches, scalars_};
     if (gradients_->needs_norm_pass()) {
       context.norm_pass = true;
       pass(context, next_batch);
@@ -92,7 +92,7 @@ class Engine {
  private:
   template <typename NextBatch>
   void pass(const StepContext& context, NextBatch&& next_batch) {
-    const int count = config_.sink.micro_batches;
+    const int count = config_.gradients.micro_batches;
     gradients_->begin_step(context);
     for (int i = 0; i < count; ++i) {
       const HostBatch batch = next_batch(i);

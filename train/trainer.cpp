@@ -196,13 +196,13 @@ std::string Trainer::compression_warning() const {
     if (o.no_factored) return "nothing is compressed: --no-factored keeps the momentum in full";
     return o.beta1 > 0 ? above(o.rank) : "nothing is compressed: with --beta1 0 there is no momentum";
   }
-  const GradientConfig& sink = engine.sink;
-  if (sink.accumulation_rank > 0) {
+  const GradientConfig& gradients = engine.gradients;
+  if (gradients.accumulation_rank > 0) {
     const std::vector<Parameter> parameters = gpt2_parameters(engine.model);
     const bool any = std::any_of(parameters.begin(), parameters.end(), [&](const Parameter& parameter) {
-      return is_compressed(parameter, sink.accumulation_rank, sink.compress_embeddings, sink.projection);
+      return is_compressed(parameter, gradients.accumulation_rank, gradients.compress_embeddings, gradients.projection);
     });
-    if (!any) return above(sink.accumulation_rank);
+    if (!any) return above(gradients.accumulation_rank);
   }
   return "";
 }
