@@ -176,7 +176,7 @@ SANITIZED    := $(BUILD)/cuda_on_cpu_sanitized
 # sanitizers, and the shim's own are built plain, too.
 OPERATION_TESTS := attention classifier device_memory elementwise embedding factored_moment layer_stream layernorm matmul \
                    optimizer_ops quantize philox projection same_bits weight_codes
-MODEL_TESTS     := flora flora_reference adamw sinks gpt2 gpt2_reference training offload
+MODEL_TESTS     := flora flora_reference adamw gradients gpt2 gpt2_reference training offload
 SHIM_OWN_TESTS  := $(patsubst tests/cuda_on_cpu/test_%.cpp,%,$(wildcard tests/cuda_on_cpu/test_*.cpp))
 PLAIN_BINARIES  := $(patsubst %,$(SHIM)/tests/test_%,$(MODEL_TESTS) $(OPERATION_TESTS))
 OWN_BINARIES    := $(SHIM_OWN_TESTS:%=$(SHIM)/tests/test_%)

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -89,4 +90,35 @@ class Arena {
   void* device_ = nullptr;
   void* host_ = nullptr;
   std::vector<bool> bound_;
+};
+
+// A buffer that parameters of different sizes take turns to use: as large as the largest of them, alive in the phases
+// of all.
+class Scratch {
+ public:
+  Scratch(const char* name, DType dtype, uint32_t phases, Category category = Category::kWorkspace)
+      : name_(name), dtype_(dtype), category_(category), phases_(phases) {}
+
+  void reserve(int64_t elements, uint32_t more_phases = 0) {
+    elements_ = elements > elements_ ? elements : elements_;
+    phases_ |= more_phases;
+  }
+  void declare(MemoryPlan& plan) const {
+    if (elements_ > 0) plan.add_tensor(name_, category_, dtype_, elements_, phases_);
+  }
+  void bind(Arena& arena) {
+    if (elements_ > 0) memory_ = arena.tensor(name_, dtype_, {elements_});
+  }
+  Tensor tensor(std::initializer_list<int64_t> shape) const {
+    return Tensor::of(memory_.data, dtype_, shape, memory_.scales);
+  }
+  void* data() const { return memory_.data; }
+
+ private:
+  const char* name_;
+  DType dtype_;
+  Category category_;
+  uint32_t phases_;
+  int64_t elements_ = 0;
+  Tensor memory_;
 };

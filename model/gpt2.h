@@ -5,8 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "flora/gradient_sink.h"
-#include "flora/parameter_store.h"
+#include "flora/gradients.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
 #include "model/activations.h"

@@ -1,5 +1,5 @@
 // gpt2_bench.h: a GPT-2 on a backend with nothing around it: weights, one micro-batch, and a sink that keeps every
-// gradient and checks the protocol of gradient_sink.h while it does.
+// gradient and checks the protocol of gradients.h while it does.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "data/token_loader.h"
-#include "flora/gradient_sink.h"
+#include "flora/gradients.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
 #include "model/gpt2.h"
@@ -68,12 +68,12 @@ class CapturingSink final : public GradientSink {
   CapturingSink(const std::vector<Parameter>& parameters, DType dtype, Backend& backend)
       : parameters_(parameters), dtype_(dtype), backend_(backend) {}
 
-  void declare(MemoryPlan& plan) const override {
+  void declare(MemoryPlan& plan) const {
     for (const Parameter& p : parameters_) {
       plan.add_tensor("gradient." + p.name, Category::kGradients, dtype_of(p), p.padded_elements());
     }
   }
-  void bind(Arena& arena) override {
+  void bind(Arena& arena) {
     for (const Parameter& p : parameters_) {
       const Tensor padded = arena.tensor("gradient." + p.name, dtype_of(p), {p.padded_rows, p.cols});
       backend_.fill(padded.data, 0xff, padded.bytes());
@@ -81,8 +81,7 @@ class CapturingSink final : public GradientSink {
     }
   }
 
-  void begin_step(const StepContext&) override { written_.clear(); }
-  void begin_micro_batch(int, bool) override { ready_.clear(); }
+  void begin_step() { written_.clear(), ready_.clear(); }
 
   Target target(const Parameter& p) override {
     EXPECT_FALSE(ready_.count(p.name)) << p.name << " is asked for after it was ready";
@@ -98,12 +97,11 @@ class CapturingSink final : public GradientSink {
     EXPECT_TRUE(ready_.insert(p.name).second) << p.name << " is ready twice";
   }
 
-  void end_step() override {
+  void end_step() {
     EXPECT_TRUE(open_.empty()) << *open_.begin() << " was never ready";
     EXPECT_EQ(ready_.size(), parameters_.size());
   }
 
-  const float* gradient_squares() const override { return nullptr; }
   Floats gradient(const std::string& name) const { return download_floats(backend_, buffers_.at(name)); }
 
  private:
@@ -215,8 +213,7 @@ class Gpt2Bench {
   float gradients(const BenchBatch& batch, float loss_scale = 1.0f) {
     const StepScalars fresh;
     backend->copy(scalars, &fresh, sizeof fresh);
-    sink.begin_step({});
-    sink.begin_micro_batch(0, true);
+    sink.begin_step();
     model.train_micro_batch(batch.host(), sink, loss_, false, loss_scale, scalars);
     sink.end_step();
     return loss();

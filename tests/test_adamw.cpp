@@ -16,7 +16,7 @@ FakeOptions options_of(OptimizerKind kind, DType state = DType::kF32) {
   options.optimizer.kind = kind;
   options.optimizer.state_dtype = state;
   options.optimizer.weight_decay = 0.1f;
-  options.sink.kind = SinkKind::kDense;
+  options.gradients.kind = GradientMode::kDense;
   return options;
 }
 

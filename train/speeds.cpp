@@ -104,7 +104,7 @@ class Measurement {
         channels_(config.model.channels),
         act_(config.shapes.dtype),
         weight_(config.weight_dtype == DType::kI8 ? config.shapes.dtype : config.weight_dtype),
-        gradient_(config.sink.gradient_dtype) {
+        gradient_(config.gradients.gradient_dtype) {
     const KernelShapes shapes{.batch = kAmounts[1],
                               .sequence = config.shapes.sequence,
                               .channels = channels_,
@@ -370,7 +370,7 @@ std::string speeds_key(const EngineConfig& config, const Backend& backend) {
   add("activations", dtype_name(config.shapes.dtype));
   add("weights", dtype_name(config.weight_dtype));
   add("master", config.master_weights);
-  add("gradients", dtype_name(config.sink.gradient_dtype));
+  add("gradients", dtype_name(config.gradients.gradient_dtype));
   add("states", dtype_name(o.state_dtype));
   add("optimizer", static_cast<int>(o.kind));
   add("rank", o.rank);
