@@ -70,7 +70,7 @@ class Gpt2 {
   void backward(GradientSink& sink);
   void backward_block(int64_t layer, GradientSink& sink);
   void linear_backward(GradientSink& sink, const Parameter& weight, const Parameter& bias, Tensor d_input, Tensor input,
-                       Tensor d_output, Tensor gelu_input = {});
+                       Tensor d_output);
   void norm_backward(GradientSink& sink, const Parameter& weight, const Parameter& bias, Tensor d_out, Tensor in,
                      Tensor mean, Tensor rstd);
   Tensor weight(const Parameter& parameter) { return store_.weight(parameter); }

@@ -157,8 +157,8 @@ class Measurement {
     });
     speeds_.linear_input_gradient = four([&](int64_t n, int64_t inner, int64_t outer) {
       backend_.matmul(rows(inner == C ? out : d_wide, n, inner), rows(outer == C ? narrow : wide, n, outer),
-                      rows(matrix, inner, outer),
-                      {.transpose_b = true, .gelu_input = inner == C ? Tensor{} : rows(wide, n, inner)});
+                      rows(matrix, inner, outer), {.transpose_b = true});
+      if (inner != C) backend_.gelu_backward(rows(d_wide, n, inner), rows(wide, n, inner));
     });
     speeds_.linear_weight_gradient = four([&](int64_t n, int64_t inner, int64_t outer) {
       backend_.matmul(rows(d_matrix, inner, outer), rows(inner == C ? narrow : wide, n, inner),
