@@ -143,28 +143,25 @@ Rates measure_rates(const EngineConfig& config, Backend& backend) {
   const int64_t tokens =
       std::clamp<int64_t>((cpu ? int64_t{2'000'000'000} : int64_t{500'000'000'000}) / (inner * outer), 64, 8192);
   const DType dtype = config.shapes.dtype;
-  const size_t workspace = backend.workspace_bytes({.batch = 1,
-                                                    .sequence = tokens,
-                                                    .channels = inner,
-                                                    .heads = config.model.heads,
-                                                    .vocabulary = 1,
-                                                    .any_bf16 = dtype == DType::kBF16});
+  const size_t workspace_bytes = backend.workspace_bytes({.batch = 1,
+                                                          .sequence = tokens,
+                                                          .channels = inner,
+                                                          .heads = config.model.heads,
+                                                          .vocabulary = 1,
+                                                          .any_bf16 = dtype == DType::kBF16});
+  Tensor in, matrix, out;
+  void *from, *to, *host, *workspace;
   MemoryPlan plan;
-  plan.add_tensor("in", Category::kWorkspace, dtype, tokens * inner);
-  plan.add_tensor("matrix", Category::kWorkspace, dtype, inner * outer);
-  plan.add_tensor("out", Category::kWorkspace, dtype, tokens * outer);
-  plan.add("from", Category::kWorkspace, copied);
-  plan.add("to", Category::kWorkspace, copied);
-  plan.add("host", Category::kWorkspace, copied, kPhaseAlways, true);
-  plan.add("workspace", Category::kWorkspace, workspace);
+  plan.add(&in, "in", Category::kWorkspace, dtype, {tokens, inner});
+  plan.add(&matrix, "matrix", Category::kWorkspace, dtype, {inner, outer});
+  plan.add(&out, "out", Category::kWorkspace, dtype, {tokens, outer});
+  plan.add(&from, "from", Category::kWorkspace, copied);
+  plan.add(&to, "to", Category::kWorkspace, copied);
+  plan.add(&host, "host", Category::kWorkspace, copied, kPhaseAlways, true);
+  plan.add(&workspace, "workspace", Category::kWorkspace, workspace_bytes);
   try {
-    Arena arena(backend, std::move(plan));
-    const Tensor in = arena.tensor("in", dtype, {tokens, inner}),
-                 matrix = arena.tensor("matrix", dtype, {inner, outer});
-    const Tensor out = arena.tensor("out", dtype, {tokens, outer});
-    void *const from = arena.bytes("from", copied), *const to = arena.bytes("to", copied);
-    void* const host = arena.bytes("host", copied);
-    backend.set_workspace(arena.bytes("workspace", workspace), workspace);
+    const Arena arena(backend, std::move(plan));
+    backend.set_workspace(workspace, workspace_bytes);
     backend.fill(from, 0, copied);
     // Products of zeros are faster than those of numbers.
     for (const Tensor& tensor : {in, matrix}) {
