@@ -6,8 +6,6 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "flora/optimizer_state.h"
-
 namespace {
 
 OptimizerConfig checked(OptimizerConfig config) {
@@ -60,7 +58,7 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
     entry.parameter = parameter;
     entry.factored = config_.factored && parameter.matrix;
     entry.compressed = compresses_momentum(config_, parameter);
-    if (in_blocks(parameter) && !entry.factored)
+    if (gradient_block_rows(parameter, config_.blocks) > 0 && !entry.factored)
       throw std::invalid_argument("a gradient in blocks needs a factored second moment");
     add_states(entry);
     reserve_scratch(entry);
@@ -71,16 +69,14 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
 void Flora::add_states(Entry& entry) {
   const Parameter& p = entry.parameter;
   const Compression shape = compression(entry);
-  if (has_momentum())
-    entry.momentum = states_.add(p, "momentum", momentum_dtype(config_.state_dtype, p), p.matrix,
-                                 entry.compressed ? shape.compressed_rows() : p.rows,
-                                 entry.compressed ? shape.compressed_cols() : p.cols);
+  const Tensor compressed =
+      Tensor::of(nullptr, config_.state_dtype, {shape.compressed_rows(), shape.compressed_cols()});
+  entry.momentum = entry.compressed ? states_.add(p, "momentum", compressed) : add_momentum(p);
   if (entry.factored) {
-    entry.row = states_.add(p, "row", DType::kF32, false, 1, p.rows);
-    entry.col = states_.add(p, "col", DType::kF32, false, 1, p.cols);
+    entry.row = states_.add(p, "row", Tensor::of(nullptr, DType::kF32, {p.rows}));
+    entry.col = states_.add(p, "col", Tensor::of(nullptr, DType::kF32, {p.cols}));
   } else {
-    entry.second_moment =
-        states_.add(p, "second_moment", second_moment_dtype(config_.state_dtype, p), p.matrix, p.rows, p.cols);
+    entry.second_moment = add_second_moment(p);
   }
 }
 
@@ -91,8 +87,7 @@ void Flora::reserve_scratch(const Entry& entry) {
     col_scale_.reserve(p.cols);
   }
   if (!entry.compressed) {
-    if (has_momentum() && config_.clip > 0 && in_blocks(p))
-      copied_momentum_.reserve(gradient_block_rows(p, config_.blocks) * p.cols);
+    if (has_momentum() && config_.clip > 0) copied_momentum_.reserve(gradient_block_rows(p, config_.blocks) * p.cols);
     return;
   }
   const Compression shape = compression(entry);

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "flora/optimizer.h"
+#include "flora/optimizers.h"
 #include "flora/projection.h"
 
 // By which factor the norm of a compressed momentum is expected to grow from one change of projection to the next, the

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "flora/optimizer.h"
+#include "flora/optimizers.h"
 
 namespace {
 

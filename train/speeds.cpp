@@ -7,7 +7,7 @@
 #include <cmath>
 #include <functional>
 
-#include "flora/optimizer.h"
+#include "flora/optimizers.h"
 #include "train/version.h"
 
 namespace {
