@@ -8,7 +8,7 @@
 #include <functional>
 #include <stdexcept>
 
-#include "flora/optimizer.h"
+#include "flora/optimizers.h"
 
 namespace {
 
