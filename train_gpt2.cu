@@ -76,7 +76,7 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
               none.empty() ? o.val_data.c_str() : "none");
   if (!none.empty()) std::printf("validation  none: %s (--val-data names shards)\n", none.c_str());
   std::printf("step        %lld tokens: %d micro-batches of %lld x %lld\n", static_cast<long long>(o.tokens_per_step),
-              setup.engine.sink.micro_batches, static_cast<long long>(o.micro_batch),
+              setup.engine.gradients.micro_batches, static_cast<long long>(o.micro_batch),
               static_cast<long long>(o.seq_len));
   std::printf("settings   ");
   const nlohmann::ordered_json options = options_to_json(o);

@@ -26,7 +26,7 @@ class CaseList {
 
   // out [m,n] of the dtype given; the operands are bf16 unless a_dtype says otherwise.
   void matmul(const std::string& name, int64_t m, int64_t n, int64_t k, MatmulOptions options, DType out_dtype = kBF16,
-              bool with_bias = false, bool with_gelu = false, DType a_dtype = kBF16);
+              bool with_bias = false, DType a_dtype = kBF16);
 
   const BenchModel& m_;
 

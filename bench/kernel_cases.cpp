@@ -85,17 +85,14 @@ void CaseList::add(std::string operation, std::string shape, std::function<Call(
 }
 
 void CaseList::matmul(const std::string& name, int64_t m, int64_t n, int64_t k, MatmulOptions options, DType out_dtype,
-                      bool with_bias, bool with_gelu, DType a_dtype) {
+                      bool with_bias, DType a_dtype) {
   add("matmul " + name, dimensions({m, n, k}) + " bf16", [=](Inputs& in) {
     const Tensor out = in.normal(out_dtype, {m, n});
     const Tensor a = options.transpose_a ? in.normal(a_dtype, {k, m}) : in.normal(a_dtype, {m, k});
     const Tensor b = options.transpose_b ? in.normal(kBF16, {n, k}) : in.normal(kBF16, {k, n});
     MatmulOptions all = options;
     if (with_bias) all.bias = in.normal(kBF16, {n});
-    if (with_gelu) all.gelu_input = in.normal(kBF16, {m, n});
-    Call call = {.run = [=, &in] { in.backend.matmul(out, a, b, all); }};
-    if (with_gelu) call.bytes = bytes_of(a) + bytes_of(b) + bytes_of(out) + bytes_of(all.gelu_input);
-    return call;
+    return Call{[=, &in] { in.backend.matmul(out, a, b, all); }};
   });
 }
 

@@ -74,7 +74,6 @@ class ModelCases : CaseList {
     linear("proj", C, C);
     linear("fc", C, 4 * C);
     linear("mlp_proj", 4 * C, C);
-    matmul("mlp_proj input_gradient_gelu", N, 4 * C, C, {.transpose_b = true}, kBF16, false, true);
     matmul("fc weight_gradient_accumulated", C, 4 * C, N, {.transpose_a = true, .accumulate = true}, kF32);
     for (int64_t chunk : m_.head_chunks) {
       matmul("head forward", chunk, Vp, C, {.transpose_b = true});
@@ -88,7 +87,7 @@ class ModelCases : CaseList {
       });
     }
     matmul("transfer_square", r, r, C, {.transpose_b = true}, kF32);
-    matmul("transfer_momentum", r, 4 * C, r, {}, kF32, false, false, kF32);
+    matmul("transfer_momentum", r, 4 * C, r, {}, kF32, false, kF32);
   }
 
   void attention() {

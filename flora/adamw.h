@@ -4,18 +4,17 @@
 
 #include <vector>
 
-#include "flora/elementwise_optimizer.h"
+#include "flora/optimizer.h"
 
-class AdamW final : public ElementwiseOptimizer {
+class AdamW final : public Optimizer {
  public:
   AdamW(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend);
 
   void begin_step(uint32_t step, StepScalars& scalars) override;
+  void update(const Parameter& parameter, Tensor weight, Tensor master, const Gradient& gradient,
+              StepScalars* scalars) override;
 
  private:
-  void update_rows(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, const RowRange& rows,
-                   StepScalars* scalars) override;
-
   struct Slot {
     int momentum = -1, second_moment = -1;  // numbers in states_; no momentum with beta1 = 0
   };

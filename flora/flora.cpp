@@ -10,8 +10,6 @@
 
 namespace {
 
-constexpr int64_t kSquares = 4;  // an element each: of the update, the weight, the momentum before and after a transfer
-
 OptimizerConfig checked(OptimizerConfig config) {
   if (config.kappa == 0) throw std::invalid_argument("kappa must be at least 1");
   if (config.kind == OptimizerKind::kAdafactor) config.rank = 0;
@@ -47,16 +45,16 @@ TransferKind bounded_transfer(OptimizerConfig config, const std::vector<Paramete
 Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parameters, DType gradient_dtype,
              Backend& backend)
     : Optimizer(checked(config), parameters, backend),
-      row_scale_("flora.row_scale", DType::kF32),
-      col_scale_("flora.col_scale", DType::kF32),
-      projection_("flora.projection", gradient_dtype),
-      projection2_("flora.scaled_projection", gradient_dtype),
-      compressed_("flora.compressed_update", DType::kF32),
-      decoded_momentum_("flora.decoded_momentum", gradient_dtype),
-      moved_("flora.moved_momentum", DType::kF32),
-      square_("flora.transfer", DType::kF32),
-      factor_("flora.cholesky", DType::kF32),
-      copied_momentum_("flora.copied_momentum", config.state_dtype) {
+      row_scale_("flora.row_scale", DType::kF32, kUpdatePhases),
+      col_scale_("flora.col_scale", DType::kF32, kUpdatePhases),
+      projection_("flora.projection", gradient_dtype, kUpdatePhases),
+      projection2_("flora.scaled_projection", gradient_dtype, kUpdatePhases),
+      compressed_("flora.compressed_update", DType::kF32, kUpdatePhases),
+      decoded_momentum_("flora.decoded_momentum", gradient_dtype, kUpdatePhases),
+      moved_("flora.moved_momentum", DType::kF32, kUpdatePhases),
+      square_("flora.transfer", DType::kF32, kUpdatePhases),
+      factor_("flora.cholesky", DType::kF32, kUpdatePhases),
+      copied_momentum_("flora.copied_momentum", config.state_dtype, kUpdatePhases) {
   for (const Parameter& parameter : parameters) {
     Slot slot;
     slot.parameter = parameter;
@@ -109,20 +107,12 @@ void Flora::reserve_scratch(const Slot& slot) {
   factor_.reserve(static_cast<int64_t>(factor_scratch_bytes(config_.projection, shape.rank) / sizeof(float)));
 }
 
-void Flora::declare(MemoryPlan& plan) const {
+void Flora::declare(MemoryPlan& plan) {
   Optimizer::declare(plan);
-  for (const Scratch* scratch : {&row_scale_, &col_scale_, &projection_, &projection2_, &compressed_,
-                                 &decoded_momentum_, &moved_, &square_, &factor_, &copied_momentum_})
-    scratch->declare(plan, kUpdatePhases);
-  plan.add_tensor("flora.squares", Category::kWorkspace, DType::kF32, kSquares);
-}
-
-void Flora::bind(Arena& arena) {
-  Optimizer::bind(arena);
   for (Scratch* scratch : {&row_scale_, &col_scale_, &projection_, &projection2_, &compressed_, &decoded_momentum_,
                            &moved_, &square_, &factor_, &copied_momentum_})
-    scratch->bind(arena);
-  squares_ = arena.tensor("flora.squares", DType::kF32, {kSquares});
+    scratch->declare(plan);
+  plan.add(&squares_, "flora.squares", Category::kWorkspace, DType::kF32, {4});
 }
 
 void Flora::begin_step(uint32_t step, StepScalars& scalars) {
@@ -137,9 +127,18 @@ void Flora::begin_step(uint32_t step, StepScalars& scalars) {
   }
 }
 
-void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) {
+void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, const Gradient& gradient,
+                   StepScalars* scalars) {
   states_.hold(parameter.layer, Access::kUpdate);
   const Slot& slot = slots_.at(static_cast<size_t>(parameter.index));
+  if (gradient.whole()) {
+    update_whole(slot, weight, master, gradient.whole(), scalars);
+  } else {
+    update_in_blocks(slot, weight, master, gradient, scalars);
+  }
+}
+
+void Flora::update_whole(const Slot& slot, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) {
   if (slot.compressed) {
     compressed_momentum(slot, gradient, scalars);
   } else {
@@ -152,13 +151,12 @@ void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, Ten
 
 // Three passes over the gradient: its squares; with the scales, the squares of the update (not without clipping); the
 // update itself.
-void Flora::update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master, const BlockedGradient& gradient,
+void Flora::update_in_blocks(const Slot& slot, Tensor weight, Tensor master, const Gradient& gradient,
                              StepScalars* scalars) {
-  states_.hold(parameter.layer, Access::kUpdate);
-  const Slot& slot = slots_.at(static_cast<size_t>(parameter.index));
-  const Tensor row_scale = row_scale_.tensor({parameter.rows}), col_scale = col_scale_.tensor({parameter.cols});
-  gradient.pass([&](int64_t begin, Tensor rows) {
-    backend_.factored_squares(row_scale.slice(begin, rows.rows()), col_scale, rows, config_.eps1, begin > 0);
+  const Parameter& p = slot.parameter;
+  const Tensor row_scale = row_scale_.tensor({p.rows}), col_scale = col_scale_.tensor({p.cols});
+  gradient.pass([&](const RowRange& range, const Tensor& rows) {
+    backend_.factored_squares(range.of(row_scale), col_scale, rows, config_.eps1, range.begin > 0);
   });
   backend_.factored_scales(states_.get(slot.row), states_.get(slot.col), row_scale, col_scale, scalars);
   if (slot.compressed) prepare_compressed(slot, scalars);
@@ -170,16 +168,16 @@ void Flora::update_in_blocks(const Parameter& parameter, Tensor weight, Tensor m
     project_rows_down(backend_, compressed_of(slot, compressed_), rows, projection_of(slot, projection_), shape, begin);
   };
   if (measure) {
-    gradient.pass([&](int64_t begin, Tensor rows) {
-      compress(begin, rows);
-      to_update(slot, rows, begin, true, scalars);
-      backend_.sum_squares(squares_.slice(0, 1), rows, begin > 0);
+    gradient.pass([&](const RowRange& range, const Tensor& rows) {
+      compress(range.begin, rows);
+      to_update(slot, rows, range.begin, true, scalars);
+      backend_.sum_squares(squares_.slice(0, 1), rows, range.begin > 0);
     });
   }
-  gradient.pass([&](int64_t begin, Tensor rows) {
-    if (!measure) compress(begin, rows);
-    to_update(slot, rows, begin, false, scalars);
-    apply(slot, weight, master, rows, {begin, rows.rows()}, scalars);
+  gradient.pass([&](const RowRange& range, const Tensor& rows) {
+    if (!measure) compress(range.begin, rows);
+    to_update(slot, rows, range.begin, false, scalars);
+    apply(slot, weight, master, rows, range, scalars);
   });
   if (slot.compressed) finish_compressed(slot, scalars);
 }

@@ -27,13 +27,11 @@ class Flora final : public Optimizer {
   Flora(const OptimizerConfig& config, const std::vector<Parameter>& parameters, DType gradient_dtype,
         Backend& backend);
 
-  void declare(MemoryPlan& plan) const override;
-  void bind(Arena& arena) override;
+  void declare(MemoryPlan& plan) override;
   void begin_step(uint32_t step, StepScalars& scalars) override;
   uint32_t variant() const override { return transfer_due_ ? 1 : 0; }
-  void update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars) override;
-  void update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master, const BlockedGradient& gradient,
-                        StepScalars* scalars) override;
+  void update(const Parameter& parameter, Tensor weight, Tensor master, const Gradient& gradient,
+              StepScalars* scalars) override;
   std::vector<std::string> compressed_parameters() const override;
 
  private:
@@ -54,6 +52,9 @@ class Flora final : public Optimizer {
   Tensor compressed_of(const Slot& slot, const Scratch& scratch) const;
   void decode_momentum(const Slot& slot);
   Tensor momentum_numbers(const Slot& slot) const;
+
+  void update_whole(const Slot& slot, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars);
+  void update_in_blocks(const Slot& slot, Tensor weight, Tensor master, const Gradient& gradient, StepScalars* scalars);
 
   // gradient <- D, the update before clipping; the momentum moves on.
   void normalise(const Slot& slot, Tensor gradient, StepScalars* scalars);

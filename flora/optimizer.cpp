@@ -18,14 +18,9 @@ Optimizer::Optimizer(const OptimizerConfig& config, const std::vector<Parameter>
   for (const Parameter& parameter : parameters) pieces_.reserve(parameter);
 }
 
-void Optimizer::declare(MemoryPlan& plan) const {
+void Optimizer::declare(MemoryPlan& plan) {
   states_.declare(plan);
-  pieces_.declare(plan, kUpdatePhases);
-}
-
-void Optimizer::bind(Arena& arena) {
-  states_.bind(arena);
-  pieces_.bind(arena);
+  pieces_.declare(plan);
 }
 
 RandomKey Optimizer::rounding(const Parameter& parameter, int64_t begin) const {
@@ -33,6 +28,17 @@ RandomKey Optimizer::rounding(const Parameter& parameter, int64_t begin) const {
           .purpose = RandomPurpose::kWeightRounding,
           .tensor = parameter.hash(),
           .offset = static_cast<uint64_t>(begin * parameter.cols)};
+}
+
+int64_t gradient_block_rows(const Parameter& p, GradientBlocks blocks) {
+  constexpr int64_t kTileRows = 8;  // of the tensor cores
+  const bool wanted =
+      p.long_lived ? blocks != GradientBlocks::kWhole : blocks == GradientBlocks::kAll && p.matrix && !p.embedding;
+  if (!wanted) return 0;
+  const int64_t small = std::min(p.rows, p.cols);
+  const int64_t step = std::max(kTileRows, quant_rows(p.cols));
+  const int64_t rows = std::max(small * small / p.cols / step, int64_t{1}) * step;
+  return !p.long_lived && rows >= p.rows ? 0 : std::min(rows, p.rows);
 }
 
 bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embeddings, ProjectionKind projection) {

@@ -1,12 +1,14 @@
-// optimizer.h: what every optimizer offers to a sink, the options of all of them, and the factory that makes one.
+// optimizer.h: what every optimizer does with a gradient, the options of all of them, and the factory that makes one.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "flora/blocked_gradient.h"
 #include "flora/parameter.h"
 #include "flora/state_store.h"
 #include "flora/weight_pieces.h"
@@ -15,6 +17,47 @@
 
 enum class OptimizerKind : uint8_t { kFlora, kAdamW, kAdafactor, kSgd };
 enum class TransferKind : uint8_t { kReencode, kRestart, kRescale };
+
+// Which gradients are computed and used in blocks of rows instead of as a whole. Only under fused updates with one
+// micro-batch.
+enum class GradientBlocks : uint8_t {
+  kWhole,      // none
+  kEmbedding,  // long-lived ones: the token embedding's and the head's
+  kAll,        // those of the blocks' matrices, too
+};
+
+// Rows in a block of this parameter's gradient, 0 where it is not in blocks. A block has about as many elements as the
+// square of the parameter's smaller dimension, and begins where a block of 8-bit codes does.
+int64_t gradient_block_rows(const Parameter& parameter, GradientBlocks blocks);
+
+// A gradient for an update: as a whole, or in blocks of rows of which one exists at a time. Whoever needs several
+// passes over blocks computes them several times.
+class Gradient {
+ public:
+  // load(begin, count): rows [begin, begin + count) of the gradient, valid until the next call; may be changed.
+  using Load = std::function<Tensor(int64_t begin, int64_t count)>;
+
+  Gradient(const Tensor& whole) : whole_(whole) {}
+  Gradient(int64_t rows, int64_t block_rows, Load load)
+      : rows_(rows), block_rows_(block_rows), load_(std::move(load)) {}
+
+  const Tensor& whole() const { return whole_; }  // an empty tensor where it is in blocks
+
+  // One pass: f(which rows, their gradient), once with everything or for every block, in order.
+  template <typename F>
+  void pass(F&& f) const {
+    if (whole_) f(RowRange{}, whole_);
+    for (int64_t begin = 0; begin < rows_; begin += block_rows_) {
+      const RowRange rows{begin, std::min(block_rows_, rows_ - begin)};
+      f(rows, load_(rows.begin, rows.count));
+    }
+  }
+
+ private:
+  Tensor whole_;
+  int64_t rows_ = 0, block_rows_ = 1;
+  Load load_;
+};
 
 // All options of all optimizers; docs/design.md gives the formulas that use them. Adafactor is Flora with rank 0.
 struct OptimizerConfig {
@@ -53,8 +96,7 @@ class Optimizer {
  public:
   Optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend);
   virtual ~Optimizer() = default;
-  virtual void declare(MemoryPlan& plan) const;
-  virtual void bind(Arena& arena);  // state starts as zeros
+  virtual void declare(MemoryPlan& plan);
 
   // Writes the step's scalars this optimizer needs (beta2, bias corrections, projection indices; lr when it has a
   // schedule of its own) into the host-side struct; called once per step, before any update().
@@ -64,13 +106,11 @@ class Optimizer {
   // the same ones.
   virtual uint32_t variant() const { return 0; }
 
-  // Updates `weight` ([rows, cols] or [cols], maybe with a master copy) from `gradient`, whose contents are used up.
-  // Both are views of the unpadded parameter. `scalars` is in device memory.
-  virtual void update(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient,
+  // Updates `weight` ([rows, cols] or [cols], maybe with a master copy) from `gradient`, whose contents are used up; in
+  // blocks or not makes no difference but in the rounding of sums. All are views of the unpadded parameter. `scalars`
+  // is in device memory.
+  virtual void update(const Parameter& parameter, Tensor weight, Tensor master, const Gradient& gradient,
                       StepScalars* scalars) = 0;
-  // The same from a gradient in blocks; equal but for the rounding of sums.
-  virtual void update_in_blocks(const Parameter& parameter, Tensor weight, Tensor master,
-                                const BlockedGradient& gradient, StepScalars* scalars) = 0;
 
   // All states, in the order of the parameters; those of streamed layers without their memory.
   const std::vector<StateTensor>& state() const { return states_.list(); }

@@ -8,11 +8,9 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 
 #include "flora/parameter.h"
 #include "kernels/backend.h"
-#include "kernels/memory_plan.h"
 #include "kernels/tensor.h"
 
 // The shape of a compressed parameter.
@@ -59,28 +57,3 @@ void project_rows_up(Backend& backend, Tensor g, Tensor m, Tensor p, const Compr
 // (fp32). out may not be m.
 void transfer(Backend& backend, Tensor out, Tensor m, Tensor p_old, Tensor p_new, Tensor square,
               const Compression& shape);
-
-// A buffer that parameters of different sizes take turns to use: as large as the largest of them.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const char* name, DType dtype) : name_(name), dtype_(dtype) {}
-
-  void reserve(int64_t elements) { elements_ = elements > elements_ ? elements : elements_; }
-  void declare(MemoryPlan& plan, uint32_t phases) const {
-    if (elements_ > 0) plan.add_tensor(name_, Category::kWorkspace, dtype_, elements_, phases);
-  }
-  void bind(Arena& arena) {
-    if (elements_ > 0) memory_ = arena.tensor(name_, dtype_, {elements_});
-  }
-  Tensor tensor(std::initializer_list<int64_t> shape) const {
-    return Tensor::of(memory_.data, dtype_, shape, memory_.scales);
-  }
-  void* data() const { return memory_.data; }
-
- private:
-  const char* name_ = nullptr;
-  DType dtype_ = DType::kF32;
-  int64_t elements_ = 0;
-  Tensor memory_;
-};

@@ -4,17 +4,16 @@
 
 #include <vector>
 
-#include "flora/elementwise_optimizer.h"
+#include "flora/optimizer.h"
 
-class Sgd final : public ElementwiseOptimizer {
+class Sgd final : public Optimizer {
  public:
   Sgd(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend);
 
   void begin_step(uint32_t, StepScalars&) override {}
+  void update(const Parameter& parameter, Tensor weight, Tensor master, const Gradient& gradient,
+              StepScalars* scalars) override;
 
  private:
-  void update_rows(const Parameter& parameter, Tensor weight, Tensor master, Tensor gradient, const RowRange& rows,
-                   StepScalars* scalars) override;
-
   std::vector<int> momentum_;  // numbers in states_, by Parameter::index; -1 with beta1 = 0
 };

@@ -5,9 +5,10 @@
 
 #include <algorithm>
 
+#include "flora/optimizer_state.h"
 #include "flora/parameter.h"
-#include "flora/projection.h"
 #include "kernels/backend.h"
+#include "kernels/memory_plan.h"
 
 // Rows [begin, begin + count) of a matrix, or everything.
 struct RowRange {
@@ -23,8 +24,7 @@ class WeightPieces {
   void reserve(const Parameter& parameter) {
     if (parameter.quantized) piece_.reserve(std::min(parameter.rows, piece_rows(parameter)) * parameter.cols);
   }
-  void declare(MemoryPlan& plan, uint32_t phases) const { piece_.declare(plan, phases); }
-  void bind(Arena& arena) { piece_.bind(arena); }
+  void declare(MemoryPlan& plan) { piece_.declare(plan); }
 
   // update(weight, master, rows, key) for all of `weight` and `master`, or for piece after piece in fp32; `rows` says
   // which of their rows these are. key.offset counts from the first element of `weight`'s parameter.
@@ -74,5 +74,5 @@ class WeightPieces {
 
   int64_t elements_;
   Backend& backend_;
-  Scratch piece_{"update.weight_piece", DType::kF32};
+  Scratch piece_{"update.weight_piece", DType::kF32, kUpdatePhases};
 };

@@ -48,7 +48,6 @@ struct MatmulOptions {
   bool accumulate = false;   // add to out instead of overwriting it
   float alpha = 1.0f;        // factor on the product
   Tensor bias = {};          // [N], added to every row of the product, or empty
-  Tensor gelu_input = {};    // [M,N]: the result is multiplied by gelu'(gelu_input), or empty
 };
 
 enum class ProjectionKind : uint8_t { kGaussian, kRademacher, kOrthonormal };
@@ -181,8 +180,7 @@ class Backend {
   virtual void layernorm_backward(Tensor din, Tensor dweight, Tensor dbias, bool accumulate_parameters, Tensor dout,
                                   Tensor in, Tensor mean, Tensor rstd, Tensor weight) = 0;
 
-  // out[M,N] (+)= alpha * op(a)[M,K] op(b)[K,N] + bias. Any mix of fp32 and bf16; rows may be strided. With gelu_input
-  // the same as a matmul followed by gelu_backward(out, gelu_input), but for one rounding that a device may save.
+  // out[M,N] (+)= alpha * op(a)[M,K] op(b)[K,N] + bias. Any mix of fp32 and bf16; rows may be strided.
   virtual void matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options = {}) = 0;
   virtual void bias_backward(Tensor dbias, Tensor dout, bool accumulate) = 0;  // dbias[j] (+)= sum_i dout[i,j]
 

@@ -12,15 +12,11 @@ bool same_rows(const Tensor& a, const Tensor& b) { return a.elements() == b.elem
 MatmulShape check_matmul(const Tensor& out, const Tensor& a, const Tensor& b, const MatmulOptions& options) {
   require(is_matrix(out) && is_matrix(a) && is_matrix(b), "matmul: fp32 or bf16 matrices that are not empty");
   const MatmulShape shape = {out.rows(), out.cols(), options.transpose_a ? a.rows() : a.cols()};
-  const Tensor &bias = options.bias, &gelu_input = options.gelu_input;
+  const Tensor& bias = options.bias;
   require((options.transpose_a ? a.cols() : a.rows()) == shape.m, "matmul: rows of a and of the result differ");
   require((options.transpose_b ? b.rows() : b.cols()) == shape.n, "matmul: columns of b and of the result differ");
   require((options.transpose_b ? b.cols() : b.rows()) == shape.k, "matmul: inner dimensions differ");
   require(bias.empty() || (bias.elements() == shape.n && bias.contiguous()), "matmul: length of the bias");
-  require(gelu_input.empty() || (is_matrix(gelu_input) && same_rows(gelu_input, out)),
-          "matmul: shape of the input of GELU");
-  require(gelu_input.empty() || (bias.empty() && !options.accumulate),
-          "matmul: the gradient of GELU goes with neither a bias nor accumulation");
   return shape;
 }
 

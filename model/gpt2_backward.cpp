@@ -3,11 +3,10 @@
 #include "model/gpt2.h"
 #include "model/gpt2_layer.h"
 
-// d_input = d_output W^T, times gelu'(gelu_input) where the input is a GELU's output; dW = input^T d_output, db =
-// column sums of d_output.
+// d_input = d_output W^T, dW = input^T d_output, db = column sums of d_output.
 void Gpt2::linear_backward(GradientSink& sink, const Parameter& weight_parameter, const Parameter& bias_parameter,
-                           Tensor d_input, Tensor input, Tensor d_output, Tensor gelu_input) {
-  backend_.matmul(d_input, d_output, weight(weight_parameter), {.transpose_b = true, .gelu_input = gelu_input});
+                           Tensor d_input, Tensor input, Tensor d_output) {
+  backend_.matmul(d_input, d_output, weight(weight_parameter), {.transpose_b = true});
   sink.from_rows(weight_parameter, [&](Tensor out, int64_t begin, bool accumulate) {
     backend_.matmul(out, input.columns(begin, out.rows()), d_output, {.transpose_a = true, .accumulate = accumulate});
   });
@@ -56,7 +55,8 @@ void Gpt2::backward_block(int64_t index, GradientSink& sink) {
   const Tensor d_residual = activations_.d_residual, d_wide = activations_.d_wide, d_qkv = activations_.d_qkv;
   const Tensor d_branch = activations_.branch;
 
-  linear_backward(sink, layer.mlp_proj_weight, layer.mlp_proj_bias, d_wide, a.gelu, d_residual, a.fch);
+  linear_backward(sink, layer.mlp_proj_weight, layer.mlp_proj_bias, d_wide, a.gelu, d_residual);
+  backend_.gelu_backward(d_wide, a.fch);
   linear_backward(sink, layer.fc_weight, layer.fc_bias, d_branch, a.ln2, d_wide);
   norm_backward(sink, layer.ln2_weight, layer.ln2_bias, d_branch, a.x2, a.mean2, a.rstd2);
 

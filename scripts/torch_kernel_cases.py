@@ -119,9 +119,6 @@ class Cases:
         self.linear("proj", C, C)
         self.linear("fc", C, 4 * C)
         self.linear("mlp_proj", 4 * C, C)
-        self.matmul("mlp_proj input_gradient_gelu", N, 4 * C, C, (N, C), (4 * C, C),
-                    lambda out, d, w, x: torch.ops.aten.gelu_backward(torch.mm(d, w.t()), x, approximate="tanh"),
-                    lambda i: (i.normal(N, 4 * C),))
         self.matmul("fc weight_gradient_accumulated", C, 4 * C, N, (N, C), (N, 4 * C),
                     lambda out, x, d: out.addmm_(x.t(), d), in_place=True)
         for n in self.model.chunks:

@@ -1,5 +1,5 @@
-// fake_model.h: a model without arithmetic for tests of optimizers and sinks: parameters shaped like GPT-2's, random
-// gradients, and a step that hands them to a sink in the order of the real backward pass. Memory comes from an arena
+// fake_model.h: a model without arithmetic for tests of optimizers and gradients: parameters shaped like GPT-2's,
+// random gradients, and a step that hands them over in the order of the real backward pass. Memory comes from an arena
 // that is poisoned with NaN, so that anything used before it is written shows up.
 #pragma once
 
@@ -10,8 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "flora/optimizer.h"
-#include "flora/sinks.h"
+#include "flora/gradients.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
 #include "tests/backends.h"
@@ -21,20 +20,21 @@ class FakeStore final : public ParameterStore {
   FakeStore(std::vector<Parameter> parameters, DType dtype, bool masters)
       : parameters_(std::move(parameters)), dtype_(dtype), masters_(masters), held_(16, 0) {}
 
-  void declare(MemoryPlan& plan) const {
-    for (const Parameter& p : parameters_) {
-      plan.add_tensor(p.name, Category::kWeights, dtype_, p.padded_elements());
-      if (masters_) plan.add_tensor(p.name + ".master", Category::kWeights, DType::kF32, p.elements());
+  void declare(MemoryPlan& plan) {
+    weights_.resize(parameters_.size()), master_copies_.resize(parameters_.size());
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      const Parameter& p = parameters_[i];
+      plan.add(&weights_[i], p.name, Category::kWeights, dtype_, {p.padded_rows, p.cols});
+      if (masters_)
+        plan.add(&master_copies_[i], p.name + ".master", Category::kWeights, p.tensor(nullptr, DType::kF32));
     }
   }
 
-  void bind(Arena& arena, Backend& backend, uint64_t seed) {
+  void randomize(Backend& backend, uint64_t seed) {
     for (const Parameter& p : parameters_) {
-      weights_.push_back(arena.tensor(p.name, dtype_, {p.padded_elements()}).data);
-      backend.fill_normal(view(p, weights_.back(), dtype_), 0, 0.02f, {.seed = seed, .tensor = p.hash()});
-      if (!masters_) continue;
-      master_copies_.push_back(arena.tensor(p.name + ".master", DType::kF32, {p.elements()}).data);
-      backend.convert(view(p, master_copies_.back(), DType::kF32), view(p, weights_.back(), dtype_));
+      const size_t i = static_cast<size_t>(p.index);
+      backend.fill_normal(p.tensor(weights_[i]), 0, 0.02f, {.seed = seed, .tensor = p.hash()});
+      if (masters_) backend.convert(master_copies_[i], p.tensor(weights_[i]));
     }
   }
 
@@ -46,32 +46,26 @@ class FakeStore final : public ParameterStore {
   }
   Tensor weight(const Parameter& p) override {
     EXPECT_GT(held_.at(static_cast<size_t>(p.layer + 1)), 0) << p.name << " is used without acquire()";
-    return view(p, weights_.at(static_cast<size_t>(p.index)), dtype_);
+    return p.tensor(weights_.at(static_cast<size_t>(p.index)));
   }
   Tensor padded_weight(const Parameter& p) override { return weight(p); }
   Tensor stored(const Parameter& p) override { return weight(p); }
   DType dtype(const Parameter&) const override { return dtype_; }
-  Tensor master(const Parameter& p) override {
-    return masters_ ? view(p, master_copies_.at(static_cast<size_t>(p.index)), DType::kF32) : Tensor{};
-  }
+  Tensor master(const Parameter& p) override { return master_copies_.at(static_cast<size_t>(p.index)); }
   int changed() const { return changed_; }
 
  private:
-  static Tensor view(const Parameter& p, void* data, DType dtype) {
-    return p.matrix ? Tensor::of(data, dtype, {p.rows, p.cols}) : Tensor::of(data, dtype, {p.cols});
-  }
-
   std::vector<Parameter> parameters_;
   DType dtype_;
   bool masters_;
   std::vector<int> held_;
   int changed_ = 0;
-  std::vector<void*> weights_, master_copies_;
+  std::vector<Tensor> weights_, master_copies_;
 };
 
 struct FakeOptions {
   OptimizerConfig optimizer;
-  SinkConfig sink;
+  GradientConfig gradients;
   DType weight_dtype = DType::kF32;
   bool masters = false;
   int threads = 2;
@@ -84,34 +78,29 @@ class FakeModel {
       : options_(options),
         backend_(make_test_backend(test_backend_name(), options.threads)),
         store_(make_parameters(), options.weight_dtype, options.masters),
-        optimizer_(make_optimizer(options.optimizer, store_.parameters(), options.sink.gradient_dtype, *backend_)),
-        sink_(make_sink(options.sink, *optimizer_, store_, *backend_)) {
+        optimizer_(make_optimizer(options.optimizer, store_.parameters(), options.gradients.gradient_dtype, *backend_)),
+        gradients_(options.gradients, *optimizer_, store_, *backend_) {
     MemoryPlan plan;
-    const size_t workspace = backend_->workspace_bytes(
+    const size_t workspace_bytes = backend_->workspace_bytes(
         {.batch = 1, .sequence = 16, .channels = 24, .heads = 2, .vocabulary = 150, .any_bf16 = true});
-    plan.add("scalars", Category::kWorkspace, sizeof(StepScalars));
-    plan.add("workspace", Category::kWorkspace, workspace);
+    void* workspace = nullptr;
+    plan.add(&scalars_, "scalars", Category::kWorkspace, sizeof(StepScalars));
+    plan.add(&workspace, "workspace", Category::kWorkspace, workspace_bytes);
     store_.declare(plan);
     optimizer_->declare(plan);
-    sink_->declare(plan);
+    gradients_.declare(plan);
     arena_ = std::make_unique<Arena>(*backend_, std::move(plan));
-    scalars_ = static_cast<StepScalars*>(arena_->bytes("scalars", sizeof(StepScalars)));
     char* const base = reinterpret_cast<char*>(scalars_) - arena_->plan().find("scalars")->offset;
     backend_->fill(base, 0xff, arena_->plan().device_bytes());
-    backend_->set_workspace(arena_->bytes("workspace", workspace), workspace);
-    store_.bind(*arena_, *backend_, 4);
-    optimizer_->bind(*arena_);
-    sink_->bind(*arena_);
+    backend_->set_workspace(workspace, workspace_bytes);
+    store_.randomize(*backend_, 4);
+    optimizer_->states().zero();
   }
 
   void step(uint32_t t, float lr = 0.01f) {
-    const int count = options_.sink.micro_batches;
-    if (sink_->needs_norm_pass()) {
-      sink_->set_norm_pass(true);
-      pass(t, lr, count);
-      sink_->set_norm_pass(false);
-    }
-    pass(t, lr, count);
+    const int count = options_.gradients.micro_batches;
+    if (gradients_.needs_norm_pass()) pass(t, lr, count, true);
+    pass(t, lr, count, false);
     backend_->synchronize();
   }
 
@@ -147,7 +136,7 @@ class FakeModel {
   Arena& arena() { return *arena_; }
   Backend& backend() { return *backend_; }
   Optimizer& optimizer() { return *optimizer_; }
-  UpdatingSink& sink() { return *sink_; }
+  Gradients& gradients() { return gradients_; }
   FakeStore& store() { return store_; }
   StepScalars scalars() const {
     StepScalars scalars;
@@ -156,7 +145,7 @@ class FakeModel {
   }
   float gradient_squares() const {
     float value;
-    std::memcpy(&value, bits_of(sink_->gradient_squares(), sizeof value).data(), sizeof value);
+    std::memcpy(&value, bits_of(gradients_.gradient_squares(), sizeof value).data(), sizeof value);
     return value;
   }
   // What lies in the device's memory.
@@ -211,13 +200,13 @@ class FakeModel {
   }
 
  private:
-  void pass(uint32_t t, float lr, int count) {
-    sink_->begin_step({.step = t, .lr = lr, .micro_batches = count, .scalars = scalars_});
+  void pass(uint32_t t, float lr, int count, bool norm_pass) {
+    gradients_.begin_step({.step = t, .lr = lr, .micro_batches = count, .scalars = scalars_, .norm_pass = norm_pass});
     for (int i = 0; i < count; ++i) {
-      sink_->begin_micro_batch(i, i + 1 == count);
+      gradients_.begin_micro_batch(i, i + 1 == count);
       backward(t, i);
     }
-    sink_->end_step();
+    gradients_.end_step();
   }
 
   // Head, final LayerNorm, blocks from the last to the first, lookup.
@@ -234,17 +223,17 @@ class FakeModel {
     }
     write(all[0], t, micro_batch, 1);
     write(all[1], t, micro_batch, 0);
-    sink_->ready(all[0]);
-    sink_->ready(all[1]);
+    gradients_.ready(all[0]);
+    gradients_.ready(all[1]);
   }
 
   void hand_over(uint32_t t, int micro_batch, const std::vector<Parameter>& parameters) {
     for (const Parameter& p : parameters) write(p, t, micro_batch, 0);
-    for (const Parameter& p : parameters) sink_->ready(p);
+    for (const Parameter& p : parameters) gradients_.ready(p);
   }
 
   void write(const Parameter& p, uint32_t t, int micro_batch, int part) {
-    const GradientSink::Target target = sink_->target(p);
+    const GradientSink::Target target = gradients_.target(p);
     std::vector<float> values = gradient(p, t, micro_batch, part);
     if (t == options_.poisoned_step && p.name == "h.0.mlp.c_fc.weight") values[5] = INFINITY;
     ASSERT_EQ(target.tensor.elements(), p.elements());
@@ -284,7 +273,7 @@ class FakeModel {
   std::unique_ptr<Backend> backend_;
   FakeStore store_;
   std::unique_ptr<Optimizer> optimizer_;
-  std::unique_ptr<UpdatingSink> sink_;
+  Gradients gradients_;
   std::unique_ptr<Arena> arena_;
   StepScalars* scalars_ = nullptr;
 };

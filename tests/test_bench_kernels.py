@@ -40,8 +40,6 @@ N, C, V, PADDED, RANK = 64, 128, 257, 384, 16
 COUNTS = {
     ("matmul qkv forward", "64x384x128 bf16"): (2 * (N * C + C * 3 * C + N * 3 * C), 2 * N * 3 * C * C),
     ("matmul fc input_gradient", "64x128x512 bf16"): (2 * (N * 4 * C + C * 4 * C + N * C), 2 * N * 4 * C * C),
-    ("matmul mlp_proj input_gradient_gelu", "64x512x128 bf16"):
-        (2 * (N * C + 4 * C * C + 2 * N * 4 * C), 2 * N * 4 * C * C),
     ("matmul fc weight_gradient_accumulated", "128x512x64 bf16"):
         (2 * (N * C + N * 4 * C) + 2 * 4 * C * 4 * C, 2 * N * 4 * C * C),
     ("matmul head weight_gradient", "257x128x16 bf16"): (2 * 16 * (V + C) + 2 * 4 * V * C, 2 * 16 * V * C),

@@ -1,4 +1,4 @@
-// test_flora_reference.cpp: the optimizers and the compressed sink against tests/fixtures/flora_reference.json.gz,
+// test_flora_reference.cpp: the optimizers and compressed gradients against tests/fixtures/flora_reference.json.gz,
 // which a numpy reference made from the formulas alone (tests/reference/README.md describes the file).
 #include <gtest/gtest.h>
 #include <zlib.h>
@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "flora/gradients.h"
 #include "flora/optimizer.h"
-#include "flora/sinks.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
 #include "tests/backends.h"
@@ -223,7 +223,7 @@ void expect_codes(Backend& backend, Tensor tensor, const json& expected, const s
   EXPECT_LE(relative_error(actual_scales, scales), 1e-4) << what << ", scales";
 }
 
-// One resident parameter, for the sink.
+// One resident parameter.
 class OneParameterStore : public ParameterStore {
  public:
   OneParameterStore(const Parameter& parameter) : parameters_{parameter} {}
@@ -242,7 +242,7 @@ class OneParameterStore : public ParameterStore {
   Tensor weight_, master_;
 };
 
-// Everything a case needs: one parameter, its optimizer and, with accumulation, a compressed sink.
+// Everything a case needs: one parameter, its optimizer and, with accumulation, compressed gradients.
 class Bench {
  public:
   explicit Bench(const json& c)
@@ -255,41 +255,38 @@ class Bench {
     const DType weight_dtype = pick(c.at("weight_dtype"), kDTypes);
     const int64_t count = parameter_.elements();
     MemoryPlan plan;
-    plan.add_tensor("weight", Category::kWeights, weight_dtype, count);
-    plan.add_tensor("gradient", Category::kGradients, DType::kF32, count);
-    plan.add("scalars", Category::kWorkspace, sizeof(StepScalars));
-    if (c.at("master").get<bool>()) plan.add_tensor("master", Category::kWeights, DType::kF32, count);
-    const size_t workspace = backend_->workspace_bytes(
+    const auto shape = [&](DType dtype) { return parameter_.tensor(nullptr, dtype); };
+    plan.add(&weight_, "weight", Category::kWeights, shape(weight_dtype));
+    plan.add(&gradient_, "gradient", Category::kGradients, shape(DType::kF32));
+    plan.add(&scalars_, "scalars", Category::kWorkspace, sizeof(StepScalars));
+    if (c.at("master").get<bool>()) plan.add(&master_, "master", Category::kWeights, shape(DType::kF32));
+    const size_t workspace_bytes = backend_->workspace_bytes(
         {.batch = 1, .sequence = 64, .channels = 128, .heads = 2, .vocabulary = 128, .any_bf16 = true});
-    if (workspace > 0) plan.add("workspace", Category::kWorkspace, workspace);
+    void* workspace = nullptr;
+    plan.add(&workspace, "workspace", Category::kWorkspace, workspace_bytes);
     if (const json& a = c.at("accumulation"); !a.is_null()) {
       micro_batches_ = a.at("micro_batches").get<int>();
-      SinkConfig sink;
-      sink.kind = SinkKind::kCompressed;
-      sink.micro_batches = micro_batches_;
-      sink.accumulation_rank = a.at("rank").get<int64_t>();
-      sink.projection = pick(a.at("projection"), kProjections);
-      sink.seed = c.at("options").at("seed").get<uint64_t>();
-      sink_ = make_sink(sink, *optimizer_, store_, *backend_);
-      sink_->declare(plan);
+      GradientConfig config;
+      config.kind = GradientMode::kCompressed;
+      config.micro_batches = micro_batches_;
+      config.accumulation_rank = a.at("rank").get<int64_t>();
+      config.projection = pick(a.at("projection"), kProjections);
+      config.seed = c.at("options").at("seed").get<uint64_t>();
+      gradients_ = std::make_unique<Gradients>(config, *optimizer_, store_, *backend_);
+      gradients_->declare(plan);
     }
     optimizer_->declare(plan);
     arena_ = std::make_unique<Arena>(*backend_, std::move(plan));
-    if (workspace > 0) backend_->set_workspace(arena_->bytes("workspace", workspace), workspace);
-    weight_ = tensor("weight", weight_dtype);
-    gradient_ = tensor("gradient", DType::kF32);
-    if (c.at("master").get<bool>()) master_ = tensor("master", DType::kF32);
-    scalars_ = static_cast<StepScalars*>(arena_->bytes("scalars", sizeof(StepScalars)));
+    backend_->set_workspace(workspace, workspace_bytes);
     store_.set(weight_, master_);
-    optimizer_->bind(*arena_);
-    if (sink_) sink_->bind(*arena_);
+    optimizer_->states().zero();
     const std::vector<float> initial = uniform_input(inputs_ + ".w", count);
     upload(*backend_, weight_, initial);
     // A master copy starts from the same rounded numbers as the weight.
     if (master_) upload(*backend_, master_, download(*backend_, weight_));
   }
 
-  void step(uint32_t t) { sink_ ? step_through_sink(t) : step_directly(t); }
+  void step(uint32_t t) { gradients_ ? step_with_sums(t) : step_directly(t); }
 
   Tensor find_state(const std::string& what) {
     std::string names;
@@ -307,11 +304,6 @@ class Bench {
   Tensor master() const { return master_; }
 
  private:
-  Tensor tensor(const char* name, DType dtype) {
-    return parameter_.matrix ? arena_->tensor(name, dtype, {parameter_.rows, parameter_.cols})
-                             : arena_->tensor(name, dtype, {parameter_.cols});
-  }
-
   void step_directly(uint32_t t) {
     StepScalars scalars;
     scalars.lr = lr_;
@@ -324,11 +316,11 @@ class Bench {
     backend_->synchronize();
   }
 
-  void step_through_sink(uint32_t t) {
-    sink_->begin_step({.step = t, .lr = lr_, .micro_batches = micro_batches_, .scalars = scalars_});
+  void step_with_sums(uint32_t t) {
+    gradients_->begin_step({.step = t, .lr = lr_, .micro_batches = micro_batches_, .scalars = scalars_});
     for (int i = 0; i < micro_batches_; ++i) {
-      sink_->begin_micro_batch(i, i + 1 == micro_batches_);
-      const GradientSink::Target target = sink_->target(parameter_);
+      gradients_->begin_micro_batch(i, i + 1 == micro_batches_);
+      const GradientSink::Target target = gradients_->target(parameter_);
       std::vector<float> values = gradient_input(inputs_ + ".g" + std::to_string(t) + "." + std::to_string(i),
                                                  parameter_.rows, parameter_.cols, t);
       if (target.accumulate) {
@@ -336,9 +328,9 @@ class Bench {
         for (size_t k = 0; k < values.size(); ++k) values[k] += before[k];
       }
       upload(*backend_, target.tensor, values);
-      sink_->ready(parameter_);
+      gradients_->ready(parameter_);
     }
-    sink_->end_step();
+    gradients_->end_step();
     backend_->synchronize();
   }
 
@@ -347,7 +339,7 @@ class Bench {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Optimizer> optimizer_;
   OneParameterStore store_;
-  std::unique_ptr<UpdatingSink> sink_;
+  std::unique_ptr<Gradients> gradients_;
   std::unique_ptr<Arena> arena_;
   Tensor weight_, gradient_, master_;
   StepScalars* scalars_ = nullptr;

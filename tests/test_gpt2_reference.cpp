@@ -3,8 +3,8 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "flora/gradients.h"
 #include "flora/optimizer.h"
-#include "flora/sinks.h"
 #include "tests/gpt2_bench.h"
 #include "train/safetensors.h"
 
@@ -102,7 +102,7 @@ TEST_F(Gpt2Reference, Logits) {
 }
 
 TEST_F(Gpt2Reference, TenStepsOfAdamW) {
-  for (const SinkKind kind : {SinkKind::kDense, SinkKind::kFused}) {
+  for (const GradientMode kind : {GradientMode::kDense, GradientMode::kFused}) {
     Gpt2Bench bench(options());
     start(bench);
     const auto& adamw = description_.at("adamw");
@@ -113,21 +113,20 @@ TEST_F(Gpt2Reference, TenStepsOfAdamW) {
     config.eps = adamw.at("eps");
     config.weight_decay = adamw.at("weight_decay");
     const auto optimizer = make_optimizer(config, bench.store.parameters(), DType::kF32, *bench.backend);
-    const auto sink = make_sink({.kind = kind}, *optimizer, bench.store, *bench.backend);
+    Gradients gradients({.kind = kind}, *optimizer, bench.store, *bench.backend);
     MemoryPlan plan;
     optimizer->declare(plan);
-    sink->declare(plan);
+    gradients.declare(plan);
     Arena arena(*bench.backend, std::move(plan));
-    optimizer->bind(arena);
-    sink->bind(arena);
+    optimizer->states().zero();
     const size_t steps = description_.at("losses").size();
     ASSERT_EQ(steps, 10u);
     for (size_t t = 0; t < steps; ++t) {
-      sink->begin_step(
+      gradients.begin_step(
           {.step = static_cast<uint32_t>(t + 1), .lr = adamw.at("lr"), .micro_batches = 1, .scalars = bench.scalars});
-      sink->begin_micro_batch(0, true);
-      EXPECT_NEAR(bench.train(batch(t), *sink), loss(t), kTolerance * loss(t)) << "step " << t + 1;
-      sink->end_step();
+      gradients.begin_micro_batch(0, true);
+      EXPECT_NEAR(bench.train(batch(t), gradients), loss(t), kTolerance * loss(t)) << "step " << t + 1;
+      gradients.end_step();
     }
     const int64_t C = bench.model.config().channels;
     for (const Parameter& p : bench.store.parameters()) {

@@ -1,5 +1,5 @@
 // test_matmul.cpp: Backend::matmul and bias_backward against float64 loops: transposes, dtypes, strides, alignment,
-// accumulation, the gradient of GELU; and that choosing algorithms by measuring changes nothing but speed.
+// accumulation; and that choosing algorithms by measuring changes nothing but speed.
 #include <cstdlib>
 
 #include "tests/backends.h"
@@ -175,59 +175,15 @@ class Setting {
 
 bool has_fake_cublaslt(TestDevice& device) { return device->description().find("CUDA on CPU") != std::string::npos; }
 
-double gelu_derivative(double x) {
-  const double inner = std::sqrt(2 / M_PI), t = std::tanh(inner * (x + 0.044715 * x * x * x));
-  return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner * (1 + 3 * 0.044715 * x * x);
-}
-
-// out = alpha a b^T * gelu'(x), twice: the second time with what the first chose.
-void check_gelu_input(TestDevice& device, const Case& c, DType dtype, DType x_dtype, int64_t gap = 0) {
-  SCOPED_TRACE("m " + std::to_string(c.m) + " n " + std::to_string(c.n) + " k " + std::to_string(c.k));
-  auto pitch = [&](int64_t cols) { return gap > 0 ? cols + gap : 0; };
-  const Tensor a = device.random(1, dtype, {c.m, c.k}, 1, pitch(c.k));
-  const Tensor b = c.transpose_b ? device.random(2, dtype, {c.n, c.k}, 1, pitch(c.k))
-                                 : device.random(2, dtype, {c.k, c.n}, 1, pitch(c.n));
-  const Tensor x = device.random(3, x_dtype, {c.m, c.n}, 2, pitch(c.n));
-  const Values input = device.read(x);
-  Values expected = reference(c, device.read(a), device.read(b), {}, {});
-  for (size_t i = 0; i < expected.size(); ++i) expected[i] *= gelu_derivative(input[i]);
-  for (int i = 0; i < 2; ++i) {
-    const Tensor out = device.poisoned(dtype, {c.m, c.n}, pitch(c.n));
-    device->matmul(out, a, b, {.transpose_b = c.transpose_b, .alpha = c.alpha, .gelu_input = x});
-    EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype));
-  }
-  EXPECT_EQ(device.read(x), input);
-}
-
-TEST_P(Matmul, GeluInput) {
-  TestDevice device(backend());
-  const DType other = dtype() == DType::kF32 ? DType::kBF16 : DType::kF32;
-  check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .transpose_b = true}, dtype(), dtype());
-  check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .alpha = -0.5f}, dtype(), dtype(), 8);
-  check_gelu_input(device, {.m = 48, .n = 64, .k = 32}, dtype(), other);
-  check_gelu_input(device, {.m = 33, .n = 65, .k = 7, .transpose_b = true}, dtype(), dtype());
-  check_gelu_input(device, {.m = 1, .n = 24, .k = 16}, dtype(), dtype(), 3);
-}
-
-TEST_P(Matmul, GeluInputGoesWithNeitherBiasNorAccumulation) {
-  TestDevice device(backend());
-  const Tensor a = device.random(1, dtype(), {8, 16}), b = device.random(2, dtype(), {16, 8});
-  const Tensor x = device.random(3, dtype(), {8, 8}), bias = device.random(4, dtype(), {8});
-  const Tensor out = device.poisoned(dtype(), {8, 8});
-  EXPECT_THROW(device->matmul(out, a, b, {.accumulate = true, .gelu_input = x}), std::logic_error);
-  EXPECT_THROW(device->matmul(out, a, b, {.bias = bias, .gelu_input = x}), std::logic_error);
-}
-
 // Products of several kinds, some added to what is there; all bits of the results.
 std::vector<uint8_t> several_products(TestDevice& device, DType dtype) {
   std::vector<uint8_t> bytes;
   for (const bool accumulate : {false, true}) {
     const Tensor a = device.random(1, dtype, {40, 200}), b = device.random(2, dtype, {200, 48});
     const Tensor out = device.random(3, dtype, {40, 48}), bias = device.random(4, dtype, {48});
-    const Tensor x = device.random(5, dtype, {40, 48});
     device->matmul(out, a, b, {.accumulate = accumulate, .bias = bias});
     const std::vector<uint8_t> first = device.bits(out);
-    if (!accumulate) device->matmul(out, a, b, {.gelu_input = x});
+    device->matmul(out, a, b);
     const std::vector<uint8_t> second = device.bits(out);
     bytes.insert(bytes.end(), first.begin(), first.end());
     bytes.insert(bytes.end(), second.begin(), second.end());
@@ -333,27 +289,6 @@ TEST_P(GpuMatmul, NoAlgorithm) {
   // Odd sizes are nobody's fault: the plain kernel computes them.
   const DTypes same = {dtype(), dtype(), dtype()};
   check(backend(), {.m = 17, .n = 19, .k = 23}, same);
-}
-
-class FusedMatmul : public OperationTest {};
-INSTANTIATE_GPU_TESTS(FusedMatmul, DType::kBF16);
-
-// The way that is one kernel, chosen by measuring and then by what was remembered.
-TEST_P(FusedMatmul, GeluInput) {
-  std::string tuning;
-  {
-    const Setting fused("CUDA_ON_CPU_ALGORITHM", "fused");
-    TestDevice device(backend());
-    if (!has_fake_cublaslt(device)) GTEST_SKIP() << "needs the fake cuBLASLt";
-    check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .transpose_b = true, .alpha = -0.5f}, dtype(), dtype(), 8);
-    tuning = device->tuning();
-    EXPECT_NE(tuning.find("gelu'"), std::string::npos);
-    EXPECT_EQ(tuning.find("separate"), std::string::npos);
-  }
-  TestDevice device(backend());
-  device->set_tuning(tuning);
-  check_gelu_input(device, {.m = 48, .n = 64, .k = 32, .transpose_b = true, .alpha = -0.5f}, dtype(), dtype(), 8);
-  EXPECT_EQ(device->tuning(), tuning);
 }
 
 // ---- mixtures of dtypes

@@ -11,16 +11,16 @@ namespace {
 constexpr uint32_t kFewSteps = 3;
 
 EngineConfig deep_config(DType dtype, OptimizerKind optimizer = OptimizerKind::kFlora,
-                         SinkKind sink = SinkKind::kFused) {
+                         GradientMode mode = GradientMode::kFused) {
   EngineConfig config = small_config(dtype);
   config.model.layers = 5;
   config.optimizer.kind = optimizer;
   config.optimizer.kappa = 2;
-  config.sink.kind = sink;
+  config.gradients.kind = mode;
   config.shapes.recompute = Recompute::kBlock;
-  if (sink == SinkKind::kCompressed) {
-    config.sink.accumulation_rank = 16;
-    config.sink.micro_batches = 2;
+  if (mode == GradientMode::kCompressed) {
+    config.gradients.accumulation_rank = 16;
+    config.gradients.micro_batches = 2;
   }
   return config;
 }
@@ -60,18 +60,18 @@ TEST_P(OffloadDtype, EveryPartChangesNoBit) {
   }
 }
 
-TEST_P(OffloadDtype, EveryOptimizerAndSinkChangesNoBit) {
+TEST_P(OffloadDtype, EveryOptimizerAndModeChangesNoBit) {
   for (const OptimizerKind optimizer :
        {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd}) {
-    for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
+    for (const GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed}) {
       if (GetParam() == DType::kF32 && optimizer != OptimizerKind::kFlora) continue;  // the same moves as in bf16
-      EngineConfig config = deep_config(GetParam(), optimizer, sink);
+      EngineConfig config = deep_config(GetParam(), optimizer, mode);
       config.model.layers = 3;
       config.master_weights = GetParam() == DType::kBF16 && optimizer == OptimizerKind::kAdamW;
       const Outcome resident = run(config);
       config.offload = {.activations = true, .state = true, .weights = true};
       expect_same_bits(config, resident,
-                       std::to_string(static_cast<int>(optimizer)) + ", " + std::to_string(static_cast<int>(sink)));
+                       std::to_string(static_cast<int>(optimizer)) + ", " + std::to_string(static_cast<int>(mode)));
     }
   }
 }
@@ -83,8 +83,8 @@ TEST_P(OffloadDtype, RarerSettingsChangeNoBit) {
     config.model.layers = 3;
     config.shapes.recompute = level;
     config.model.tied_head = false;
-    config.sink.micro_batches = 2;
-    config.sink.clip_norm = 0.5f;
+    config.gradients.micro_batches = 2;
+    config.gradients.clip_norm = 0.5f;
     config.optimizer.state_dtype = DType::kI8;
     const Outcome resident = run(config);
     config.offload = {.activations = true, .state = true, .weights = true};
@@ -139,7 +139,7 @@ TEST_P(Blocks, ChangeTheRoundingOnly) {
   for (EngineConfig config : configs) {
     const Outcome whole = run(config);
     for (const GradientBlocks blocks : {GradientBlocks::kEmbedding, GradientBlocks::kAll}) {
-      config.sink.blocks = blocks;
+      config.gradients.blocks = blocks;
       const Outcome in_blocks = run(config);
       for (uint32_t t = 0; t < kFewSteps; ++t) {
         EXPECT_NEAR(in_blocks.losses[t], whole.losses[t], tolerance * whole.losses[t]) << "step " << t + 1;
@@ -157,7 +157,7 @@ TEST(Blocks, SaveTheGradientOfTheEmbeddingAndMostOfTheWidestMatrix) {
   EngineConfig config = deep_config(DType::kBF16);
   config.model.vocabulary = 4000;
   const auto gradients = [&](GradientBlocks blocks) {
-    config.sink.blocks = blocks;
+    config.gradients.blocks = blocks;
     const std::unique_ptr<Backend> backend = make_test_backend();
     size_t bytes = 0;
     const MemoryPlan plan = Engine(config, *backend).plan();
@@ -170,14 +170,14 @@ TEST(Blocks, SaveTheGradientOfTheEmbeddingAndMostOfTheWidestMatrix) {
   EXPECT_EQ(embedding - gradients(GradientBlocks::kAll), (4 * C * C - C * C) * sizeof(bf16));
 }
 
-TEST(Blocks, NeedAFusedSinkAndOneMicroBatch) {
+TEST(Blocks, NeedFusedUpdatesAndOneMicroBatch) {
   const std::unique_ptr<Backend> backend = make_test_backend();
   EngineConfig config = deep_config(DType::kF32);
-  config.sink.blocks = GradientBlocks::kAll;
-  config.sink.micro_batches = 2;
+  config.gradients.blocks = GradientBlocks::kAll;
+  config.gradients.micro_batches = 2;
   EXPECT_THROW(Engine(config, *backend), std::invalid_argument);
-  config.sink.micro_batches = 1;
-  config.sink.kind = SinkKind::kDense;
+  config.gradients.micro_batches = 1;
+  config.gradients.kind = GradientMode::kDense;
   EXPECT_THROW(Engine(config, *backend), std::invalid_argument);
 }
 
@@ -197,21 +197,20 @@ TEST(Blocks, OfOneGradientChangeNoBitOfElementwiseOptimizers) {
         const auto optimizer = make_optimizer(config, {p}, DType::kBF16, *backend);
         MemoryPlan plan;
         optimizer->declare(plan);
-        plan.add_tensor("weight", Category::kWeights, dtype, p.elements());
-        plan.add_tensor("numbers", Category::kWeights, DType::kF32, p.elements());
-        plan.add_tensor("gradient", Category::kGradients, DType::kBF16, p.elements());
-        plan.add("scalars", Category::kWorkspace, sizeof(StepScalars));
-        plan.add("workspace", Category::kWorkspace, 1 << 20);
+        Tensor weight, numbers, gradient;
+        StepScalars* scalars = nullptr;
+        void* workspace = nullptr;
+        plan.add(&weight, "weight", Category::kWeights, dtype, {p.rows, p.cols});
+        plan.add(&numbers, "numbers", Category::kWeights, DType::kF32, {p.rows, p.cols});
+        plan.add(&gradient, "gradient", Category::kGradients, DType::kBF16, {p.rows, p.cols});
+        plan.add(&scalars, "scalars", Category::kWorkspace, sizeof(StepScalars));
+        plan.add(&workspace, "workspace", Category::kWorkspace, 1 << 20);
         Arena arena(*backend, std::move(plan));
-        backend->set_workspace(arena.bytes("workspace", 1 << 20), 1 << 20);
-        optimizer->bind(arena);
-        const Tensor weight = arena.tensor("weight", dtype, {p.rows, p.cols});
-        const Tensor numbers = arena.tensor("numbers", DType::kF32, {p.rows, p.cols});
-        const Tensor gradient = arena.tensor("gradient", DType::kBF16, {p.rows, p.cols});
+        backend->set_workspace(workspace, 1 << 20);
+        optimizer->states().zero();
         backend->fill_normal(numbers, 0, 0.02f, {.seed = 1});
         if (dtype == DType::kI8) backend->quantize_weight(weight, numbers, {}, nullptr);
         if (dtype != DType::kI8) backend->convert(weight, numbers);
-        auto* const scalars = static_cast<StepScalars*>(arena.bytes("scalars", sizeof(StepScalars)));
         for (uint32_t t = 1; t <= 3; ++t) {
           StepScalars host;
           host.lr = 0.01f, host.step = t;
@@ -221,9 +220,9 @@ TEST(Blocks, OfOneGradientChangeNoBitOfElementwiseOptimizers) {
           if (block_rows == 0) {
             optimizer->update(p, weight, {}, gradient, scalars);
           } else {
-            const BlockedGradient blocks(p.rows, block_rows,
-                                         [&](int64_t begin, int64_t count) { return gradient.slice(begin, count); });
-            optimizer->update_in_blocks(p, weight, {}, blocks, scalars);
+            const Gradient blocks(p.rows, block_rows,
+                                  [&](int64_t begin, int64_t count) { return gradient.slice(begin, count); });
+            optimizer->update(p, weight, {}, blocks, scalars);
           }
         }
         std::vector<uint8_t> all;
@@ -239,9 +238,9 @@ TEST(Blocks, OfOneGradientChangeNoBitOfElementwiseOptimizers) {
 // Clipping by a second pass, with gradients in blocks: the norm is that of the whole gradient.
 TEST(Blocks, ClipByTheGlobalNorm) {
   EngineConfig config = deep_config(DType::kF32, OptimizerKind::kAdamW);
-  config.sink.clip_norm = 0.1f;
+  config.gradients.clip_norm = 0.1f;
   const Outcome whole = run(config);
-  config.sink.blocks = GradientBlocks::kAll;
+  config.gradients.blocks = GradientBlocks::kAll;
   const Outcome in_blocks = run(config);
   for (uint32_t t = 0; t < kFewSteps; ++t) {
     EXPECT_NEAR(in_blocks.losses[t], whole.losses[t], 2e-5 * whole.losses[t]);
@@ -276,7 +275,7 @@ TEST_P(EightBitWeights, PiecesChangeNoBit) {
     config.model.layers = 1;
     config.weight_dtype = config.optimizer.state_dtype = DType::kI8;
     config.optimizer.scale_parameter = GetParam() == OptimizerKind::kAdafactor;
-    config.sink.blocks = blocks;
+    config.gradients.blocks = blocks;
     const Outcome whole = run(config);
     config.optimizer.weight_piece = 1024;
     if (config.optimizer.scale_parameter) {  // a sum of squares piece by piece is another order of additions
@@ -297,7 +296,7 @@ TEST_P(EightBitWeights, StreamedAndInBlocksAndWithEightBitStates) {
   config.offload = {.activations = true, .state = true, .weights = true};
   expect_same_bits(config, resident, "streamed");
   config.offload = {};
-  config.sink.blocks = GradientBlocks::kAll;
+  config.gradients.blocks = GradientBlocks::kAll;
   const Outcome in_blocks = run(config);
   for (uint32_t t = 0; t < kFewSteps; ++t)
     EXPECT_NEAR(in_blocks.losses[t], resident.losses[t], 0.02 * resident.losses[t]) << "step " << t + 1;

@@ -92,17 +92,17 @@ TEST(Prediction, MoreTokensAreNeverSlowerPerToken) {
     config.shapes.sequence = 1 + static_cast<int64_t>(random() % 700);
     config.shapes.head_chunk = 1 + static_cast<int64_t>(random() % 600);
     config.shapes.recompute = static_cast<Recompute>(random() % 5);
-    config.sink.blocks = static_cast<GradientBlocks>(random() % 3);
+    config.gradients.blocks = static_cast<GradientBlocks>(random() % 3);
     config.offload = {random() % 2 == 0, random() % 2 == 0, random() % 2 == 0, 2};
     if (config.offload.weights) config.offload.state = true;
     const bool accumulates = random() % 2 == 0;  // the same tokens per step, in fewer micro-batches
-    if (accumulates) config.sink.blocks = GradientBlocks::kWhole;
+    if (accumulates) config.gradients.blocks = GradientBlocks::kWhole;
     const EngineConfig start = config;
     double before = INFINITY;
     for (int64_t batch = 1; batch <= 48; ++batch) {
       if (accumulates && 48 % batch != 0) continue;
       config.shapes.batch = batch;
-      config.sink.micro_batches = accumulates ? static_cast<int>(48 / batch) : 1;
+      config.gradients.micro_batches = accumulates ? static_cast<int>(48 / batch) : 1;
       config.shapes.head_chunk = std::min(start.shapes.head_chunk, batch * config.shapes.sequence);
       const double now =
           predict_step(config, speeds, {1e5, 1e4}).seconds() / static_cast<double>(tokens_per_step(config));
@@ -123,19 +123,19 @@ TEST(Prediction, RecomputationAndBlocksCostTime) {
     EXPECT_GT(seconds(), before);
     before = seconds();
   }
-  config.sink.blocks = GradientBlocks::kEmbedding;
+  config.gradients.blocks = GradientBlocks::kEmbedding;
   EXPECT_GT(seconds(), before);
   before = seconds();
-  config.sink.blocks = GradientBlocks::kAll;
+  config.gradients.blocks = GradientBlocks::kAll;
   EXPECT_GT(seconds(), before);
 }
 
 TEST(Planner, LeastBytesAreNoMoreThanThePlan) {
   const auto backend = make_cpu_backend({.threads = 1});
   const Planner planner(*backend, nominal_speeds(small_config(), "cpu"));
-  for (const SinkKind kind : {SinkKind::kDense, SinkKind::kFused}) {
+  for (const GradientMode kind : {GradientMode::kDense, GradientMode::kFused}) {
     EngineConfig config = small_config();
-    config.sink.kind = kind;
+    config.gradients.kind = kind;
     for (const Choice& choice : planner.candidates(config, everything(4))) {
       const MemoryPlan plan = Engine(choice.config, *backend).plan();
       const Bytes least = least_bytes(plan);
@@ -210,7 +210,7 @@ TEST(Planner, MicroBatchesDivideTheStep) {
     for (const Choice& choice :
          Planner(*backend, nominal_speeds(setup.engine, "cpu")).candidates(setup.engine, freedom_left(setup))) {
       found.insert(choice.config.shapes.batch);
-      EXPECT_TRUE(choice.config.sink.blocks == GradientBlocks::kWhole || gradient_blocks_possible(choice.config));
+      EXPECT_TRUE(choice.config.gradients.blocks == GradientBlocks::kWhole || gradient_blocks_possible(choice.config));
       EXPECT_NO_THROW(Engine(choice.config, *backend));
     }
     return found;
@@ -240,7 +240,7 @@ TEST(Planner, TheChoiceEndsInTheOptions) {
   choice.shapes.batch = 2;
   choice.shapes.head_chunk = 24;
   choice.shapes.recompute = Recompute::kAttention;
-  choice.sink.blocks = GradientBlocks::kAll;
+  choice.gradients.blocks = GradientBlocks::kAll;
   choice.offload = {.activations = true, .state = true, .weights = true};
   const RunSetup chosen = with_settings(setup, choice);
   EXPECT_EQ(settings_flags(chosen.engine), settings_flags(choice));

@@ -81,7 +81,7 @@ def test_the_count_survives_a_resume(data, tmp_path, poisoned):
 
 
 def test_an_untied_head_waits_for_the_loss(train, data, tmp_path):
-    """Its gradient is complete before the loss is known; under the fused sink it must not be updated before."""
+    """Its gradient is complete before the loss is known; under fused updates it must not be updated before."""
     config = tmp_path / "untied.json"
     config.write_text(json.dumps({"vocab_size": 257, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 2,
                                   "tie_word_embeddings": False}))

@@ -21,24 +21,24 @@ float learning_rate_of(OptimizerKind kind) {
 
 struct Case {
   OptimizerKind optimizer;
-  SinkKind sink;
+  GradientMode mode;
   DType dtype;
 };
 
 std::string case_name(const ::testing::TestParamInfo<Case>& info) {
   const char* const optimizers[] = {"Flora", "AdamW", "Adafactor", "Sgd"};
-  const char* const sinks[] = {"Dense", "Fused", "Compressed"};
-  return std::string(optimizers[static_cast<int>(info.param.optimizer)]) + sinks[static_cast<int>(info.param.sink)] +
+  const char* const modes[] = {"Dense", "Fused", "Compressed"};
+  return std::string(optimizers[static_cast<int>(info.param.optimizer)]) + modes[static_cast<int>(info.param.mode)] +
          "_" + dtype_name(info.param.dtype);
 }
 
 EngineConfig config_of(const Case& c) {
   EngineConfig config = small_config(c.dtype);
   config.optimizer.kind = c.optimizer;
-  config.sink.kind = c.sink;
-  if (c.sink == SinkKind::kCompressed) {
-    config.sink.accumulation_rank = 16;
-    config.sink.micro_batches = 2;
+  config.gradients.kind = c.mode;
+  if (c.mode == GradientMode::kCompressed) {
+    config.gradients.accumulation_rank = 16;
+    config.gradients.micro_batches = 2;
   }
   return config;
 }
@@ -48,8 +48,8 @@ std::vector<Case> all_cases() {
   for (const DType dtype : {DType::kF32, DType::kBF16})
     for (const OptimizerKind optimizer :
          {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd})
-      for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed})
-        cases.push_back({optimizer, sink, dtype});
+      for (const GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed})
+        cases.push_back({optimizer, mode, dtype});
   return cases;
 }
 
@@ -82,7 +82,7 @@ INSTANTIATE_TEST_SUITE_P(All, TrainingDtype, ::testing::Values(DType::kF32, DTyp
                          [](const auto& info) { return std::string(dtype_name(info.param)); });
 
 TEST_P(TrainingDtype, RecomputeLevelsChangeNoBit) {
-  EngineConfig config = config_of({OptimizerKind::kFlora, SinkKind::kFused, GetParam()});
+  EngineConfig config = config_of({OptimizerKind::kFlora, GradientMode::kFused, GetParam()});
   const Outcome none = train(test_backend_name(), config, 2e-3f, kFewSteps);
   for (const Recompute level : {Recompute::kGelu, Recompute::kNormsGelu, Recompute::kAttention, Recompute::kBlock}) {
     config.shapes.recompute = level;
@@ -95,18 +95,18 @@ TEST_P(TrainingDtype, RecomputeLevelsChangeNoBit) {
 TEST_P(TrainingDtype, FusedIsDense) {
   for (const OptimizerKind optimizer : {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kSgd}) {
     const float lr = learning_rate_of(optimizer);
-    const auto run = [&](SinkKind sink) {
-      return train(test_backend_name(), config_of({optimizer, sink, GetParam()}), lr, kFewSteps);
+    const auto run = [&](GradientMode mode) {
+      return train(test_backend_name(), config_of({optimizer, mode, GetParam()}), lr, kFewSteps);
     };
-    const Outcome dense = run(SinkKind::kDense), fused = run(SinkKind::kFused);
+    const Outcome dense = run(GradientMode::kDense), fused = run(GradientMode::kFused);
     EXPECT_EQ(fused.losses, dense.losses) << static_cast<int>(optimizer);
     EXPECT_TRUE(fused.bits == dense.bits) << static_cast<int>(optimizer);
   }
 }
 
 TEST_P(TrainingDtype, GraphsChangeNoBit) {
-  for (const SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
-    EngineConfig config = config_of({OptimizerKind::kFlora, sink, GetParam()});
+  for (const GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed}) {
+    EngineConfig config = config_of({OptimizerKind::kFlora, mode, GetParam()});
     const Outcome replayed = train(test_backend_name(), config, 2e-3f, kFewSteps);
     config.graphs = false;
     const Outcome issued = train(test_backend_name(), config, 2e-3f, kFewSteps);
@@ -120,20 +120,20 @@ TEST_P(TrainingDtype, GraphsChangeNoBit) {
 // weights, orthonormal projections, restored norms: what the other tests leave out, in one configuration each.
 TEST_P(TrainingDtype, RarerSettingsRepeatWithAndWithoutGraphs) {
   std::vector<EngineConfig> configs;
-  EngineConfig summed = config_of({OptimizerKind::kFlora, SinkKind::kFused, GetParam()});
-  summed.sink.micro_batches = 3;
-  summed.sink.accumulation_dtype = DType::kBF16;
+  EngineConfig summed = config_of({OptimizerKind::kFlora, GradientMode::kFused, GetParam()});
+  summed.gradients.micro_batches = 3;
+  summed.gradients.accumulation_dtype = DType::kBF16;
   configs.push_back(summed);
-  EngineConfig clipped = config_of({OptimizerKind::kAdamW, SinkKind::kFused, GetParam()});
-  clipped.sink.clip_norm = 0.5f;
-  clipped.sink.micro_batches = 2;
+  EngineConfig clipped = config_of({OptimizerKind::kAdamW, GradientMode::kFused, GetParam()});
+  clipped.gradients.clip_norm = 0.5f;
+  clipped.gradients.micro_batches = 2;
   clipped.optimizer.state_dtype = DType::kI8;
   configs.push_back(clipped);
-  EngineConfig orthonormal = config_of({OptimizerKind::kFlora, SinkKind::kFused, GetParam()});
-  orthonormal.optimizer.projection = orthonormal.sink.projection = ProjectionKind::kOrthonormal;
+  EngineConfig orthonormal = config_of({OptimizerKind::kFlora, GradientMode::kFused, GetParam()});
+  orthonormal.optimizer.projection = orthonormal.gradients.projection = ProjectionKind::kOrthonormal;
   orthonormal.optimizer.transfer = TransferKind::kRescale;
-  orthonormal.sink.micro_batches = 2;
-  orthonormal.sink.accumulation_rank = 16;
+  orthonormal.gradients.micro_batches = 2;
+  orthonormal.gradients.accumulation_rank = 16;
   orthonormal.master_weights = GetParam() == DType::kBF16;
   configs.push_back(orthonormal);
   for (EngineConfig config : configs) {

@@ -26,12 +26,12 @@ inline EngineConfig small_config(DType dtype) {
   config.model.channels = 64;
   config.shapes = {.batch = kBatch, .sequence = kSequence, .head_chunk = 20, .dtype = dtype};
   config.weight_dtype = dtype;
-  config.optimizer.seed = config.sink.seed = 5;
+  config.optimizer.seed = config.gradients.seed = 5;
   config.optimizer.state_dtype = dtype;
   config.optimizer.rank = 8;
   config.optimizer.kappa = 4;  // three changes of projection
   config.optimizer.weight_decay = 0.1f;
-  config.sink.gradient_dtype = dtype;
+  config.gradients.gradient_dtype = dtype;
   return config;
 }
 

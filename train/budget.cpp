@@ -90,7 +90,7 @@ RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice) {
   o.micro_batch = choice.shapes.batch;
   o.head_chunk = choice.shapes.head_chunk;
   o.recompute = recompute_name(choice.shapes.recompute);
-  o.gradient_blocks = gradient_blocks_name(choice.sink.blocks);
+  o.gradient_blocks = gradient_blocks_name(choice.gradients.blocks);
   o.offload = offload_name(choice.offload);
   return resolve(request);
 }
@@ -98,7 +98,7 @@ RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice) {
 std::string settings_flags(const EngineConfig& config) {
   return "--micro-batch " + std::to_string(config.shapes.batch) + " --recompute " +
          recompute_name(config.shapes.recompute) + " --head-chunk " + std::to_string(config.shapes.head_chunk) +
-         " --gradient-blocks " + gradient_blocks_name(config.sink.blocks) + " --offload " +
+         " --gradient-blocks " + gradient_blocks_name(config.gradients.blocks) + " --offload " +
          offload_name(config.offload);
 }
 

@@ -29,7 +29,7 @@ struct Amounts {
       : sequences(static_cast<double>(config.shapes.batch)),
         tokens(sequences * static_cast<double>(config.shapes.sequence)),
         layers(static_cast<double>(config.model.layers)),
-        micro_batches(config.sink.micro_batches),
+        micro_batches(config.gradients.micro_batches),
         chunk(static_cast<double>(config.shapes.head_chunk)) {}
 };
 
@@ -50,7 +50,7 @@ double block_recompute(Recompute level, const Speeds& s, const Amounts& a) {
 }
 
 double block_backward(const EngineConfig& config, const Speeds& s, const Amounts& a) {
-  const double products = config.sink.blocks == GradientBlocks::kAll ? gradient_passes(config.optimizer) : 1;
+  const double products = config.gradients.blocks == GradientBlocks::kAll ? gradient_passes(config.optimizer) : 1;
   return block_recompute(config.shapes.recompute, s, a) + s.linear_input_gradient(a.tokens) +
          products * s.linear_weight_gradient(a.tokens) + s.attention_backward(a.sequences) + s.norms_backward(a.tokens);
 }
@@ -62,7 +62,7 @@ double head_pass(const EngineConfig& config, const Speeds& s, const Amounts& a) 
   const double rows = static_cast<double>(config.model.padded_vocabulary());
   const auto all = [&](const Cost& cost) { return rows * (chunks * cost.per_call + a.tokens * cost.per_unit); };
   const double seconds = all(s.logits) + all(s.classifier) + all(s.head_input_gradient);
-  if (config.sink.blocks == GradientBlocks::kWhole) return seconds + all(s.head_weight_gradient);
+  if (config.gradients.blocks == GradientBlocks::kWhole) return seconds + all(s.head_weight_gradient);
   // In blocks the logits are computed again for every pass over the gradient.
   return seconds +
          gradient_passes(config.optimizer) * (all(s.logits) + all(s.classifier) + all(s.head_weight_gradient));
@@ -70,10 +70,10 @@ double head_pass(const EngineConfig& config, const Speeds& s, const Amounts& a) 
 
 // Gradients of a micro-batch added to compressed sums: a product of rank r with every matrix.
 double accumulate(const EngineConfig& config, const Speeds& s, const Amounts& a) {
-  if (config.sink.micro_batches == 1) return 0;
+  if (config.gradients.micro_batches == 1) return 0;
   const double elements = 12.0 * static_cast<double>(config.model.channels * config.model.channels);
-  if (config.sink.accumulation_rank > 0) {
-    const double as_tokens = static_cast<double>(config.sink.accumulation_rank);
+  if (config.gradients.accumulation_rank > 0) {
+    const double as_tokens = static_cast<double>(config.gradients.accumulation_rank);
     return a.layers * s.linear_weight_gradient.per_unit * as_tokens;
   }
   return a.layers * elements * 4 / s.bandwidth;  // the sums are read once more
@@ -93,7 +93,7 @@ BlockBytes block_bytes(const EngineConfig& config, Backend& backend) {
   one.layers = 1;
   const std::vector<Parameter> parameters = gpt2_parameters(one);
   MemoryPlan plan;
-  make_optimizer(config.optimizer, parameters, config.sink.gradient_dtype, backend)->declare(plan);
+  make_optimizer(config.optimizer, parameters, config.gradients.gradient_dtype, backend)->declare(plan);
   BlockBytes bytes;
   for (const Allocation& allocation : plan.allocations()) {
     const bool of_block = allocation.name.rfind("h.0.", 0) == 0;
@@ -118,8 +118,8 @@ StepTime predict_step(const EngineConfig& config, const Speeds& speeds, const Bl
   const double kept = config.offload.activations ? a.layers * a.tokens * static_cast<double>(config.model.channels) *
                                                        static_cast<double>(dtype_size(config.shapes.dtype))
                                                  : 0;
-  const bool fused = config.sink.kind == SinkKind::kFused;
-  const double passes = fused && config.sink.clip_norm > 0 ? 2 : 1;  // the first one measures the norm
+  const bool fused = config.gradients.kind == GradientMode::kFused;
+  const double passes = fused && config.gradients.clip_norm > 0 ? 2 : 1;  // the first one measures the norm
   const double micro_batches = passes * a.micro_batches;
 
   StepTime time;
@@ -142,5 +142,5 @@ StepTime predict_step(const EngineConfig& config, const Speeds& speeds, const Bl
 }
 
 int64_t tokens_per_step(const EngineConfig& config) {
-  return config.shapes.batch * config.shapes.sequence * config.sink.micro_batches;
+  return config.shapes.batch * config.shapes.sequence * config.gradients.micro_batches;
 }

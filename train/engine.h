@@ -1,12 +1,11 @@
-// engine.h: everything a training step needs, put together from a configuration: weights, model, optimizer, sink, and
-// the memory plan they declare. Also without the training half, for evaluation and sampling.
+// engine.h: everything a training step needs, put together from a configuration: weights, model, optimizer,
+// gradients, and the memory plan they declare. Also without the training half, for evaluation and sampling.
 #pragma once
 
 #include <memory>
 #include <stdexcept>
 
-#include "flora/optimizer.h"
-#include "flora/sinks.h"
+#include "flora/gradients.h"
 #include "kernels/backend.h"
 #include "kernels/graph_cache.h"
 #include "kernels/memory_plan.h"
@@ -23,11 +22,11 @@ struct Offload {
 
 struct EngineConfig {
   Gpt2Config model;
-  ActivationShapes shapes;           // shapes.training = false: no optimizer, no sink
+  ActivationShapes shapes;           // shapes.training = false: no optimizer, no gradients
   DType weight_dtype = DType::kF32;  // kI8: of the blocks' matrices, the rest has the activations' dtype
   bool master_weights = false;
   OptimizerConfig optimizer;
-  SinkConfig sink;
+  GradientConfig gradients;
   Offload offload;
   bool graphs = true;  // record a step's operations and replay them, where the backend can
 };
@@ -45,30 +44,30 @@ class Engine {
   Engine(const EngineConfig& config, Backend& backend);
 
   // What every part declares, not yet laid out.
-  MemoryPlan declared() const;
+  const MemoryPlan& declared() const { return plan_; }
   // The same, laid out. Needs no device memory.
   MemoryPlan plan() const;
-  // Allocates exactly the plan, once, and binds every component to it.
+  // Allocates exactly the plan, once. Weights are undefined then, states zeros.
   void allocate();
 
   ParameterStore& store() { return store_; }
   Gpt2& model() { return model_; }
   Optimizer& optimizer() { return *optimizer_; }
   const Optimizer& optimizer() const { return *optimizer_; }
-  UpdatingSink& sink() { return *sink_; }
+  Gradients& gradients() { return *gradients_; }
   Backend& backend() { return backend_; }
   const EngineConfig& config() const { return config_; }
   const Arena& arena() const { return *arena_; }
 
-  // One optimizer step over sink.micro_batches micro-batches; next_batch(i) supplies the i-th. With global-norm
-  // clipping under a fused sink every micro-batch is asked for twice (first all, then all again).
+  // One optimizer step over gradients.micro_batches micro-batches; next_batch(i) supplies the i-th. With global-norm
+  // clipping under fused updates every micro-batch is asked for twice (first all, then all again).
   template <typename NextBatch>
   StepResult step(uint32_t t, float lr, NextBatch&& next_batch) {
-    StepContext context{t, lr, config_.sink.micro_batches, scalars_};
-    if (sink_->needs_norm_pass()) {
-      sink_->set_norm_pass(true);
+    StepContext context{t, lr, config_.gradients.micro_batches, scalars_};
+    if (gradients_->needs_norm_pass()) {
+      context.norm_pass = true;
       pass(context, next_batch);
-      sink_->set_norm_pass(false);
+      context.norm_pass = false;
     }
     pass(context, next_batch);
     return result();
@@ -93,33 +92,35 @@ class Engine {
  private:
   template <typename NextBatch>
   void pass(const StepContext& context, NextBatch&& next_batch) {
-    const int count = config_.sink.micro_batches;
-    sink_->begin_step(context);
+    const int count = config_.gradients.micro_batches;
+    gradients_->begin_step(context);
     for (int i = 0; i < count; ++i) {
       const HostBatch batch = next_batch(i);
       if (batch.batch != config_.shapes.batch || batch.sequence != config_.shapes.sequence)
         throw std::logic_error("a training step takes micro-batches of the planned shape");
       model_.load(batch);
       graphs_.run(graph_key(i > 0 ? 1 : 0, i + 1 == count ? 1 : 0), [&] {
-        sink_->begin_micro_batch(i, i + 1 == count);
-        model_.train_loaded(*sink_, loss_, i > 0, 1.0f / static_cast<float>(count), scalars_);
+        gradients_->begin_micro_batch(i, i + 1 == count);
+        model_.train_loaded(*gradients_, loss_, i > 0, 1.0f / static_cast<float>(count), scalars_);
       });
     }
-    graphs_.run(graph_key(2, 0), [&] { sink_->end_step(); });
+    graphs_.run(graph_key(2, 0), [&] { gradients_->end_step(); });
   }
   // Micro-batches that come first, last, or between issue different operations.
-  uint32_t graph_key(uint32_t position, uint32_t last) const { return 8 * sink_->variant() + 2 * position + last; }
+  uint32_t graph_key(uint32_t position, uint32_t last) const { return 8 * gradients_->variant() + 2 * position + last; }
 
   StepResult result();
 
   EngineConfig config_;
   Backend& backend_;
+  MemoryPlan plan_;
   std::unique_ptr<Arena> arena_;  // outlives what lives in it
   WeightStore store_;
   Gpt2 model_;
   std::unique_ptr<Optimizer> optimizer_;
-  std::unique_ptr<UpdatingSink> sink_;
+  std::unique_ptr<Gradients> gradients_;
   GraphCache graphs_;
   Tensor loss_;
   StepScalars* scalars_ = nullptr;
+  void* workspace_ = nullptr;  // of the backend
 };

@@ -32,7 +32,8 @@ std::string missing_flags(RunRequest request, const EngineConfig& choice) {
   }
   if (now.shapes.head_chunk != choice.shapes.head_chunk) s.add("head-chunk", std::to_string(choice.shapes.head_chunk));
   if (now.shapes.recompute != choice.shapes.recompute) s.add("recompute", recompute_name(choice.shapes.recompute));
-  if (now.sink.blocks != choice.sink.blocks) s.add("gradient-blocks", gradient_blocks_name(choice.sink.blocks));
+  if (now.gradients.blocks != choice.gradients.blocks)
+    s.add("gradient-blocks", gradient_blocks_name(choice.gradients.blocks));
   if (offload_name(now.offload) != offload_name(choice.offload)) s.add("offload", offload_name(choice.offload));
   return s.flags;
 }

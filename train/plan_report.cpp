@@ -38,12 +38,12 @@ EngineConfig usual_config(const RunSetup& setup, DType dtype) {
   config.optimizer.kind = OptimizerKind::kAdamW;
   config.optimizer.rank = 0;
   config.optimizer.beta1 = 0.9f;
-  config.sink.kind = SinkKind::kDense;
-  config.sink.micro_batches = 1;
-  config.sink.gradient_dtype = dtype;
-  config.sink.accumulation_rank = 0;
-  config.sink.clip_norm = 1;
-  config.sink.blocks = GradientBlocks::kWhole;
+  config.gradients.kind = GradientMode::kDense;
+  config.gradients.micro_batches = 1;
+  config.gradients.gradient_dtype = dtype;
+  config.gradients.accumulation_rank = 0;
+  config.gradients.clip_norm = 1;
+  config.gradients.blocks = GradientBlocks::kWhole;
   config.offload = Offload{};
   return config;
 }
@@ -110,14 +110,14 @@ std::vector<Technique> plan_techniques(const RunSetup& setup, Backend& backend) 
   add("AdamW in " + dtype_name);
   config.shapes.recompute = Recompute::kBlock;
   add("+ activation checkpointing");
-  config.sink.kind = SinkKind::kFused;
-  config.sink.clip_norm = 0;
+  config.gradients.kind = GradientMode::kFused;
+  config.gradients.clip_norm = 0;
   add("+ fused backward");
   config.optimizer.kind = OptimizerKind::kFlora;
   config.optimizer.rank = setup.options.rank;
   add("+ Flora, rank " + std::to_string(setup.options.rank));
   if (gradient_blocks_possible(config)) {
-    config.sink.blocks = GradientBlocks::kEmbedding;
+    config.gradients.blocks = GradientBlocks::kEmbedding;
     add("+ embedding's gradient in blocks");
   }
   config.optimizer.state_dtype = config.weight_dtype = DType::kI8;

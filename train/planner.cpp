@@ -57,7 +57,8 @@ std::vector<int64_t> head_chunks(const EngineConfig& start, const Freedom& freed
 // never take fewer bytes.
 using Family = std::tuple<bool, GradientBlocks, bool, bool, bool>;
 Family family(const EngineConfig& c) {
-  return {c.sink.micro_batches == 1, c.sink.blocks, c.offload.activations, c.offload.state, c.offload.weights};
+  return {c.gradients.micro_batches == 1, c.gradients.blocks, c.offload.activations, c.offload.state,
+          c.offload.weights};
 }
 
 bool at_most(const EngineConfig& a, const EngineConfig& b) {
@@ -118,7 +119,7 @@ bool gradient_blocks_possible(const EngineConfig& config) {
   const OptimizerKind kind = config.optimizer.kind;
   const bool full_moment =
       (kind == OptimizerKind::kFlora || kind == OptimizerKind::kAdafactor) && !config.optimizer.factored;
-  return config.sink.kind == SinkKind::kFused && config.sink.micro_batches == 1 && !full_moment;
+  return config.gradients.kind == GradientMode::kFused && config.gradients.micro_batches == 1 && !full_moment;
 }
 
 std::vector<Choice> Planner::candidates(const EngineConfig& start, const Freedom& freedom) const {
@@ -131,11 +132,11 @@ std::vector<Choice> Planner::candidates(const EngineConfig& start, const Freedom
     EngineConfig config = start;
     config.shapes.batch = batch;
     if (freedom.micro_batch)
-      config.sink.micro_batches =
+      config.gradients.micro_batches =
           freedom.sequences_per_step > 0 ? static_cast<int>(freedom.sequences_per_step / batch) : 1;
     for (const GradientBlocks blocks : kBlocks) {
-      if (!freedom.gradient_blocks && blocks != start.sink.blocks) continue;
-      config.sink.blocks = blocks;
+      if (!freedom.gradient_blocks && blocks != start.gradients.blocks) continue;
+      config.gradients.blocks = blocks;
       if (blocks != GradientBlocks::kWhole && !gradient_blocks_possible(config)) continue;
       for (const Recompute level : kLevels) {
         if (!freedom.recompute && level != start.shapes.recompute) continue;

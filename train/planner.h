@@ -35,7 +35,7 @@ struct Bytes {
 };
 Bytes least_bytes(const MemoryPlan& plan);
 
-// Gradients in blocks need the fused sink, all of the step's tokens in one micro-batch, and of Flora and Adafactor a
+// Gradients in blocks need fused updates, all of the step's tokens in one micro-batch, and of Flora and Adafactor a
 // factored second moment.
 bool gradient_blocks_possible(const EngineConfig& config);
 

@@ -121,29 +121,30 @@ EngineConfig engine_config(const Options& o, const Gpt2Config& model, bool train
   opt.compress_embeddings = o.compress_embeddings;
   opt.projection = projection;
   opt.transfer = o.transfer.empty() ? bounded_transfer(opt, gpt2_parameters(model)) : transfer_of(o.transfer);
-  SinkConfig& sink = engine.sink;
-  sink.kind = choice<SinkKind>(
-      {{"dense", SinkKind::kDense}, {"fused", SinkKind::kFused}, {"compressed", SinkKind::kCompressed}}, o.gradients);
-  sink.micro_batches = static_cast<int>(o.tokens_per_step / (o.micro_batch * o.seq_len));
-  sink.gradient_dtype = dtype_of(o.gradient_dtype);
-  sink.accumulation_dtype = dtype_of(o.accumulation_dtype);
-  sink.accumulation_rank = o.accumulation_rank;
-  sink.projection = projection;
-  sink.compress_embeddings = o.compress_embeddings;
-  sink.clip_norm = static_cast<float>(o.clip_norm);
-  sink.seed = opt.seed;
-  sink.blocks = gradient_blocks_of(o.gradient_blocks);
+  GradientConfig& gradients = engine.gradients;
+  gradients.kind = choice<GradientMode>(
+      {{"dense", GradientMode::kDense}, {"fused", GradientMode::kFused}, {"compressed", GradientMode::kCompressed}},
+      o.gradients);
+  gradients.micro_batches = static_cast<int>(o.tokens_per_step / (o.micro_batch * o.seq_len));
+  gradients.gradient_dtype = dtype_of(o.gradient_dtype);
+  gradients.accumulation_dtype = dtype_of(o.accumulation_dtype);
+  gradients.accumulation_rank = o.accumulation_rank;
+  gradients.projection = projection;
+  gradients.compress_embeddings = o.compress_embeddings;
+  gradients.clip_norm = static_cast<float>(o.clip_norm);
+  gradients.seed = opt.seed;
+  gradients.blocks = gradient_blocks_of(o.gradient_blocks);
   engine.offload = offload_of(o.offload, o.layers_in_flight);
   engine.graphs = !o.no_cuda_graph;
   return engine;
 }
 
-void check_gradient_blocks(const Options& o, const SinkConfig& sink, Undecided undecided) {
-  if (sink.blocks == GradientBlocks::kWhole) return;
+void check_gradient_blocks(const Options& o, const GradientConfig& gradients, Undecided undecided) {
+  if (gradients.blocks == GradientBlocks::kWhole) return;
   const std::string flag = "--gradient-blocks " + o.gradient_blocks;
-  if (sink.kind != SinkKind::kFused) throw UsageError(flag + " contradicts --gradients " + o.gradients);
+  if (gradients.kind != GradientMode::kFused) throw UsageError(flag + " contradicts --gradients " + o.gradients);
   if (o.no_factored) throw UsageError(flag + " contradicts --no-factored: a full second moment sees a gradient once");
-  if (sink.micro_batches > 1 && undecided == Undecided::kNothing) {
+  if (gradients.micro_batches > 1 && undecided == Undecided::kNothing) {
     throw UsageError(flag + " needs all of --tokens-per-step " + std::to_string(o.tokens_per_step) +
                      " in one micro-batch, which has " + std::to_string(o.micro_batch * o.seq_len) + " tokens");
   }
@@ -262,7 +263,7 @@ RunSetup resolve(const RunRequest& request, Undecided undecided) {
   check_options(options);  // what was chosen may contradict what was given
   setup.engine = engine_config(options, config, request.training);
   options.transfer = transfer_name(setup.engine.optimizer.transfer);
-  check_gradient_blocks(options, setup.engine.sink, undecided);
+  check_gradient_blocks(options, setup.engine.gradients, undecided);
   setup.schedule = schedule_config(options);
   setup.options = options;
   return setup;

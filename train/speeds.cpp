@@ -104,7 +104,7 @@ class Measurement {
         channels_(config.model.channels),
         act_(config.shapes.dtype),
         weight_(config.weight_dtype == DType::kI8 ? config.shapes.dtype : config.weight_dtype),
-        gradient_(config.sink.gradient_dtype) {
+        gradient_(config.gradients.gradient_dtype) {
     const KernelShapes shapes{.batch = kAmounts[1],
                               .sequence = config.shapes.sequence,
                               .channels = channels_,
@@ -157,8 +157,8 @@ class Measurement {
     });
     speeds_.linear_input_gradient = four([&](int64_t n, int64_t inner, int64_t outer) {
       backend_.matmul(rows(inner == C ? out : d_wide, n, inner), rows(outer == C ? narrow : wide, n, outer),
-                      rows(matrix, inner, outer),
-                      {.transpose_b = true, .gelu_input = inner == C ? Tensor{} : rows(wide, n, inner)});
+                      rows(matrix, inner, outer), {.transpose_b = true});
+      if (inner != C) backend_.gelu_backward(rows(d_wide, n, inner), rows(wide, n, inner));
     });
     speeds_.linear_weight_gradient = four([&](int64_t n, int64_t inner, int64_t outer) {
       backend_.matmul(rows(d_matrix, inner, outer), rows(inner == C ? narrow : wide, n, inner),
@@ -253,7 +253,7 @@ class Measurement {
     MemoryPlan plan;
     optimizer->declare(plan);
     Arena arena(backend_, plan);
-    optimizer->bind(arena);
+    optimizer->states().zero();
     speeds_.update_block = 3 * update_seconds(*optimizer, parameters[0], gradient_);
     speeds_.update_row = update_seconds(*optimizer, parameters[1], DType::kF32) / static_cast<double>(table_rows);
   }
@@ -370,7 +370,7 @@ std::string speeds_key(const EngineConfig& config, const Backend& backend) {
   add("activations", dtype_name(config.shapes.dtype));
   add("weights", dtype_name(config.weight_dtype));
   add("master", config.master_weights);
-  add("gradients", dtype_name(config.sink.gradient_dtype));
+  add("gradients", dtype_name(config.gradients.gradient_dtype));
   add("states", dtype_name(o.state_dtype));
   add("optimizer", static_cast<int>(o.kind));
   add("rank", o.rank);

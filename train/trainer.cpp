@@ -196,13 +196,13 @@ std::string Trainer::compression_warning() const {
     if (o.no_factored) return "nothing is compressed: --no-factored keeps the momentum in full";
     return o.beta1 > 0 ? above(o.rank) : "nothing is compressed: with --beta1 0 there is no momentum";
   }
-  const SinkConfig& sink = engine.sink;
-  if (sink.accumulation_rank > 0) {
+  const GradientConfig& gradients = engine.gradients;
+  if (gradients.accumulation_rank > 0) {
     const std::vector<Parameter> parameters = gpt2_parameters(engine.model);
     const bool any = std::any_of(parameters.begin(), parameters.end(), [&](const Parameter& parameter) {
-      return is_compressed(parameter, sink.accumulation_rank, sink.compress_embeddings, sink.projection);
+      return is_compressed(parameter, gradients.accumulation_rank, gradients.compress_embeddings, gradients.projection);
     });
-    if (!any) return above(sink.accumulation_rank);
+    if (!any) return above(gradients.accumulation_rank);
   }
   return "";
 }
@@ -222,7 +222,7 @@ std::string Trainer::transfer_warning() const {
 
 StepResult Trainer::train_step(uint32_t t) {
   const ActivationShapes& shapes = engine_.config().shapes;
-  const bool two_passes = engine_.sink().needs_norm_pass();
+  const bool two_passes = engine_.gradients().needs_norm_pass();
   const DataPosition start = loader_.position();
   int passes = 0;
   return engine_.step(t, learning_rate(setup_.schedule, t, static_cast<uint32_t>(setup_.options.steps)), [&](int i) {
@@ -244,8 +244,9 @@ bool Trainer::finite_or_skipped(uint32_t t, const StepResult& result) {
     return true;
   }
   const std::string what = !finite_loss ? "loss" : !finite_norm ? "gradient norm" : "factor of a projection";
-  // Under the fused sink weights were already updated when a gradient turned out not to be finite.
-  const bool undone = !finite_loss || (!finite_norm && (o.gradients != "fused" || engine_.sink().needs_norm_pass()));
+  // Under fused updates weights were already updated when a gradient turned out not to be finite.
+  const bool undone =
+      !finite_loss || (!finite_norm && (o.gradients != "fused" || engine_.gradients().needs_norm_pass()));
   std::string why = "step " + std::to_string(t) + ": the " + what + " is not finite";
   if (o.skip_nonfinite && undone) {
     ++skipped_;

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <optional>
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/gemm.h"
@@ -169,9 +168,8 @@ void CpuBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& opt
                   .alpha = options.alpha};
   require(std::max({p.m, p.n, p.k, a.leading_dimension(), b.leading_dimension(), out.leading_dimension()}) <= INT_MAX,
           "matmul: a dimension exceeds 2^31 - 1");
-  std::optional<Profiler::Scope> scope(
-      std::in_place, profiler, "matmul", 2.0 * p.m * p.n * p.k,
-      static_cast<double>(a.bytes() + b.bytes() + out.bytes() * (p.accumulate ? 2 : 1)));
+  const Profiler::Scope scope(profiler, "matmul", 2.0 * p.m * p.n * p.k,
+                              static_cast<double>(a.bytes() + b.bytes() + out.bytes() * (p.accumulate ? 2 : 1)));
 
   const bool all_fp32 = out.dtype == DType::kF32 && a.dtype == DType::kF32 && b.dtype == DType::kF32;
   const Grid grid = all_fp32 ? slices(p.m, p.n, p.k, threads_) : tiles(p.m, p.n, threads_);
@@ -184,6 +182,4 @@ void CpuBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& opt
     if (rows.count == 0 || cols.count == 0) continue;
     multiply_block(p, rows, cols, all_fp32 ? p.k : kTileDepth, thread_scratch(scratch_bytes));
   }
-  scope.reset();  // what follows is timed by itself
-  if (options.gelu_input) gelu_backward(out, options.gelu_input);
 }

@@ -1,13 +1,13 @@
 // cublaslt_library.cu: finds libcublasLt.so and its functions with dlopen. The version this program was compiled for
 // comes first, and the places the dynamic linker knows before the usual places of a CUDA Toolkit.
-#include "kernels/cuda/cublaslt_library.h"
-
 #include <dlfcn.h>
 
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "kernels/cuda/matmul.h"
 
 namespace {
 

@@ -111,7 +111,9 @@ CudaBackend::CudaBackend(const CudaOptions& options) {
                  version_text(driver) + ")";
   check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
   check_cuda(cudaStreamCreateWithFlags(&copy_stream_, cudaStreamNonBlocking), "creating a stream");
-  matmul_ = std::make_unique<CudaMatmul>(options, architecture_);
+  matmul_ = std::make_unique<CudaMatmul>(options,
+                                         std::string(properties.name) + ", sm_" + std::to_string(architecture_) + ", " +
+                                             std::to_string(properties.multiProcessorCount) + " multiprocessors");
 }
 
 // Errors are of no use here: either all is well, or one was reported and the device is lost.
@@ -294,10 +296,6 @@ void CudaBackend::abandon_capture() {
 void CudaBackend::replay(int graph) {
   check_cuda(cudaGraphLaunch(graphs_.at(static_cast<size_t>(graph)), stream_), "replaying a graph");
 }
-
-std::string CudaBackend::tuning() const { return matmul_->tuning(); }
-void CudaBackend::set_tuning(const std::string& tuning) { matmul_->set_tuning(tuning); }
-void CudaBackend::end_tuning() { matmul_->end_tuning(); }
 
 CudaBackend::Timed::Timed(CudaBackend& backend, const char* operation, double flops, double bytes)
     : backend_(backend), operation_(operation), idle_(backend), scope_(backend.profiler, operation, flops, bytes) {}

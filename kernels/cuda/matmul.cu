@@ -1,31 +1,62 @@
 // matmul.cu: matrix products through cuBLASLt. Compute-bound: 2 M N K operations.
 //
-// Which algorithm is the fastest depends on the shape and is found by trying: the first time a shape is seen, the
-// library's best guesses are timed on the real operands, and the winner stays for the whole run. Algorithms differ in
-// the order of their sums, so the choice belongs to the result: tuning() keeps it for the next run. Products that
-// cuBLASLt does not know are computed by matmul_plain().
+// Which algorithm is the fastest depends on the shape and is found by trying: the first time a kind of product is seen,
+// the library's best guesses are timed on the real operands, and the winner stays for the whole run. Algorithms differ
+// in the order of their sums, so the choice belongs to the result: tuning() keeps it for the next run.
+//
+// cuBLASLt is column-major. What is row-major here is the transposed matrix there, so a product is computed as
+// out^T = op(b)^T op(a)^T: the operands change places, and nothing is transposed.
 #include "kernels/cuda/matmul.h"
 
 #include <algorithm>
 #include <climits>
-#include <map>
+#include <cmath>
+#include <cstring>
+#include <functional>
 #include <stdexcept>
-#include <unordered_map>
 #include <utility>
-#include <vector>
 
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/cuda/fastest_way.h"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/matmul_plain.cuh"
-#include "kernels/cuda/matmul_plan.h"
 #include "kernels/cuda_workspace.h"
 #include "kernels/operands.h"
 
+// The numbers of one call.
+struct CudaMatmul::Call {
+  Tensor out;
+  const void *a, *b, *bias;
+  float alpha;
+  void* workspace;
+  cudaStream_t stream;
+};
+
 namespace {
 
-constexpr uint32_t kWideAccess = 16;           // bytes; what fast kernels demand of addresses and pitches
-constexpr const char* kSeparate = "separate";  // in the place of an algorithm: GELU's gradient by a kernel of its own
+constexpr int64_t kWideAccess = 16;  // bytes; what fast kernels demand of addresses and pitches
+constexpr int kMostCandidates = 8;
+
+void check(cublasStatus_t status, const std::string& what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  throw std::runtime_error("cuBLASLt: " + what + ": " + cublaslt().status_name(status));
+}
+
+cudaDataType_t data_type(DType dtype) { return dtype == DType::kF32 ? CUDA_R_32F : CUDA_R_16BF; }
+
+int64_t pitch(const Tensor& t) { return t.rows() == 1 ? t.cols() : t.leading_dimension(); }
+
+// The largest power of two, kWideAccess at most, that divides the address of every row.
+int64_t row_alignment(const Tensor& t) {
+  const auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data)) |
+                    pitch(t) * static_cast<int64_t>(dtype_size(t.dtype)) | kWideAccess;
+  return bits & -bits;
+}
+
+// Operands of one dtype; a result of the same, or fp32; a bias of the result's dtype.
+bool cublaslt_knows(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias) {
+  if (a.dtype != b.dtype || (a.dtype == DType::kF32 && out.dtype != DType::kF32)) return false;
+  if (!bias.empty() && (bias.dtype != out.dtype || reinterpret_cast<uintptr_t>(bias.data) % kWideAccess)) return false;
+  return std::max({out.rows(), out.cols(), a.rows(), a.cols(), pitch(out), pitch(a), pitch(b)}) <= INT_MAX;
+}
 
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -33,293 +64,314 @@ bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// A matrix that is added to, kept on the host while algorithms are tried on it.
-class Saved {
+// ---- an algorithm as text: its 64 bytes in hexadecimal
+
+constexpr char kDigits[] = "0123456789abcdef";
+
+std::string to_text(const cublasLtMatmulAlgo_t& algorithm) {
+  unsigned char bytes[sizeof algorithm];
+  std::memcpy(bytes, &algorithm, sizeof bytes);
+  std::string text;
+  for (const unsigned char byte : bytes) text += {kDigits[byte >> 4], kDigits[byte & 15]};
+  return text;
+}
+
+// False when the text is not such.
+bool from_text(cublasLtMatmulAlgo_t& algorithm, const std::string& text) {
+  unsigned char bytes[sizeof algorithm];
+  if (text.size() != 2 * sizeof bytes || text.find_first_not_of(kDigits) != std::string::npos) return false;
+  for (size_t i = 0; i < sizeof bytes; ++i)
+    bytes[i] = static_cast<unsigned char>(std::stoi(text.substr(2 * i, 2), nullptr, 16));
+  std::memcpy(&algorithm, bytes, sizeof bytes);
+  return true;
+}
+
+// ---- measuring
+
+class Event {
  public:
-  Saved(const Tensor& matrix, cudaStream_t stream)
-      : matrix_(matrix),
-        stream_(stream),
-        bytes_(static_cast<size_t>((matrix.rows() - 1) * matrix.leading_dimension() + matrix.cols()) *
-               dtype_size(matrix.dtype)) {
-    copy(bytes_.data(), matrix.data);
+  Event() { check_cuda(cudaEventCreate(&event_), "creating an event"); }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  void record(cudaStream_t stream) { check_cuda(cudaEventRecord(event_, stream), "recording an event"); }
+
+  // Waits for this event; the time since an earlier one.
+  float milliseconds_since(const Event& start) const {
+    check_cuda(cudaEventSynchronize(event_), "timing a matrix product");
+    float milliseconds = 0;
+    check_cuda(cudaEventElapsedTime(&milliseconds, start.event_, event_), "timing a matrix product");
+    return milliseconds;
   }
-  void restore() { copy(matrix_.data, bytes_.data()); }
 
  private:
-  void copy(void* destination, const void* source) {
-    check_cuda(cudaMemcpyAsync(destination, source, bytes_.size(), cudaMemcpyDefault, stream_), "saving a result");
-    check_cuda(cudaStreamSynchronize(stream_), "saving a result");
-  }
-
-  Tensor matrix_;
-  cudaStream_t stream_;
-  std::vector<char> bytes_;
+  cudaEvent_t event_ = nullptr;
 };
 
-// ---- which products cuBLASLt can compute
+// Each enqueues its work on one stream; false when it cannot.
+using Ways = std::vector<std::function<bool()>>;
 
-int64_t pitch(const Tensor& t) { return t.rows() == 1 ? t.cols() : t.leading_dimension(); }
-
-// The largest power of two that divides the address of every row.
-uint32_t row_alignment(const Tensor& t) {
-  return alignment_of(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(t.data) |
-                                                    static_cast<size_t>(pitch(t)) * dtype_size(t.dtype)));
-}
-
-bool is_wide(const Tensor& t) { return row_alignment(t) % kWideAccess == 0; }
-
-// Operands of one dtype; a result of the same, or fp32; a bias of the result's dtype.
-bool cublaslt_knows(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias) {
-  if (a.dtype != b.dtype || (a.dtype == DType::kF32 && out.dtype != DType::kF32)) return false;
-  if (!bias.empty() && (bias.dtype != out.dtype || alignment_of(bias.data) < kWideAccess)) return false;
-  return std::max({out.rows(), out.cols(), a.rows(), a.cols(), pitch(out), pitch(a), pitch(b)}) <= INT_MAX;
-}
-
-// Its GELU gradient wants everything in bf16, and rows of whole 16 bytes.
-bool gelu_can_be_fused(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& gelu_input) {
-  for (const Tensor& t : {out, a, b, gelu_input}) {
-    if (t.dtype != DType::kBF16 || !is_wide(t)) return false;
+// The shortest of several times of each way in milliseconds, infinity for one that fails. In rounds over all ways, so
+// that a device that changes its clock is fair to them; all of a round are enqueued before the host waits, behind an
+// untimed one, so that the device always has work and what is measured is not the host.
+std::vector<float> shortest_times(const Ways& ways, cudaStream_t stream) {
+  constexpr int kRounds = 4;  // the first only warms up
+  std::vector<float> times(ways.size(), INFINITY);
+  std::vector<bool> works(ways.size(), true);
+  std::vector<Event> events(ways.size() + 1);
+  for (int round = 0; round < kRounds; ++round) {
+    ways[0]();
+    events[0].record(stream);
+    for (size_t i = 0; i < ways.size(); ++i) {
+      works[i] = works[i] && ways[i]();
+      events[i + 1].record(stream);
+    }
+    for (size_t i = 0; i < ways.size(); ++i) {
+      const float time = events[i + 1].milliseconds_since(events[i]);
+      if (works[i] && round > 0) times[i] = std::min(times[i], time);
+    }
   }
-  return out.rows() % 8 == 0 && out.cols() % 8 == 0 && a.rows() % 8 == 0 && a.cols() % 8 == 0;
+  return times;
+}
+
+// The index of the way to take: the first unless another is clearly faster.
+size_t fastest(const Ways& ways, cudaStream_t stream) {
+  constexpr float kClearlyFaster = 0.98f;  // of the time of the first way
+  const std::vector<float> times = shortest_times(ways, stream);
+  const size_t best = static_cast<size_t>(std::min_element(times.begin(), times.end()) - times.begin());
+  return times[best] < kClearlyFaster * times[0] ? best : 0;
 }
 
 }  // namespace
 
-struct CudaMatmul::State {
-  enum class Choice : uint8_t { kNone, kUntried, kFinal };
+CudaMatmul::CudaMatmul(const CudaOptions& options, std::string device)
+    : options_(options), device_(std::move(device)) {}
 
-  // A plan with the algorithm chosen for it.
-  struct ChosenPlan {
-    ChosenPlan(cublasLtHandle_t handle, const MatmulKey& key) : plan(handle, key) {}
-
-    void launch(const MatmulOperands& operands) {
-      const cublasStatus_t result = plan.launch(algorithm, operands);
-      if (result != CUBLAS_STATUS_SUCCESS) check_cublaslt(result, plan.key().text());
-    }
-
-    MatmulPlan plan;
-    Choice choice = Choice::kNone;  // kUntried: the library's first guess, where there was no chance to try others
-    bool usable = false;            // there is an algorithm, and (GELU's gradient) it is the better way
-    MatmulAlgorithm algorithm = {};
-    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;  // why there is no algorithm
-  };
-
-  CudaOptions options;
-  int architecture = 0;
-  cublasLtHandle_t handle = nullptr;
-  std::unordered_map<MatmulKey, std::unique_ptr<ChosenPlan>, MatmulKeyHash> plans;
-  std::map<std::string, std::string> remembered;  // from set_tuning(), by the key's text
-
-  ~State() {
-    plans.clear();
-    if (handle) cublaslt().destroy(handle);
-  }
-
-  ChosenPlan& plan_for(const MatmulKey& key);
-  void recall(ChosenPlan& chosen) const;
-  void choose(ChosenPlan& chosen, const MatmulOperands& operands, const Tensor& out) const;
-  void choose_gelu(ChosenPlan& fused, ChosenPlan& product, const MatmulOperands& operands, const Tensor& out,
-                   const Tensor& gelu_input, const GeluBackward& gelu_backward) const;
-  std::string header() const;
-};
-
-CudaMatmul::CudaMatmul(const CudaOptions& options, int architecture)
-    : state_(new State{.options = options, .architecture = architecture, .handle = {}, .plans = {}, .remembered = {}}) {
+CudaMatmul::~CudaMatmul() {
+  products_.clear();
+  if (handle_) cublaslt().destroy(handle_);
 }
 
-CudaMatmul::~CudaMatmul() = default;
-
-CudaMatmul::State::ChosenPlan& CudaMatmul::State::plan_for(const MatmulKey& key) {
-  const auto found = plans.find(key);
-  if (found != plans.end()) return *found->second;
-  if (!handle) check_cublaslt(cublaslt().create(&handle), "starting");
-  auto chosen = std::make_unique<ChosenPlan>(handle, key);
-  recall(*chosen);
-  return *plans.emplace(key, std::move(chosen)).first->second;
-}
-
-// Takes over what set_tuning() brought, if it can be used.
-void CudaMatmul::State::recall(ChosenPlan& chosen) const {
-  const auto found = remembered.find(chosen.plan.key().text());
-  if (found == remembered.end()) return;
-  MatmulAlgorithm algorithm;
-  const bool is_algorithm = algorithm.read(found->second) && chosen.plan.accepts(algorithm);
-  const bool is_separate = found->second == kSeparate && chosen.plan.key().epilogue == MatmulEpilogue::kGeluGradient;
-  if (!is_algorithm && !is_separate) return;
-  if (is_algorithm) chosen.algorithm = algorithm;
-  chosen.usable = is_algorithm;
-  chosen.choice = Choice::kFinal;
-}
-
-// Does not change `out` in the end.
-void CudaMatmul::State::choose(ChosenPlan& chosen, const MatmulOperands& operands, const Tensor& out) const {
-  if (chosen.choice == Choice::kFinal) return;
-  const bool can_try = options.autotune && !is_capturing(operands.stream);
-  if (chosen.choice == Choice::kUntried && !can_try) return;
-  const auto candidates = chosen.plan.candidates(can_try ? MatmulPlan::kMostCandidates : 1, operands, chosen.status);
-  chosen.usable = !candidates.empty();
-  chosen.choice = can_try || !options.autotune ? Choice::kFinal : Choice::kUntried;
-  if (!chosen.usable) return;
-  chosen.algorithm = candidates[0];
-  if (candidates.size() == 1) return;
-  Ways ways;
-  for (const MatmulAlgorithm& candidate : candidates) {
-    ways.push_back([&, candidate] { return chosen.plan.launch(candidate, operands) == CUBLAS_STATUS_SUCCESS; });
-  }
-  if (chosen.plan.key().accumulate) {
-    Saved saved(out, operands.stream);
-    chosen.algorithm = candidates[fastest(ways, operands.stream)];
-    saved.restore();
-  } else {
-    chosen.algorithm = candidates[fastest(ways, operands.stream)];
-  }
-}
-
-// One kernel or two. Without a measurement two, which is what the CPU does.
-void CudaMatmul::State::choose_gelu(ChosenPlan& fused, ChosenPlan& product, const MatmulOperands& operands,
-                                    const Tensor& out, const Tensor& gelu_input,
-                                    const GeluBackward& gelu_backward) const {
-  if (fused.choice == Choice::kFinal || !options.autotune || is_capturing(operands.stream)) return;
-  choose(product, operands, out);
-  fused.choice = Choice::kFinal;
-  if (!product.usable || !gelu_backward) return;
-  const auto candidates = fused.plan.candidates(MatmulPlan::kMostCandidates, operands, fused.status);
-  Ways ways = {[&] {
-    const bool done = product.plan.launch(product.algorithm, operands) == CUBLAS_STATUS_SUCCESS;
-    if (done) gelu_backward(out, gelu_input);
-    return done;
-  }};
-  for (const MatmulAlgorithm& candidate : candidates) {
-    ways.push_back([&, candidate] { return fused.plan.launch(candidate, operands) == CUBLAS_STATUS_SUCCESS; });
-  }
-  if (candidates.empty()) return;
-  const size_t best = fastest(ways, operands.stream);
-  fused.usable = best > 0;
-  if (fused.usable) fused.algorithm = candidates[best - 1];
-}
-
-bool CudaMatmul::run(Tensor out, Tensor a, Tensor b, const MatmulOptions& options, void* workspace,
-                     size_t workspace_bytes, cudaStream_t stream, const GeluBackward& gelu_backward) {
-  const Tensor bias = options.bias, gelu_input = options.gelu_input;
-  if (!cublaslt_knows(out, a, b, bias)) {
+void CudaMatmul::run(Tensor out, Tensor a, Tensor b, const MatmulOptions& options, void* workspace,
+                     cudaStream_t stream) {
+  if (!cublaslt_knows(out, a, b, options.bias)) {
     matmul_plain(out, a, b, options, stream);
-    return false;
+    return;
   }
-  MatmulKey key = {.m = out.rows(),
-                   .n = out.cols(),
-                   .k = options.transpose_a ? a.rows() : a.cols(),
-                   .lda = pitch(a),
-                   .ldb = pitch(b),
-                   .ldd = pitch(out),
-                   .align_a = alignment_of(a.data),
-                   .align_b = alignment_of(b.data),
-                   .align_d = alignment_of(out.data),
-                   .operands = a.dtype,
-                   .result = out.dtype,
-                   .transpose_a = options.transpose_a,
-                   .transpose_b = options.transpose_b,
-                   .accumulate = options.accumulate,
-                   .tf32 = state_->options.tf32 && a.dtype == DType::kF32,
-                   .workspace = std::min(workspace_bytes, kCublasWorkspaceBytes)};
-  MatmulOperands operands = {.d = out.data,
-                             .a = a.data,
-                             .b = b.data,
-                             .extra = bias.data,
-                             .alpha = options.alpha,
-                             .workspace = workspace,
-                             .stream = stream};
-  if (!bias.empty()) {
-    key.epilogue = MatmulEpilogue::kBias;
-    key.align_extra = alignment_of(bias.data);
-  }
-  State::ChosenPlan& product = state_->plan_for(key);
-
-  if (!gelu_input.empty() && gelu_can_be_fused(out, a, b, gelu_input)) {
-    key.epilogue = MatmulEpilogue::kGeluGradient;
-    key.ld_extra = pitch(gelu_input);
-    key.align_extra = alignment_of(gelu_input.data);
-    operands.extra = gelu_input.data;
-    State::ChosenPlan& fused = state_->plan_for(key);
-    state_->choose_gelu(fused, product, operands, out, gelu_input, gelu_backward);
-    if (fused.usable) {
-      fused.launch(operands);
-      return true;
-    }
-  }
-
-  state_->choose(product, operands, out);
-  if (product.usable) {
-    product.launch(operands);
-  } else if (is_wide(out) && is_wide(a) && is_wide(b)) {
-    throw std::runtime_error("cuBLASLt has no algorithm for the matrix product " + product.plan.key().text() + " (" +
+  const Kind kind = {.m = out.rows(),
+                     .n = out.cols(),
+                     .k = options.transpose_a ? a.rows() : a.cols(),
+                     .pitch_a = pitch(a),
+                     .pitch_b = pitch(b),
+                     .pitch_out = pitch(out),
+                     .alignment = std::min({row_alignment(a), row_alignment(b), row_alignment(out)}),
+                     .operands = a.dtype,
+                     .result = out.dtype,
+                     .transpose_a = options.transpose_a,
+                     .transpose_b = options.transpose_b,
+                     .accumulate = options.accumulate,
+                     .bias = !options.bias.empty()};
+  const Call call = {out, a.data, b.data, options.bias.data, options.alpha, workspace, stream};
+  Product& product = product_for(kind);
+  choose(product, call);
+  if (product.algorithm) {
+    const cublasStatus_t status = launch(product, *product.algorithm, call);
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    // The library only says that something failed; it may have been an earlier kernel.
+    if (const cudaError_t error = cudaPeekAtLastError(); error != cudaSuccess) throw launch_error(error, "matmul");
+    check(status, text(kind));
+  } else if (kind.alignment == kWideAccess) {
+    throw std::runtime_error("cuBLASLt has no algorithm for the matrix product " + text(kind) + " (" +
                              cublaslt().status_name(product.status) + ")");
   } else {
     matmul_plain(out, a, b, options, stream);  // odd pitches or addresses, which not every version can do
   }
-  return false;
 }
 
-// What the choices depend on beside the shapes.
-std::string CudaMatmul::State::header() const {
-  int device = 0;
-  cudaDeviceProp properties;
-  check_cuda(cudaGetDevice(&device), "asking for the device");
-  check_cuda(cudaGetDeviceProperties(&properties, device), "reading the device's properties");
-  return "cuBLASLt " + std::to_string(cublaslt().version()) + " on " + properties.name + " sm_" +
-         std::to_string(architecture) + " with " + std::to_string(properties.multiProcessorCount) + " multiprocessors";
+CudaMatmul::Product& CudaMatmul::product_for(const Kind& kind) {
+  const auto found = products_.find(kind);
+  if (found != products_.end()) return found->second;
+  if (!handle_) check(cublaslt().create(&handle_), "starting");
+  const std::string name = text(kind);
+  // A row-major matrix of r rows and c columns is described as column-major, c by r.
+  const auto layout = [&](DType dtype, bool transposed, int64_t rows, int64_t cols, int64_t leading_dimension) {
+    if (transposed) std::swap(rows, cols);
+    cublasLtMatrixLayout_t made = nullptr;
+    check(cublaslt().layout_create(&made, data_type(dtype), static_cast<uint64_t>(cols), static_cast<uint64_t>(rows),
+                                   leading_dimension),
+          "describing a matrix of " + name);
+    return std::unique_ptr<cublasLtMatrixLayoutOpaque_t, Destroy>(made);
+  };
+  Product product = {.kind = kind,
+                     .operation = nullptr,
+                     .a = layout(kind.operands, kind.transpose_a, kind.m, kind.k, kind.pitch_a),
+                     .b = layout(kind.operands, kind.transpose_b, kind.k, kind.n, kind.pitch_b),
+                     .out = layout(kind.result, false, kind.m, kind.n, kind.pitch_out),
+                     .algorithm = {}};
+  const bool tf32 = options_.tf32 && kind.operands == DType::kF32;
+  cublasLtMatmulDesc_t operation = nullptr;
+  check(cublaslt().operation_create(&operation, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F),
+        "describing " + name);
+  product.operation.reset(operation);
+  const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
+    check(cublaslt().operation_set(operation, attribute, &value, sizeof value), "describing " + name);
+  };
+  set(CUBLASLT_MATMUL_DESC_TRANSA, static_cast<int32_t>(kind.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N));
+  set(CUBLASLT_MATMUL_DESC_TRANSB, static_cast<int32_t>(kind.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N));
+  set(CUBLASLT_MATMUL_DESC_EPILOGUE,
+      static_cast<uint32_t>(kind.bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT));
+  if (kind.bias) {
+    set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, static_cast<int32_t>(data_type(kind.result)));
+    // Any address of the right alignment, which is what an algorithm is judged by before a product brings the real one.
+    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, reinterpret_cast<const void*>(kWideAccess));
+  }
+  recall(product);
+  return products_.emplace(kind, std::move(product)).first->second;
 }
 
-// One line: the header, then "; shape: algorithm" for each shape in alphabetical order.
-std::string CudaMatmul::tuning() const {
-  std::map<std::string, std::string> choices = state_->remembered;
-  for (const auto& [key, chosen] : state_->plans) {
-    if (chosen->usable) {
-      choices[key.text()] = chosen->algorithm.text();
-    } else if (chosen->choice == State::Choice::kFinal && key.epilogue == MatmulEpilogue::kGeluGradient) {
-      choices[key.text()] = kSeparate;
+// Takes over what set_tuning() brought, if it can be used.
+void CudaMatmul::recall(Product& product) const {
+  const auto found = remembered_.find(text(product.kind));
+  Algorithm algorithm;
+  if (found == remembered_.end() || !from_text(algorithm.code, found->second)) return;
+  cublasLtMatmulHeuristicResult_t result = {};
+  const cublasStatus_t status = cublaslt().check(handle_, product.operation.get(), product.b.get(), product.a.get(),
+                                                 product.out.get(), product.out.get(), &algorithm.code, &result);
+  if (status != CUBLAS_STATUS_SUCCESS || result.workspaceSize > kCublasWorkspaceBytes) return;
+  product.algorithm = algorithm;
+  product.choice = Product::kFinal;
+}
+
+// At most `count` algorithms, what cuBLASLt expects to be the fastest first. Only such that add partial sums in fp32
+// and always in the same order.
+std::vector<CudaMatmul::Algorithm> CudaMatmul::candidates(Product& product, int count) const {
+  cublasLtMatmulPreference_t created = nullptr;
+  check(cublaslt().preference_create(&created), "describing a preference");
+  const std::unique_ptr<cublasLtMatmulPreferenceOpaque_t, Destroy> preference(created);
+  const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+    check(cublaslt().preference_set(created, attribute, &value, sizeof value), "describing a preference");
+  };
+  set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(kCublasWorkspaceBytes));
+  // The other schemes add partial sums in the result's dtype: a bf16 result would be rounded more than once.
+  set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+      static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  for (const auto matrix : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+    set(matrix, static_cast<uint32_t>(product.kind.alignment));
+
+  cublasLtMatmulHeuristicResult_t results[kMostCandidates] = {};
+  int found = 0;
+  product.status = cublaslt().heuristic(handle_, product.operation.get(), product.b.get(), product.a.get(),
+                                        product.out.get(), product.out.get(), created, count, results, &found);
+  std::vector<Algorithm> algorithms;
+  for (int i = 0; i < found && product.status == CUBLAS_STATUS_SUCCESS; ++i) {
+    if (results[i].state != CUBLAS_STATUS_SUCCESS) {
+      product.status = results[i].state;
+    } else if (results[i].workspaceSize <= kCublasWorkspaceBytes) {
+      algorithms.push_back({results[i].algo});
     }
   }
+  return algorithms;
+}
+
+// Does not change `out` in the end. While a graph is recorded nothing can be measured: the library's first guess is
+// taken until there is a chance.
+void CudaMatmul::choose(Product& product, const Call& call) const {
+  if (product.choice == Product::kFinal) return;
+  const bool measure = options_.autotune && !is_capturing(call.stream);
+  if (product.choice == Product::kUnmeasured && !measure) return;
+  product.choice = measure || !options_.autotune ? Product::kFinal : Product::kUnmeasured;
+  const std::vector<Algorithm> algorithms = candidates(product, measure ? kMostCandidates : 1);
+  if (algorithms.empty()) return;
+  product.algorithm = algorithms[0];
+  if (algorithms.size() == 1) return;
+
+  Ways ways;
+  for (const Algorithm& candidate : algorithms)
+    ways.push_back([&] { return launch(product, candidate, call) == CUBLAS_STATUS_SUCCESS; });
+  // What is added to waits on the host meanwhile.
+  const size_t elements = static_cast<size_t>((product.kind.m - 1) * product.kind.pitch_out + product.kind.n);
+  std::vector<char> before(product.kind.accumulate ? elements * dtype_size(product.kind.result) : 0);
+  const auto copy = [&](void* destination, const void* source) {
+    check_cuda(cudaMemcpyAsync(destination, source, before.size(), cudaMemcpyDefault, call.stream), "saving a result");
+    check_cuda(cudaStreamSynchronize(call.stream), "saving a result");
+  };
+  if (product.kind.accumulate) copy(before.data(), call.out.data);
+  product.algorithm = algorithms[fastest(ways, call.stream)];
+  if (product.kind.accumulate) copy(call.out.data, before.data());
+}
+
+cublasStatus_t CudaMatmul::launch(const Product& product, const Algorithm& algorithm, const Call& call) const {
+  if (product.kind.bias) {
+    const cublasStatus_t status = cublaslt().operation_set(product.operation.get(), CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                                                           &call.bias, sizeof call.bias);
+    if (status != CUBLAS_STATUS_SUCCESS) return status;
+  }
+  const float beta = product.kind.accumulate ? 1.0f : 0.0f;
+  return cublaslt().matmul(handle_, product.operation.get(), &call.alpha, call.b, product.b.get(), call.a,
+                           product.a.get(), &beta, call.out.data, product.out.get(), call.out.data, product.out.get(),
+                           &algorithm.code, call.workspace, kCublasWorkspaceBytes, call.stream);
+}
+
+// ---- choices as text: the header, then "; kind: algorithm" for each kind in alphabetical order
+
+std::string CudaMatmul::header() const { return "cuBLASLt " + std::to_string(cublaslt().version()) + " on " + device_; }
+
+// The kind in words, different for different kinds.
+std::string CudaMatmul::text(const Kind& kind) const {
+  const auto list = [](std::initializer_list<int64_t> values) {
+    std::string text;
+    for (const int64_t value : values) text += (text.empty() ? "" : ",") + std::to_string(value);
+    return text;
+  };
+  return "[" + list({kind.m, kind.k}) + "]x[" + list({kind.k, kind.n}) + "] " + dtype_name(kind.operands) +
+         (options_.tf32 && kind.operands == DType::kF32 ? " (tf32)" : "") + " to " + dtype_name(kind.result) + " " +
+         (kind.transpose_a ? "T" : "N") + (kind.transpose_b ? "T" : "N") + (kind.accumulate ? " accumulated" : "") +
+         (kind.bias ? " +bias" : "") + ", pitches " + list({kind.pitch_a, kind.pitch_b, kind.pitch_out}) +
+         ", aligned to " + std::to_string(kind.alignment);
+}
+
+std::string CudaMatmul::tuning() const {
+  std::map<std::string, std::string> choices = remembered_;
+  for (const auto& [kind, product] : products_) {
+    if (product.algorithm) choices[text(kind)] = to_text(product.algorithm->code);
+  }
   if (choices.empty()) return "";
-  std::string text = state_->header();
-  for (const auto& [key, choice] : choices) text += "; " + key + ": " + choice;
-  return text;
+  std::string line = header();
+  for (const auto& [kind, algorithm] : choices) line += "; " + kind + ": " + algorithm;
+  return line;
 }
 
 void CudaMatmul::set_tuning(const std::string& tuning) {
   if (tuning.empty()) return;
-  const std::string header = state_->header();
-  if (tuning.compare(0, header.size(), header) != 0) return;
-  state_->remembered.clear();
-  size_t begin = header.size();
+  const std::string expected = header();
+  if (tuning.compare(0, expected.size(), expected) != 0) return;
+  remembered_.clear();
+  size_t begin = expected.size();
   while (tuning.compare(begin, 2, "; ") == 0) {
     begin += 2;
-    const size_t end = std::min(tuning.find("; ", begin), tuning.size());
-    const size_t colon = tuning.find(": ", begin);
-    if (colon < end)
-      state_->remembered[tuning.substr(begin, colon - begin)] = tuning.substr(colon + 2, end - colon - 2);
+    const size_t end = std::min(tuning.find("; ", begin), tuning.size()), colon = tuning.find(": ", begin);
+    if (colon < end) remembered_[tuning.substr(begin, colon - begin)] = tuning.substr(colon + 2, end - colon - 2);
     begin = end;
   }
-  for (const auto& plan : state_->plans) state_->recall(*plan.second);
+  for (auto& entry : products_) recall(entry.second);
 }
 
-void CudaMatmul::end_tuning() { state_->options.autotune = false; }
+void CudaMatmul::end_tuning() { options_.autotune = false; }
 
 // ---- the backend's operations
 
 void CudaBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options) {
   const MatmulShape shape = check_matmul(out, a, b, options);
-  bool gelu_done = false;
-  {
-    const Timed timed(*this, "matmul", 2.0 * shape.m * shape.n * shape.k,
-                      static_cast<double>(a.bytes() + b.bytes() + out.bytes() * (options.accumulate ? 2 : 1)));
-    gelu_done = matmul_->run(out, a, b, options, workspace_, workspace_bytes_, stream_, [this](Tensor d, Tensor in) {
-      Profiler* const outer_profiler = std::exchange(profiler, nullptr);
-      gelu_backward(d, in);
-      profiler = outer_profiler;
-    });
-  }
-  if (options.gelu_input && !gelu_done) gelu_backward(out, options.gelu_input);
+  const Timed timed(*this, "matmul", 2.0 * shape.m * shape.n * shape.k,
+                    static_cast<double>(a.bytes() + b.bytes() + out.bytes() * (options.accumulate ? 2 : 1)));
+  matmul_->run(out, a, b, options, scratch(kCublasWorkspaceBytes), stream_);
 }
+
+std::string CudaBackend::tuning() const { return matmul_->tuning(); }
+void CudaBackend::set_tuning(const std::string& tuning) { matmul_->set_tuning(tuning); }
+void CudaBackend::end_tuning() { matmul_->end_tuning(); }
 
 // Sizes double until one takes a millisecond: enough to fill any GPU, and no more than a slow one can do in no time.
 double CudaBackend::measure_peak_flops() {
@@ -331,7 +383,7 @@ double CudaBackend::measure_peak_flops() {
     void* memory;
     ~Temporary() { backend.release(memory); }
   };
-  CudaMatmul products({}, architecture_);  // of its own: these shapes are not the run's
+  CudaMatmul products({}, "");  // of its own: these shapes are not the run's
   const Temporary workspace = {*this, allocate(kCublasWorkspaceBytes)};
   Profiler* const outer_profiler = std::exchange(profiler, nullptr);
   double best = 0;
@@ -339,19 +391,17 @@ double CudaBackend::measure_peak_flops() {
   for (int64_t size = kSmallest; size <= kLargest && milliseconds < kLongEnough; size *= 2) {
     const size_t bytes = static_cast<size_t>(size * size) * sizeof(bf16);
     const Temporary memory = {*this, allocate(3 * bytes)};
-    auto matrix = [&](size_t index) {
+    const auto matrix = [&](size_t index) {
       return Tensor::of(static_cast<char*>(memory.memory) + index * bytes, DType::kBF16, {size, size});
     };
     const Tensor out = matrix(0), a = matrix(1), b = matrix(2);
     fill_normal(a, 0.0f, 1.0f, RandomKey{});
     fill_normal(b, 0.0f, 1.0f, RandomKey{});
-    const std::vector<float> times =
-        shortest_times(Ways(kRepeats,
-                            [&] {
-                              products.run(out, a, b, {}, workspace.memory, kCublasWorkspaceBytes, stream_);
-                              return true;
-                            }),
-                       stream_);
+    const auto multiply = [&] {
+      products.run(out, a, b, {}, workspace.memory, stream_);
+      return true;
+    };
+    const std::vector<float> times = shortest_times(Ways(kRepeats, multiply), stream_);
     milliseconds = *std::min_element(times.begin(), times.end());
     const double dimension = static_cast<double>(size);
     best = std::max(best, 2e3 * dimension * dimension * dimension / static_cast<double>(milliseconds));

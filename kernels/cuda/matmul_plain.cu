@@ -5,11 +5,10 @@
 // 16-byte load each; the panels of the next step are on their way into registers meanwhile. Sums go along K in
 // ascending order and nothing is split, so the result depends on nothing but the inputs. dtypes and transposition are
 // looked at when an element is loaded, the same way by all threads: one kernel instead of sixteen, for a rare case.
-#include "kernels/cuda/matmul_plain.cuh"
 
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/ptx.cuh"
-#include "kernels/dispatch.h"
+#include "kernels/cuda/matmul.h"
+#include "kernels/cuda/views.cuh"
 
 namespace {
 
@@ -20,34 +19,12 @@ constexpr int kThreads = (kTile / kSide) * (kTile / kSide);
 constexpr int kLoads = kTile * kDepth / kThreads;  // elements of one panel that a thread brings
 constexpr int kPitch = kTile + 4;                  // floats from one depth to the next: 16-byte aligned, few conflicts
 
-// A matrix in memory: element (i, j) is at i * pitch + j.
-struct Matrix {
-  void* data;
-  int64_t pitch;
-  bool is_bf16;
-};
-
 struct PlainProduct {
-  Matrix out, a, b, bias;
+  AnyView out, a, b, bias;
   int64_t m, n, k;
   bool transpose_a, transpose_b, accumulate;
   float alpha;
 };
-
-__device__ inline float load(const Matrix& matrix, int64_t row, int64_t col) {
-  const int64_t at = row * matrix.pitch + col;
-  return matrix.is_bf16 ? to_float(static_cast<const bf16*>(matrix.data)[at])
-                        : static_cast<const float*>(matrix.data)[at];
-}
-
-__device__ inline void store(const Matrix& matrix, int64_t row, int64_t col, float value) {
-  const int64_t at = row * matrix.pitch + col;
-  if (matrix.is_bf16) {
-    static_cast<bf16*>(matrix.data)[at] = from_float<bf16>(value);
-  } else {
-    static_cast<float*>(matrix.data)[at] = value;
-  }
-}
 
 // Where this thread's `i`-th element of a panel is: across (a row of op(a), a column of op(b)) and along K.
 // Neighbouring threads take neighbours in memory.
@@ -62,14 +39,14 @@ __device__ inline Place place(int i, bool depth_is_contiguous) {
 
 // One panel into registers: `across` x `depth` of a matrix that is [across, K] in memory, or [K, across]. Zeros
 // outside.
-__device__ inline void fetch(float (&panel)[kLoads], const Matrix& matrix, bool depth_is_contiguous, int64_t across,
+__device__ inline void fetch(float (&panel)[kLoads], const AnyView& matrix, bool depth_is_contiguous, int64_t across,
                              int64_t end_across, int64_t depth, int64_t end_depth) {
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     const Place at = place(i, depth_is_contiguous);
     const int64_t x = across + at.across, k = depth + at.depth;
     panel[i] = 0.0f;
-    if (x < end_across && k < end_depth) panel[i] = depth_is_contiguous ? load(matrix, x, k) : load(matrix, k, x);
+    if (x < end_across && k < end_depth) panel[i] = depth_is_contiguous ? matrix.load_one(x, k) : matrix.load_one(k, x);
   }
 }
 
@@ -120,22 +97,20 @@ __global__ void __launch_bounds__(kThreads) matmul_plain_kernel(PlainProduct p) 
       const int64_t r = row + own_row + i, c = col + own_col + j;
       if (r >= p.m || c >= p.n) continue;
       float value = p.alpha * sums[i][j];
-      if (p.accumulate) value += load(p.out, r, c);
-      if (p.bias.data) value += load(p.bias, 0, c);
-      store(p.out, r, c, value);
+      if (p.accumulate) value += p.out.load_one(r, c);
+      if (p.bias.data) value += p.bias.load_one(0, c);
+      p.out.store_one(r, c, value);
     }
   }
 }
 
-Matrix matrix(const Tensor& t) { return {t.data, t.empty() ? 0 : t.leading_dimension(), t.dtype == DType::kBF16}; }
-
 }  // namespace
 
 void matmul_plain(Tensor out, Tensor a, Tensor b, const MatmulOptions& options, cudaStream_t stream) {
-  const PlainProduct product = {.out = matrix(out),
-                                .a = matrix(a),
-                                .b = matrix(b),
-                                .bias = matrix(options.bias),
+  const PlainProduct product = {.out = any_view(out),
+                                .a = any_view(a),
+                                .b = any_view(b),
+                                .bias = options.bias ? any_view(options.bias) : AnyView{},
                                 .m = out.rows(),
                                 .n = out.cols(),
                                 .k = options.transpose_a ? a.rows() : a.cols(),

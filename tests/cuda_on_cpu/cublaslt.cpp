@@ -4,8 +4,7 @@
 //
 // The algorithms offered differ in what they demand (alignment, workspace, a way to add partial sums) and one of them
 // in its last bits, so that a caller who ignores their conditions fails. Choices by time must be repeatable here, so
-// every algorithm but one wastes some: all but the first in the list, or but number CUDA_ON_CPU_ALGORITHM, and those
-// that also compute the gradient of GELU; or with CUDA_ON_CPU_ALGORITHM=fused all but the first of these.
+// every algorithm but one wastes some: all but the first in the list, or but number CUDA_ON_CPU_ALGORITHM.
 // CUDA_ON_CPU_NO_ALGORITHM=1: the heuristic finds none.
 #include <cublasLt.h>
 
@@ -74,15 +73,10 @@ const Algorithm* decode(const cublasLtMatmulAlgo_t& code, uint64_t kind) {
   return nullptr;
 }
 
-// Microseconds that an algorithm wastes. What computes the gradient of GELU, too, must not be chosen by chance instead
-// of two kernels, which need longer for more elements.
-uint64_t wasted_time(const cublasLtMatmulAlgo_t& code, const Product& p) {
+// Microseconds that an algorithm wastes.
+uint64_t wasted_time(const cublasLtMatmulAlgo_t& code) {
   const char* const quick = std::getenv("CUDA_ON_CPU_ALGORITHM");
-  const bool prefer_fused = quick && std::strcmp(quick, "fused") == 0;
-  const bool is_fused = p.operation.epilogue == CUBLASLT_EPILOGUE_DGELU;
-  const uint64_t quick_position = quick && !prefer_fused ? std::strtoull(quick, nullptr, 10) : 0;
-  if (is_fused && !prefer_fused) return 1000 + p.d.rows * p.d.cols / 2;
-  return code.data[4] == quick_position && is_fused == prefer_fused ? 0 : 500;
+  return code.data[4] == (quick ? std::strtoull(quick, nullptr, 10) : 0) ? 0 : 500;
 }
 
 // ---- a product
@@ -95,8 +89,8 @@ bool same(const Layout& c, const Layout& d) {
   return c.type == d.type && c.rows == d.rows && c.cols == d.cols && c.ld == d.ld;
 }
 
-// The table "supported data types" of cublasLtMatmul for fp32 arithmetic, as far as it concerns fp32 and bf16; bias and
-// auxiliary input have the type of the result.
+// The table "supported data types" of cublasLtMatmul for fp32 arithmetic, as far as it concerns fp32 and bf16; a bias
+// has the type of the result.
 cublasStatus_t check_types(const Product& p) {
   const Operation& o = p.operation;
   const bool bf16_operands = p.a.type == CUDA_R_16BF && p.b.type == CUDA_R_16BF;
@@ -108,11 +102,6 @@ cublasStatus_t check_types(const Product& p) {
     return CUBLAS_STATUS_NOT_SUPPORTED;
   }
   if (o.bias_type != -1 && o.bias_type != p.d.type) return CUBLAS_STATUS_NOT_SUPPORTED;
-  if (o.aux_type != -1 && o.aux_type != p.d.type) return CUBLAS_STATUS_NOT_SUPPORTED;
-  if (o.epilogue == CUBLASLT_EPILOGUE_DGELU) {
-    if (p.d.type != CUDA_R_16BF) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (o.aux_ld % 8 != 0 || o.aux_ld < static_cast<int64_t>(p.d.rows)) return CUBLAS_STATUS_INVALID_VALUE;
-  }
   return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -125,7 +114,6 @@ cublasStatus_t check_product(const Product& p, const Layout& c) {
   if (rows != p.d.rows || cols != p.d.cols || depth != p.depth()) return CUBLAS_STATUS_INVALID_VALUE;
   // "Routines that don't dereference this pointer depend on its value to determine expected pointer alignment."
   if (o.epilogue == CUBLASLT_EPILOGUE_BIAS && !o.bias) return CUBLAS_STATUS_INVALID_VALUE;
-  if (o.epilogue == CUBLASLT_EPILOGUE_DGELU && !o.aux) return CUBLAS_STATUS_INVALID_VALUE;
   return check_types(p);
 }
 
@@ -138,13 +126,12 @@ bool address_multiple(const void* address, size_t alignment) {
 // Whether an algorithm can work with these pitches, and with pointers aligned as given.
 bool fits(const Algorithm& algorithm, const Product& p, uint32_t align_a, uint32_t align_b, uint32_t align_d) {
   const uint32_t alignment = algorithm.alignment;
-  if (p.operation.epilogue == CUBLASLT_EPILOGUE_DGELU && alignment < 16) return false;
   if (alignment == 1) return true;
   for (const Layout* layout : {&p.a, &p.b, &p.d}) {
     if (!multiple(static_cast<uint64_t>(layout->ld) * size_of(layout->type), alignment)) return false;
   }
   return multiple(align_a, alignment) && multiple(align_b, alignment) && multiple(align_d, alignment) &&
-         address_multiple(p.operation.bias, alignment) && address_multiple(p.operation.aux, alignment);
+         address_multiple(p.operation.bias, alignment);
 }
 
 size_t span(const Layout& layout) {
@@ -188,11 +175,6 @@ cublasStatus_t check_memory(const Call& call) {
   }
   if (o.epilogue == CUBLASLT_EPILOGUE_BIAS && !cuda_on_cpu::is_device_range(o.bias, p.d.rows * size_of(p.d.type))) {
     return mistake("the bias is not inside device memory");
-  }
-  if (o.epilogue == CUBLASLT_EPILOGUE_DGELU &&
-      !cuda_on_cpu::is_device_range(o.aux,
-                                    ((p.d.cols - 1) * static_cast<size_t>(o.aux_ld) + p.d.rows) * size_of(p.d.type))) {
-    return mistake("the auxiliary matrix is not inside device memory");
   }
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -272,9 +254,6 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t matmulDesc, c
     case CUBLASLT_MATMUL_DESC_TRANSB: return set(operation.transpose_b, buf, sizeInBytes);
     case CUBLASLT_MATMUL_DESC_EPILOGUE: return set(operation.epilogue, buf, sizeInBytes);
     case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return set(operation.bias, buf, sizeInBytes);
-    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: return set(operation.aux, buf, sizeInBytes);
-    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: return set(operation.aux_ld, buf, sizeInBytes);
-    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE: return set(operation.aux_type, buf, sizeInBytes);
     case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return set(operation.bias_type, buf, sizeInBytes);
   }
   return CUBLAS_STATUS_INVALID_VALUE;
@@ -385,7 +364,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t
   }
   if (algorithm->workspace > workspaceSizeInBytes) return CUBLAS_STATUS_INVALID_VALUE;
   call.algorithm = *algorithm;
-  call.wasted_microseconds = wasted_time(*algo, product);
+  call.wasted_microseconds = wasted_time(*algo);
   const cublasStatus_t memory = check_memory(call);
   if (memory != CUBLAS_STATUS_SUCCESS) return memory;
   const cudaError_t enqueued = cuda_on_cpu::enqueue(stream, "cublasLtMatmul", [call] { call.run(); });

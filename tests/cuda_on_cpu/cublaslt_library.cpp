@@ -1,5 +1,5 @@
 // cublaslt_library.cpp: in place of kernels/cuda/cublaslt_library.cu, the functions of cublaslt.cpp.
-#include "kernels/cuda/cublaslt_library.h"
+#include "kernels/cuda/matmul.h"
 
 const CublasLt& cublaslt() {
   static const CublasLt table = {.create = cublasLtCreate,

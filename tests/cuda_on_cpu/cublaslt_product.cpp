@@ -4,7 +4,6 @@
 #include <cblas.h>
 
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <thread>
 
@@ -28,11 +27,6 @@ std::vector<float> widen(const void* matrix, const Layout& layout) {
     }
   }
   return values;
-}
-
-double gelu_derivative(double x) {
-  const double inner = std::sqrt(2 / M_PI), t = std::tanh(inner * (x + 0.044715 * x * x * x));
-  return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner * (1 + 3 * 0.044715 * x * x);
 }
 
 }  // namespace
@@ -76,10 +70,6 @@ void Call::run() const {
       float value = sum[j * p.d.rows + i];
       if (beta != 0) value += beta * element(d, p.d.type, at);
       if (o.epilogue == CUBLASLT_EPILOGUE_BIAS) value += element(o.bias, p.d.type, i);
-      if (o.epilogue == CUBLASLT_EPILOGUE_DGELU) {
-        const float x = element(o.aux, p.d.type, j * static_cast<size_t>(o.aux_ld) + i);
-        value = static_cast<float>(value * gelu_derivative(x));
-      }
       if (p.d.type == CUDA_R_32F) {
         static_cast<float*>(d)[at] = value;
       } else {

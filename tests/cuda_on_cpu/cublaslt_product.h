@@ -20,9 +20,7 @@ struct Operation : cublasLtMatmulDescOpaque_t {
   int32_t transpose_a = CUBLAS_OP_N, transpose_b = CUBLAS_OP_N;
   uint32_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
   const void* bias = nullptr;
-  const void* aux = nullptr;
-  int64_t aux_ld = 0;
-  int32_t aux_type = -1, bias_type = -1;  // -1: the type of the result
+  int32_t bias_type = -1;  // -1: the type of the result
 };
 
 inline size_t size_of(cudaDataType type) { return type == CUDA_R_16BF ? 2 : 4; }

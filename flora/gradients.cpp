@@ -1,0 +1,317 @@
+// gradients.cpp: see gradients.h. First what a step does with a gradient, then sums and their memory.
+#include "flora/gradients.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+#include "flora/optimizer_state.h"
+
+// ---- a step
+
+void Gradients::begin_step(const StepContext& context) {
+  if (context.micro_batches != config_.micro_batches)
+    throw std::logic_error("gradients are planned for a fixed number of micro-batches");
+  scalars_ = context.scalars;
+  StepScalars scalars;
+  scalars.lr = context.lr;
+  scalars.step = context.step;
+  scalars.rounding_counter = context.step * static_cast<uint32_t>(config_.micro_batches);
+  optimizer_.begin_step(context.step, scalars);
+  backend_.copy(scalars_, &scalars, sizeof scalars);
+  const bool norm_is_known = norm_pass_ && !context.norm_pass;
+  if (norm_is_known) gate_and_clip();
+  norm_pass_ = context.norm_pass;
+  squares_written_ = false;
+}
+
+void Gradients::begin_micro_batch(int index, bool is_last) {
+  is_last_ = is_last;
+  // Unique within a run of up to 2^32 micro-batches, so that no two additions round with the same numbers.
+  if (index > 0) backend_.increment(&scalars_->rounding_counter);
+  if (index > 0) return;
+  for (Entry& e : entries_) e.buffer_written = e.sum_written = false;
+}
+
+GradientSink::Target Gradients::target(const Parameter& parameter) {
+  Entry& e = entry(parameter);
+  bool& written = e.buffered ? e.buffer_written : e.sum_written;
+  const Target target{e.buffered ? buffer_of(e) : sum_of(e), written};
+  written = true;
+  return target;
+}
+
+void Gradients::ready(const Parameter& parameter) {
+  Entry& e = entry(parameter);
+  if (config_.kind != GradientMode::kFused || !is_last_) {
+    add_to_sum(e);
+    return;
+  }
+  const Tensor gradient = complete(e);
+  if (norm_pass_ || !clips()) add_squares(gradient);
+  if (norm_pass_) return;
+  clip(gradient);
+  update(parameter, gradient);
+}
+
+// In blocks: computed once for each pass that the update needs, and never kept.
+void Gradients::from_rows(const Parameter& parameter, const Rows& rows) {
+  if (!wants_blocks(parameter)) {
+    GradientSink::from_rows(parameter, rows);
+    return;
+  }
+  bool first_pass = norm_pass_ || !clips();
+  const Gradient gradient(parameter.rows, block_rows(parameter), [&](int64_t begin, int64_t count) {
+    const Tensor block = buffer_of(entry(parameter)).slice(0, count);
+    rows(block, begin, false);
+    if (first_pass) add_squares(block);
+    if (begin + count == parameter.rows) first_pass = false;
+    if (!norm_pass_) clip(block);
+    return block;
+  });
+  if (norm_pass_) {
+    gradient.pass([](const RowRange&, const Tensor&) {});
+  } else {
+    update(parameter, gradient);
+  }
+}
+
+// Dense and compressed: the updates, layer by layer in the order of the backward pass. The norm of dense gradients is
+// known before the first of them; that of compressed ones, which costs a decompression, only where it clips.
+void Gradients::end_step() {
+  if (config_.kind == GradientMode::kFused) return;
+  if (config_.kind == GradientMode::kCompressed) gate_on_sums();
+  const bool norm_first = config_.kind == GradientMode::kDense || clips();
+  if (norm_first) {
+    for (Entry& e : entries_) add_squares(whole(e));
+    gate_and_clip();
+  }
+  std::vector<int> layers;  // the last one first, -1 at the end
+  for (const Entry& e : entries_) layers.push_back(e.parameter.layer);
+  std::sort(layers.rbegin(), layers.rend());
+  layers.erase(std::unique(layers.begin(), layers.end()), layers.end());
+  HeldLayer<ParameterStore> held(store_);
+  for (int layer : layers) {
+    held.hold(layer, Access::kUpdate);
+    for (Entry& e : entries_) {
+      if (e.parameter.layer != layer) continue;
+      const Tensor gradient = whole(e);
+      if (!norm_first) add_squares(gradient);
+      clip(gradient);
+      update(e.parameter, gradient);
+    }
+  }
+}
+
+void Gradients::update(const Parameter& parameter, const Gradient& gradient) {
+  store_.acquire(parameter.layer, Access::kUpdate);
+  optimizer_.update(parameter, store_.stored(parameter), store_.master(parameter), gradient, scalars_);
+  store_.release(parameter.layer, true);
+}
+
+// ---- norm and clipping
+
+// gradient_squares() += sum of gradient^2, from 0 at the start of a step.
+void Gradients::add_squares(Tensor gradient) {
+  backend_.sum_squares(squares_, gradient, squares_written_);
+  squares_written_ = true;
+}
+
+// From the complete gradient_squares(): closes the gate when they are not finite and sets the clipping factor.
+void Gradients::gate_and_clip() {
+  backend_.gate_on_finite(scalars_, squares_);
+  if (clips()) backend_.clip_scale(scalars_, squares_.as<float>(), config_.clip_norm);
+}
+
+// gradient *= the clipping factor.
+void Gradients::clip(Tensor gradient) {
+  if (clips()) backend_.scale(gradient, &scalars_->gradient_scale);
+}
+
+// A gradient that is not finite leaves a sum that is not finite, and compressed sums are small: the gate is known
+// before the first update and without a decompression.
+void Gradients::gate_on_sums() {
+  for (const Entry& e : entries_) backend_.sum_squares(sum_squares_, sum_of(e), &e != entries_.data());
+  backend_.gate_on_finite(scalars_, sum_squares_);
+}
+
+// ---- sums over micro-batches
+
+// The gradient of this micro-batch is complete: it is added to the sum, unless it was written in its place.
+void Gradients::add_to_sum(Entry& e) {
+  if (e.keep == Keep::kProjectedSum) {
+    const Compression shape = compression(e);
+    const Tensor p = projection(e);
+    if (e.sum.dtype == DType::kF32) {
+      project_down(backend_, e.sum, buffer_of(e), p, shape, e.sum_written);
+    } else {
+      const Tensor projected = projected_.tensor({shape.compressed_rows(), shape.compressed_cols()});
+      project_down(backend_, projected, buffer_of(e), p, shape, false);
+      add_rounded(e, projected);
+    }
+  } else if (e.buffered) {
+    add_rounded(e, buffer_of(e));
+  }
+  e.sum_written = true;
+  e.buffer_written = false;
+}
+
+// sum (+)= added, rounded stochastically in bf16.
+void Gradients::add_rounded(Entry& e, Tensor added) {
+  const Tensor sum = sum_of(e);
+  if (!e.sum_written) backend_.fill(sum.data, 0, sum.bytes());
+  backend_.accumulate(sum, added,
+                      {.seed = config_.seed, .purpose = RandomPurpose::kGradientRounding, .tensor = e.parameter.hash()},
+                      &scalars_->rounding_counter);
+}
+
+// In the last micro-batch, where the gradient is used at once: the whole gradient of the step, which is the full sum,
+// or the buffer, to which a projected sum of those before is added.
+Tensor Gradients::complete(Entry& e) {
+  if (e.keep == Keep::kSum) {
+    add_to_sum(e);
+    return sum_of(e);
+  }
+  const Tensor buffer = buffer_of(e);
+  e.buffer_written = false;
+  if (e.keep == Keep::kProjectedSum && e.sum_written)
+    project_up(backend_, buffer, e.sum, projection(e), compression(e), 1.0f, true);
+  return buffer;
+}
+
+// After the last micro-batch: the whole gradient of the step; a projected sum is decompressed into the buffer and valid
+// until the next call.
+Tensor Gradients::whole(Entry& e) {
+  if (e.keep == Keep::kSum) return sum_of(e);
+  const Tensor buffer = buffer_of(e);
+  project_up(backend_, buffer, e.sum, projection(e), compression(e), 1.0f, false);
+  return buffer;
+}
+
+// The accumulation projection of step t, into the scratch: purpose 3, index t.
+Tensor Gradients::projection(const Entry& e) {
+  const Compression shape = compression(e);
+  const Tensor p = projection_.tensor({shape.rank, shape.dimension()});
+  const RandomKey key{
+      .seed = config_.seed, .purpose = RandomPurpose::kAccumulationProjection, .tensor = e.parameter.hash()};
+  make_projection(backend_, p, {config_.projection, key, &scalars_->step}, factor_.data(), scalars_);
+  return p;
+}
+
+// ---- memory
+
+Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, ParameterStore& store, Backend& backend)
+    : config_(config),
+      optimizer_(optimizer),
+      store_(store),
+      backend_(backend),
+      matrix_("gradient.matrix", config.gradient_dtype, 0, Category::kGradients),
+      vectors_("gradient.vectors", config.gradient_dtype, 0, Category::kGradients),
+      top_vectors_("gradient.top_vectors", config.gradient_dtype, 0, Category::kGradients),
+      rows_("gradient.rows", DType::kF32, kPhaseBackward, Category::kGradients),
+      projection_("gradient.projection", config.gradient_dtype, 0),
+      projected_("gradient.projected", DType::kF32, 0),
+      factor_("gradient.cholesky", DType::kF32, 0) {
+  const bool fused = config.kind == GradientMode::kFused;
+  if (config.micro_batches < 1) throw std::invalid_argument("a step has at least one micro-batch");
+  if (config.blocks != GradientBlocks::kWhole && (!fused || config.micro_batches > 1))
+    throw std::invalid_argument("gradients in blocks need fused updates and one micro-batch");
+  if (config.kind == GradientMode::kCompressed && config.accumulation_rank <= 0)
+    throw std::invalid_argument("compressed gradients need an accumulation rank");
+  require_indexed(store.parameters());
+  for (const Parameter& parameter : store.parameters()) {
+    Entry e;
+    e.parameter = parameter;
+    e.keep = keep(parameter);
+    // A long-lived gradient is summed in fp32 in place, so only others need a buffer in front of a bf16 sum.
+    const bool rounded_sum = config.micro_batches > 1 && sum_dtype(parameter) == DType::kBF16;
+    e.buffered = e.keep != Keep::kSum || rounded_sum;
+    entries_.push_back(e);
+  }
+  reserve_buffers();
+}
+
+Gradients::Keep Gradients::keep(const Parameter& parameter) const {
+  if (config_.kind == GradientMode::kFused && config_.micro_batches == 1) return Keep::kNothing;
+  const bool projected =
+      config_.kind != GradientMode::kDense &&
+      is_compressed(parameter, config_.accumulation_rank, config_.compress_embeddings, config_.projection);
+  return projected ? Keep::kProjectedSum : Keep::kSum;
+}
+
+// Of a full sum.
+DType Gradients::sum_dtype(const Parameter& parameter) const {
+  if (parameter.long_lived) return DType::kF32;
+  return config_.micro_batches > 1 ? config_.accumulation_dtype : config_.gradient_dtype;
+}
+
+// Sums of several micro-batches live through the next forward pass; of a single one, until the update.
+uint32_t Gradients::sum_phases(const Parameter& parameter) const {
+  return config_.micro_batches > 1 ? static_cast<uint32_t>(kPhaseAlways) : gradient_phases(parameter) | kPhaseUpdate;
+}
+
+// Buffers are used by the backward pass, and again where the updates come later and need them to decompress.
+uint32_t Gradients::buffer_phases(const Parameter& parameter) const {
+  const uint32_t later = config_.kind == GradientMode::kCompressed ? static_cast<uint32_t>(kPhaseUpdate) : 0;
+  return gradient_phases(parameter) | later;
+}
+
+void Gradients::reserve_buffers() {
+  constexpr int64_t kVectorAlignment = 64;  // elements
+  std::map<int, int64_t> vectors;           // elements by layer
+  for (Entry& e : entries_) {
+    const Parameter& p = e.parameter;
+    const uint32_t phases = buffer_phases(p);
+    if (e.keep == Keep::kProjectedSum) {
+      const Compression shape = compression(e);
+      projection_.reserve(shape.projection_elements(), phases);
+      if (config_.accumulation_dtype != DType::kF32) projected_.reserve(shape.compressed_elements(), phases);
+      factor_.reserve(static_cast<int64_t>(factor_scratch_bytes(config_.projection, shape.rank) / sizeof(float)),
+                      phases);
+    }
+    if (!e.buffered) continue;
+    const int64_t block = block_rows(p) * p.cols;
+    if (p.long_lived) {
+      rows_.reserve(block);
+    } else if (p.matrix) {
+      matrix_.reserve(block > 0 ? block : p.padded_elements(), phases);
+    } else {
+      int64_t& used = vectors[p.layer];
+      e.vector_offset = used;
+      used += (p.elements() + kVectorAlignment - 1) / kVectorAlignment * kVectorAlignment;
+      (p.layer < 0 ? top_vectors_ : vectors_).reserve(used, phases);
+    }
+  }
+}
+
+void Gradients::declare(MemoryPlan& plan) {
+  constexpr Category kGradients = Category::kGradients;
+  for (Entry& e : entries_) {
+    const Parameter& p = e.parameter;
+    if (e.keep == Keep::kSum)
+      plan.add(&e.sum, p.name + ".gradient", kGradients, sum_dtype(p), {p.padded_rows, p.cols}, sum_phases(p));
+    if (e.keep == Keep::kProjectedSum)
+      plan.add(&e.sum, p.name + ".accumulator", kGradients, config_.accumulation_dtype,
+               {compression(e).compressed_rows(), compression(e).compressed_cols()}, sum_phases(p));
+    if (e.buffered && p.long_lived && !wants_blocks(p))
+      plan.add(&e.buffer, p.name + ".gradient", kGradients, DType::kF32, {p.padded_rows, p.cols}, buffer_phases(p));
+  }
+  for (Scratch* shared : {&matrix_, &rows_, &vectors_, &top_vectors_, &projection_, &projected_, &factor_})
+    shared->declare(plan);
+  plan.add(&squares_, "gradient.squares", Category::kWorkspace, DType::kF32, {1});
+  if (config_.kind == GradientMode::kCompressed)
+    plan.add(&sum_squares_, "gradient.sum_squares", Category::kWorkspace, DType::kF32, {1});
+}
+
+Tensor Gradients::buffer_of(const Entry& e) const {
+  const Parameter& p = e.parameter;
+  const DType dtype = config_.gradient_dtype;
+  if (p.long_lived) return wants_blocks(p) ? p.tensor(rows_.data(), DType::kF32) : p.tensor(e.buffer);
+  if (p.matrix) return p.tensor(matrix_.data(), dtype);
+  char* const vectors = static_cast<char*>((p.layer < 0 ? top_vectors_ : vectors_).data());
+  return p.tensor(vectors + static_cast<size_t>(e.vector_offset) * dtype_size(dtype), dtype);
+}
+
+Tensor Gradients::sum_of(const Entry& e) const {
+  return e.keep == Keep::kProjectedSum ? e.sum : e.parameter.tensor(e.sum);
+}
