@@ -1,7 +1,6 @@
-// gpt2_backward.cpp: the backward pass, last block first. In every linear layer the gradient of the input is computed
-// before the weight's gradient is handed to the sink, because the sink may update the weight at once.
+// backward.cpp: the backward pass, last block first. In every linear layer the gradient of the input is computed
+// before the weight's gradient is handed over, because the weight may be updated at once.
 #include "model/gpt2.h"
-#include "model/gpt2_layer.h"
 
 // d_input = d_output W^T, dW = input^T d_output, db = column sums of d_output.
 void Gpt2::linear_backward(GradientSink& sink, const Parameter& weight_parameter, const Parameter& bias_parameter,
