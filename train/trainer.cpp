@@ -186,40 +186,6 @@ std::string Trainer::data_summary() const {
   return text;
 }
 
-std::string Trainer::compression_warning() const {
-  const Options& o = setup_.options;
-  const EngineConfig& engine = setup_.engine;
-  const auto above = [](int64_t rank) {
-    return "nothing is compressed: rank " + std::to_string(rank) + " is above every matrix of this model";
-  };
-  if (engine.optimizer.rank > 0 && engine_.optimizer().compressed_parameters().empty()) {
-    if (o.no_factored) return "nothing is compressed: --no-factored keeps the momentum in full";
-    return o.beta1 > 0 ? above(o.rank) : "nothing is compressed: with --beta1 0 there is no momentum";
-  }
-  const GradientConfig& gradients = engine.gradients;
-  if (gradients.accumulation_rank > 0) {
-    const std::vector<Parameter> parameters = gpt2_parameters(engine.model);
-    const bool any = std::any_of(parameters.begin(), parameters.end(), [&](const Parameter& parameter) {
-      return is_compressed(parameter, gradients.accumulation_rank, gradients.compress_embeddings, gradients.projection);
-    });
-    if (!any) return above(gradients.accumulation_rank);
-  }
-  return "";
-}
-
-std::string Trainer::transfer_warning() const {
-  const Options& o = setup_.options;
-  const double growth = transfer_growth(setup_.engine.optimizer, gpt2_parameters(setup_.engine.model));
-  if (growth < 1) return "";
-  char text[256];
-  snprintf(text, sizeof text,
-           "--transfer reencode with --rank %lld, --kappa %lld and --beta1 %g can multiply the momentum by about %.3g "
-           "every %lld steps, without bound; --transfer rescale or restart, or a larger --kappa, cannot",
-           static_cast<long long>(o.rank), static_cast<long long>(o.kappa), o.beta1, growth,
-           static_cast<long long>(o.kappa));
-  return text;
-}
-
 StepResult Trainer::train_step(uint32_t t) {
   const ActivationShapes& shapes = engine_.config().shapes;
   const bool two_passes = engine_.gradients().needs_norm_pass();
