@@ -6,8 +6,6 @@
 
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Sums of elements, bias and LayerNorm gradients.
 size_t reduction_scratch_bytes(const KernelShapes& shapes) {
   const size_t channels = static_cast<size_t>(std::max<int64_t>(shapes.channels, 1));

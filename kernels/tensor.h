@@ -39,6 +39,8 @@ inline size_t dtype_size(DType dtype) { return row_of(dtype).size; }
 inline const char* dtype_name(DType dtype) { return row_of(dtype).name; }
 inline const char* safetensors_name(DType dtype) { return row_of(dtype).safetensors; }
 
+HOST_DEVICE inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Storage of a bfloat16 number. Arithmetic happens in float; conversion to bf16 rounds to nearest, ties to even.
 struct bf16 {
   uint16_t bits;
@@ -83,7 +85,7 @@ inline constexpr int64_t kQuantBlock = 256;
 // for weights to grow before the scale has to change.
 inline constexpr float kMostWeightCode = 127.0f, kFreshWeightScale = 1.125f / kMostWeightCode;
 
-inline int64_t quant_blocks(int64_t elements) { return (elements + kQuantBlock - 1) / kQuantBlock; }
+inline int64_t quant_blocks(int64_t elements) { return divide_up(elements, kQuantBlock); }
 
 // The smallest number of rows of `cols` elements that are whole blocks.
 inline int64_t quant_rows(int64_t cols) { return kQuantBlock / std::gcd(kQuantBlock, cols); }

@@ -24,8 +24,6 @@ constexpr int kSharedPitch = kWarp + 4;
 constexpr int kFinishRows = SquaresTiling::kFinishRows;  // rows a thread block of finish_kernel() takes
 constexpr int kFinishCols = 32, kFinishGroups = 8;       // or columns, and threads that share a column
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Sums over a warp of kRowsAtOnce numbers a lane at once: afterwards lane l has the sum of sums[row_of_lane_sum(l)].
 // Two numbers change places instead of one being copied, so that four sums cost 6 shuffles, not 20.
 __device__ inline float warp_sums(const float (&sums)[kRowsAtOnce]) {

@@ -8,8 +8,6 @@
 
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // out = in * (factor * row_scale) * col_scale, kElements columns a thread; with 16-byte accesses where `aligned`.
 template <typename Out, typename In>
 struct ScaleRun {
