@@ -67,8 +67,10 @@ void print_settings(const RunSetup& setup) {
   for (const auto& [key, value] : now.items()) {
     std::string flag = key;
     std::replace(flag.begin(), flag.end(), '_', '-');
-    if (said.contains(key) || (!setup.options.was_given(flag) && before[key] == value)) continue;
-    settings += " " + key + "=" + text_of(value);
+    const bool follows = key.ends_with("_dtype") && value == now["dtype"];
+    const bool unused = key == "cooldown_steps" && now["schedule"] != "wsd";
+    const bool chosen = before[key] != value && !follows && !unused;
+    if (!said.contains(key) && (chosen || setup.options.was_given(flag))) settings += " " + key + "=" + text_of(value);
   }
   if (!settings.empty()) std::printf("settings   %s\n", settings.c_str());
 }
