@@ -10,8 +10,6 @@
 
 namespace {
 
-constexpr int64_t kSquares = 4;  // an element each: of the update, the weight, the momentum before and after a transfer
-
 OptimizerConfig checked(OptimizerConfig config) {
   if (config.kappa == 0) throw std::invalid_argument("kappa must be at least 1");
   if (config.kind == OptimizerKind::kAdafactor) config.rank = 0;
@@ -109,20 +107,12 @@ void Flora::reserve_scratch(const Slot& slot) {
   factor_.reserve(static_cast<int64_t>(factor_scratch_bytes(config_.projection, shape.rank) / sizeof(float)));
 }
 
-void Flora::declare(MemoryPlan& plan) const {
+void Flora::declare(MemoryPlan& plan) {
   Optimizer::declare(plan);
-  for (const Scratch* scratch : {&row_scale_, &col_scale_, &projection_, &projection2_, &compressed_,
-                                 &decoded_momentum_, &moved_, &square_, &factor_, &copied_momentum_})
-    scratch->declare(plan);
-  plan.add_tensor("flora.squares", Category::kWorkspace, DType::kF32, kSquares);
-}
-
-void Flora::bind(Arena& arena) {
-  Optimizer::bind(arena);
   for (Scratch* scratch : {&row_scale_, &col_scale_, &projection_, &projection2_, &compressed_, &decoded_momentum_,
                            &moved_, &square_, &factor_, &copied_momentum_})
-    scratch->bind(arena);
-  squares_ = arena.tensor("flora.squares", DType::kF32, {kSquares});
+    scratch->declare(plan);
+  plan.add(&squares_, "flora.squares", Category::kWorkspace, DType::kF32, {4});
 }
 
 void Flora::begin_step(uint32_t step, StepScalars& scalars) {

@@ -27,8 +27,7 @@ class Flora final : public Optimizer {
   Flora(const OptimizerConfig& config, const std::vector<Parameter>& parameters, DType gradient_dtype,
         Backend& backend);
 
-  void declare(MemoryPlan& plan) const override;
-  void bind(Arena& arena) override;
+  void declare(MemoryPlan& plan) override;
   void begin_step(uint32_t step, StepScalars& scalars) override;
   uint32_t variant() const override { return transfer_due_ ? 1 : 0; }
   void update(const Parameter& parameter, Tensor weight, Tensor master, const Gradient& gradient,

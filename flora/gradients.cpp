@@ -36,7 +36,7 @@ void Gradients::begin_micro_batch(int index, bool is_last) {
 GradientSink::Target Gradients::target(const Parameter& parameter) {
   Entry& e = entry(parameter);
   bool& written = e.buffered ? e.buffer_written : e.sum_written;
-  const Target target{e.buffered ? e.buffer : e.sum, written};
+  const Target target{e.buffered ? buffer_of(e) : sum_of(e), written};
   written = true;
   return target;
 }
@@ -62,7 +62,7 @@ void Gradients::from_rows(const Parameter& parameter, const Rows& rows) {
   }
   bool first_pass = norm_pass_ || !clips();
   const Gradient gradient(parameter.rows, block_rows(parameter), [&](int64_t begin, int64_t count) {
-    const Tensor block = entry(parameter).buffer.slice(0, count);
+    const Tensor block = buffer_of(entry(parameter)).slice(0, count);
     rows(block, begin, false);
     if (first_pass) add_squares(block);
     if (begin + count == parameter.rows) first_pass = false;
@@ -131,7 +131,7 @@ void Gradients::clip(Tensor gradient) {
 // A gradient that is not finite leaves a sum that is not finite, and compressed sums are small: the gate is known
 // before the first update and without a decompression.
 void Gradients::gate_on_sums() {
-  for (const Entry& e : entries_) backend_.sum_squares(sum_squares_, e.sum, &e != entries_.data());
+  for (const Entry& e : entries_) backend_.sum_squares(sum_squares_, sum_of(e), &e != entries_.data());
   backend_.gate_on_finite(scalars_, sum_squares_);
 }
 
@@ -143,14 +143,14 @@ void Gradients::add_to_sum(Entry& e) {
     const Compression shape = compression(e);
     const Tensor p = projection(e);
     if (e.sum.dtype == DType::kF32) {
-      project_down(backend_, e.sum, e.buffer, p, shape, e.sum_written);
+      project_down(backend_, e.sum, buffer_of(e), p, shape, e.sum_written);
     } else {
       const Tensor projected = projected_.tensor({shape.compressed_rows(), shape.compressed_cols()});
-      project_down(backend_, projected, e.buffer, p, shape, false);
+      project_down(backend_, projected, buffer_of(e), p, shape, false);
       add_rounded(e, projected);
     }
   } else if (e.buffered) {
-    add_rounded(e, e.buffer);
+    add_rounded(e, buffer_of(e));
   }
   e.sum_written = true;
   e.buffer_written = false;
@@ -158,8 +158,9 @@ void Gradients::add_to_sum(Entry& e) {
 
 // sum (+)= added, rounded stochastically in bf16.
 void Gradients::add_rounded(Entry& e, Tensor added) {
-  if (!e.sum_written) backend_.fill(e.sum.data, 0, e.sum.bytes());
-  backend_.accumulate(e.sum, added,
+  const Tensor sum = sum_of(e);
+  if (!e.sum_written) backend_.fill(sum.data, 0, sum.bytes());
+  backend_.accumulate(sum, added,
                       {.seed = config_.seed, .purpose = RandomPurpose::kGradientRounding, .tensor = e.parameter.hash()},
                       &scalars_->rounding_counter);
 }
@@ -169,20 +170,22 @@ void Gradients::add_rounded(Entry& e, Tensor added) {
 Tensor Gradients::complete(Entry& e) {
   if (e.keep == Keep::kSum) {
     add_to_sum(e);
-    return e.sum;
+    return sum_of(e);
   }
+  const Tensor buffer = buffer_of(e);
   e.buffer_written = false;
   if (e.keep == Keep::kProjectedSum && e.sum_written)
-    project_up(backend_, e.buffer, e.sum, projection(e), compression(e), 1.0f, true);
-  return e.buffer;
+    project_up(backend_, buffer, e.sum, projection(e), compression(e), 1.0f, true);
+  return buffer;
 }
 
 // After the last micro-batch: the whole gradient of the step; a projected sum is decompressed into the buffer and valid
 // until the next call.
 Tensor Gradients::whole(Entry& e) {
-  if (e.keep == Keep::kSum) return e.sum;
-  project_up(backend_, e.buffer, e.sum, projection(e), compression(e), 1.0f, false);
-  return e.buffer;
+  if (e.keep == Keep::kSum) return sum_of(e);
+  const Tensor buffer = buffer_of(e);
+  project_up(backend_, buffer, e.sum, projection(e), compression(e), 1.0f, false);
+  return buffer;
 }
 
 // The accumulation projection of step t, into the scratch: purpose 3, index t.
@@ -281,51 +284,34 @@ void Gradients::reserve_buffers() {
   }
 }
 
-void Gradients::declare(MemoryPlan& plan) const {
+void Gradients::declare(MemoryPlan& plan) {
   constexpr Category kGradients = Category::kGradients;
-  for (const Entry& e : entries_) {
-    const Parameter& p = e.parameter;
-    if (e.keep == Keep::kSum)
-      plan.add_tensor(p.name + ".gradient", kGradients, sum_dtype(p), p.padded_elements(), sum_phases(p));
-    if (e.keep == Keep::kProjectedSum)
-      plan.add_tensor(p.name + ".accumulator", kGradients, config_.accumulation_dtype,
-                      compression(e).compressed_elements(), sum_phases(p));
-    if (e.buffered && p.long_lived && !wants_blocks(p))
-      plan.add_tensor(p.name + ".gradient", kGradients, DType::kF32, p.padded_elements(), buffer_phases(p));
-  }
-  for (const Scratch* buffer : {&matrix_, &rows_, &vectors_, &top_vectors_, &projection_, &projected_, &factor_})
-    buffer->declare(plan);
-  plan.add_tensor("gradient.squares", Category::kWorkspace, DType::kF32, 1);
-  if (config_.kind == GradientMode::kCompressed)
-    plan.add_tensor("gradient.sum_squares", Category::kWorkspace, DType::kF32, 1);
-}
-
-void Gradients::bind(Arena& arena) {
-  for (Scratch* buffer : {&matrix_, &rows_, &vectors_, &top_vectors_, &projection_, &projected_, &factor_})
-    buffer->bind(arena);
   for (Entry& e : entries_) {
     const Parameter& p = e.parameter;
     if (e.keep == Keep::kSum)
-      e.sum = p.tensor(arena.tensor(p.name + ".gradient", sum_dtype(p), {p.padded_elements()}).data, sum_dtype(p));
+      plan.add(&e.sum, p.name + ".gradient", kGradients, sum_dtype(p), {p.padded_rows, p.cols}, sum_phases(p));
     if (e.keep == Keep::kProjectedSum)
-      e.sum = arena.tensor(p.name + ".accumulator", config_.accumulation_dtype,
-                           {compression(e).compressed_rows(), compression(e).compressed_cols()});
-    if (!e.buffered) continue;
-    if (p.long_lived && !wants_blocks(p)) {
-      e.buffer = p.tensor(arena.tensor(p.name + ".gradient", DType::kF32, {p.padded_elements()}).data, DType::kF32);
-    } else {
-      e.buffer = shared_buffer(e);
-    }
+      plan.add(&e.sum, p.name + ".accumulator", kGradients, config_.accumulation_dtype,
+               {compression(e).compressed_rows(), compression(e).compressed_cols()}, sum_phases(p));
+    if (e.buffered && p.long_lived && !wants_blocks(p))
+      plan.add(&e.buffer, p.name + ".gradient", kGradients, DType::kF32, {p.padded_rows, p.cols}, buffer_phases(p));
   }
-  squares_ = arena.tensor("gradient.squares", DType::kF32, {1});
-  if (config_.kind == GradientMode::kCompressed) sum_squares_ = arena.tensor("gradient.sum_squares", DType::kF32, {1});
+  for (Scratch* shared : {&matrix_, &rows_, &vectors_, &top_vectors_, &projection_, &projected_, &factor_})
+    shared->declare(plan);
+  plan.add(&squares_, "gradient.squares", Category::kWorkspace, DType::kF32, {1});
+  if (config_.kind == GradientMode::kCompressed)
+    plan.add(&sum_squares_, "gradient.sum_squares", Category::kWorkspace, DType::kF32, {1});
 }
 
-Tensor Gradients::shared_buffer(const Entry& e) const {
+Tensor Gradients::buffer_of(const Entry& e) const {
   const Parameter& p = e.parameter;
-  if (p.long_lived) return p.tensor(rows_.data(), DType::kF32);
   const DType dtype = config_.gradient_dtype;
+  if (p.long_lived) return wants_blocks(p) ? p.tensor(rows_.data(), DType::kF32) : p.tensor(e.buffer);
   if (p.matrix) return p.tensor(matrix_.data(), dtype);
   char* const vectors = static_cast<char*>((p.layer < 0 ? top_vectors_ : vectors_).data());
   return p.tensor(vectors + static_cast<size_t>(e.vector_offset) * dtype_size(dtype), dtype);
+}
+
+Tensor Gradients::sum_of(const Entry& e) const {
+  return e.keep == Keep::kProjectedSum ? e.sum : e.parameter.tensor(e.sum);
 }

@@ -77,8 +77,7 @@ class Gradients final : public GradientSink {
   // Throws std::invalid_argument for a configuration that cannot be meant.
   Gradients(const GradientConfig& config, Optimizer& optimizer, ParameterStore& store, Backend& backend);
 
-  void declare(MemoryPlan& plan) const;
-  void bind(Arena& arena);
+  void declare(MemoryPlan& plan);
 
   // Of a step: begin_step, for each micro-batch begin_micro_batch and the gradients of all parameters, end_step.
   void begin_step(const StepContext& context);
@@ -113,7 +112,7 @@ class Gradients final : public GradientSink {
     Keep keep = Keep::kNothing;
     bool buffered = false;
     int64_t vector_offset = 0;  // in the vectors of its layer
-    Tensor buffer, sum;
+    Tensor buffer, sum;         // as declared: with padding rows; see buffer_of(), sum_of()
     bool buffer_written = false, sum_written = false;
   };
 
@@ -127,7 +126,8 @@ class Gradients final : public GradientSink {
   uint32_t sum_phases(const Parameter& parameter) const;
   uint32_t buffer_phases(const Parameter& parameter) const;
   void reserve_buffers();
-  Tensor shared_buffer(const Entry& e) const;
+  Tensor buffer_of(const Entry& e) const;
+  Tensor sum_of(const Entry& e) const;
 
   // Sums.
   void add_to_sum(Entry& e);

@@ -18,14 +18,9 @@ Optimizer::Optimizer(const OptimizerConfig& config, const std::vector<Parameter>
   for (const Parameter& parameter : parameters) pieces_.reserve(parameter);
 }
 
-void Optimizer::declare(MemoryPlan& plan) const {
+void Optimizer::declare(MemoryPlan& plan) {
   states_.declare(plan);
   pieces_.declare(plan);
-}
-
-void Optimizer::bind(Arena& arena) {
-  states_.bind(arena);
-  pieces_.bind(arena);
 }
 
 RandomKey Optimizer::rounding(const Parameter& parameter, int64_t begin) const {

@@ -96,8 +96,7 @@ class Optimizer {
  public:
   Optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend);
   virtual ~Optimizer() = default;
-  virtual void declare(MemoryPlan& plan) const;
-  virtual void bind(Arena& arena);  // state starts as zeros
+  virtual void declare(MemoryPlan& plan);
 
   // Writes the step's scalars this optimizer needs (beta2, bias corrections, projection indices; lr when it has a
   // schedule of its own) into the host-side struct; called once per step, before any update().

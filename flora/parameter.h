@@ -24,8 +24,9 @@ struct Parameter {
   int64_t elements() const { return rows * cols; }
   int64_t padded_elements() const { return padded_rows * cols; }
   uint32_t hash() const { return hash_name(name.c_str()); }
-  // A tensor of its shape without padding, [rows, cols] or [cols], in `memory`.
-  Tensor tensor(void* memory, DType dtype) const {
-    return matrix ? Tensor::of(memory, dtype, {rows, cols}) : Tensor::of(memory, dtype, {cols});
+  // A tensor of its shape without padding, [rows, cols] or [cols], in `memory`, which may have padding rows behind.
+  Tensor tensor(void* memory, DType dtype, float* scales = nullptr) const {
+    return matrix ? Tensor::of(memory, dtype, {rows, cols}, scales) : Tensor::of(memory, dtype, {cols}, scales);
   }
+  Tensor tensor(const Tensor& memory) const { return tensor(memory.data, memory.dtype, memory.scales); }
 };

@@ -27,22 +27,14 @@ int StateStore::add(const Parameter& parameter, const char* what, DType dtype, b
   return static_cast<int>(states_.size()) - 1;
 }
 
-void StateStore::declare(MemoryPlan& plan) const {
-  for (const StateTensor& state : states_)
-    if (!streamed(state))
-      plan.add_tensor(state.name, Category::kOptimizerState, state.tensor.dtype, state.tensor.elements());
+void StateStore::declare(MemoryPlan& plan) {
+  for (StateTensor& state : states_)
+    if (!streamed(state)) plan.add(&state.tensor, state.name, Category::kOptimizerState, state.tensor);
   if (stream_) stream_->declare(plan, kPhaseAlways);
 }
 
-void StateStore::bind(Arena& arena) {
-  if (stream_) stream_->bind(arena);
+void StateStore::zero() {
   for (size_t i = 0; i < states_.size(); ++i) {
-    Tensor& tensor = states_[i].tensor;
-    if (!streamed(states_[i])) {
-      const Tensor memory = arena.tensor(states_[i].name, tensor.dtype, {tensor.elements()});
-      tensor.data = memory.data;
-      tensor.scales = memory.scales;
-    }
     hold(states_[i].layer, Access::kOverwrite);
     zero_state(backend_, get(static_cast<int>(i)));
   }

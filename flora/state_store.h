@@ -28,8 +28,8 @@ class StateStore {
   // One more state: [rows, cols] of a matrix, else [rows * cols]. Returns its number.
   int add(const Parameter& parameter, const char* what, DType dtype, bool matrix, int64_t rows, int64_t cols);
 
-  void declare(MemoryPlan& plan) const;
-  void bind(Arena& arena);  // states start as zeros
+  void declare(MemoryPlan& plan);
+  void zero();  // all states, as they start
 
   // Makes the states of a layer valid for get(), until another layer is held. Layer -1 and states that are not streamed
   // are always valid.

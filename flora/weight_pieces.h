@@ -24,8 +24,7 @@ class WeightPieces {
   void reserve(const Parameter& parameter) {
     if (parameter.quantized) piece_.reserve(std::min(parameter.rows, piece_rows(parameter)) * parameter.cols);
   }
-  void declare(MemoryPlan& plan) const { piece_.declare(plan); }
-  void bind(Arena& arena) { piece_.bind(arena); }
+  void declare(MemoryPlan& plan) { piece_.declare(plan); }
 
   // update(weight, master, rows, key) for all of `weight` and `master`, or for piece after piece in fp32; `rows` says
   // which of their rows these are. key.offset counts from the first element of `weight`'s parameter.

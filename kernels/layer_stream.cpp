@@ -28,28 +28,23 @@ int LayerStream::add(int layer, const Tensor& shape) {
   return static_cast<int>(to.members.size()) - 1;
 }
 
-size_t LayerStream::slot_bytes() const {
-  size_t bytes = 0;
-  for (const Layer& layer : layers_) bytes = std::max(bytes, layer.bytes);
-  return bytes;
-}
-
-void LayerStream::declare(MemoryPlan& plan, uint32_t phases) const {
-  for (size_t i = 0; i < layers_.size(); ++i)
-    plan.add(host_name(static_cast<int>(i)), category_, layers_[i].bytes, kPhaseAlways, true);
-  for (size_t i = 0; i < slots_.size(); ++i) plan.add(slot_name(i), category_, slot_bytes(), phases);
-}
-
-void LayerStream::bind(Arena& arena) {
-  for (size_t i = 0; i < layers_.size(); ++i)
-    layers_[i].host = static_cast<char*>(arena.bytes(host_name(static_cast<int>(i)), layers_[i].bytes));
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    slots_[i].memory = static_cast<char*>(arena.bytes(slot_name(i), slot_bytes()));
-    slots_[i].used_event = backend_.create_event();
-    slots_[i].loaded_event = backend_.create_event();
-    slots_[i].stored_event = backend_.create_event();
-    backend_.record(slots_[i].used_event, Stream::kCompute);
+void LayerStream::declare(MemoryPlan& plan, uint32_t phases) {
+  size_t largest = 0;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    largest = std::max(largest, layers_[i].bytes);
+    plan.add(&layers_[i].host, name_ + "." + std::to_string(i) + ".host", category_, layers_[i].bytes, kPhaseAlways,
+             true);
   }
+  for (size_t i = 0; i < slots_.size(); ++i)
+    plan.add(&slots_[i].memory, name_ + ".slot." + std::to_string(i), category_, largest, phases);
+}
+
+void LayerStream::create_events(Slot& slot) {
+  slot.used_event = backend_.create_event();
+  slot.loaded_event = backend_.create_event();
+  slot.stored_event = backend_.create_event();
+  backend_.record(slot.used_event, Stream::kCompute);
+  slot.has_events = true;
 }
 
 // The layer that will be asked for after `layer`, or -1.
@@ -72,6 +67,7 @@ LayerStream::Slot* LayerStream::free_slot() {
 }
 
 void LayerStream::load(Slot& slot, int layer, bool copy) {
+  if (!slot.has_events) create_events(slot);
   if (slot.layer >= 0) layers_[static_cast<size_t>(slot.layer)].slot = -1;
   Layer& to = layers_[static_cast<size_t>(layer)];
   slot.layer = layer;

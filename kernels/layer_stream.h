@@ -34,9 +34,8 @@ class LayerStream {
   // One more tensor of a layer; `shape` without memory gives dtype and shape. Returns its number within the layer.
   int add(int layer, const Tensor& shape);
 
-  // Host memory of every layer and the slots, alive in `phases`.
-  void declare(MemoryPlan& plan, uint32_t phases) const;
-  void bind(Arena& arena);  // contents are undefined
+  // Host memory of every layer and the slots, alive in `phases`. Contents are undefined.
+  void declare(MemoryPlan& plan, uint32_t phases);
 
   // acquire() makes the layer's tensors valid for operations on the compute stream, until its last release();
   // `changed` says that they were written to. Calls nest. At most slots - 1 other layers may be acquired.
@@ -63,6 +62,7 @@ class LayerStream {
     int acquired = 0;                       // acquire() without release() so far
     bool changed = false;                   // since it was acquired
     bool loading = false, storing = false;  // copies that the compute stream has not waited for
+    bool has_events = false;
     int used_event = 0, loaded_event = 0, stored_event = 0;
     uint64_t last_use = 0;
   };
@@ -71,9 +71,7 @@ class LayerStream {
   Slot* free_slot();
   void load(Slot& slot, int layer, bool copy);
   void store(Slot& slot);
-  std::string host_name(int layer) const { return name_ + "." + std::to_string(layer) + ".host"; }
-  std::string slot_name(size_t slot) const { return name_ + ".slot." + std::to_string(slot); }
-  size_t slot_bytes() const;
+  void create_events(Slot& slot);
 
   std::string name_;
   Category category_;

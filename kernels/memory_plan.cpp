@@ -65,19 +65,21 @@ size_t place(std::vector<Allocation>& allocations, bool host) {
 
 }  // namespace
 
-void MemoryPlan::add(const std::string& name, Category category, size_t bytes, uint32_t phases, bool host) {
-  if (!index_.emplace(name, allocations_.size()).second)
-    throw std::logic_error("memory plan: " + name + " is declared twice");
-  if ((phases & kPhaseAlways) == 0) throw std::logic_error("memory plan: " + name + " is alive in no phase");
-  allocations_.push_back({.name = name, .category = category, .bytes = bytes, .phases = phases, .host = host});
+void MemoryPlan::add(Allocation allocation) {
+  if (!index_.emplace(allocation.name, allocations_.size()).second)
+    throw std::logic_error("memory plan: " + allocation.name + " is declared twice");
+  if ((allocation.phases & kPhaseAlways) == 0)
+    throw std::logic_error("memory plan: " + allocation.name + " is alive in no phase");
+  allocations_.push_back(std::move(allocation));
   laid_out_ = false;
 }
 
-void MemoryPlan::add_tensor(const std::string& name, Category category, DType dtype, int64_t elements,
-                            uint32_t phases) {
-  add(name, category, static_cast<size_t>(elements) * dtype_size(dtype), phases);
-  if (dtype == DType::kI8 || dtype == DType::kU8)
-    add(name + ".scales", category, static_cast<size_t>(quant_blocks(elements)) * sizeof(float), phases);
+void MemoryPlan::add(Tensor* tensor, const std::string& name, Category category, const Tensor& shape, uint32_t phases) {
+  *tensor = shape;
+  add(&tensor->data, name, category, shape.bytes(), phases);
+  if (shape.dtype == DType::kI8 || shape.dtype == DType::kU8)
+    add(&tensor->scales, name + ".scales", category,
+        static_cast<size_t>(quant_blocks(shape.elements())) * sizeof(float), phases);
 }
 
 void MemoryPlan::layout() {
@@ -135,7 +137,6 @@ std::vector<size_t> MemoryPlan::bytes_by_category() const {
 
 Arena::Arena(Backend& backend, MemoryPlan plan) : backend_(backend), plan_(std::move(plan)) {
   plan_.layout();
-  bound_.assign(plan_.allocations().size(), false);
   if (plan_.device_bytes() > 0) device_ = backend_.allocate(plan_.device_bytes());
   try {
     if (plan_.host_bytes() > 0) host_ = backend_.allocate_host(plan_.host_bytes());
@@ -143,35 +144,11 @@ Arena::Arena(Backend& backend, MemoryPlan plan) : backend_(backend), plan_(std::
     if (device_) backend_.release(device_);
     throw;
   }
+  for (const Allocation& allocation : plan_.allocations())
+    allocation.allocated(static_cast<char*>(allocation.host ? host_ : device_) + allocation.offset);
 }
 
 Arena::~Arena() {
   if (device_) backend_.release(device_);
   if (host_) backend_.release_host(host_);
-}
-
-void* Arena::bytes(const std::string& name, size_t bytes) {
-  const Allocation* allocation = plan_.find(name);
-  if (!allocation) throw std::logic_error("arena: " + name + " was not declared");
-  if (allocation->bytes != bytes)
-    throw std::logic_error("arena: " + name + " was declared with " + std::to_string(allocation->bytes) +
-                           " bytes and bound with " + std::to_string(bytes));
-  bound_[static_cast<size_t>(allocation - plan_.allocations().data())] = true;
-  return static_cast<char*>(allocation->host ? host_ : device_) + allocation->offset;
-}
-
-Tensor Arena::tensor(const std::string& name, DType dtype, std::initializer_list<int64_t> shape) {
-  Tensor tensor = Tensor::of(nullptr, dtype, shape);
-  tensor.data = bytes(name, tensor.bytes());
-  if (dtype == DType::kI8 || dtype == DType::kU8)
-    tensor.scales = static_cast<float*>(
-        bytes(name + ".scales", static_cast<size_t>(quant_blocks(tensor.elements())) * sizeof(float)));
-  return tensor;
-}
-
-std::vector<std::string> Arena::unbound() const {
-  std::vector<std::string> names;
-  for (size_t i = 0; i < bound_.size(); ++i)
-    if (!bound_[i]) names.push_back(plan_.allocations()[i].name);
-  return names;
 }

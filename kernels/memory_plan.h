@@ -1,12 +1,15 @@
 // memory_plan.h: the one declared list of allocations, its layout, and the arena that allocates exactly that list.
-// Components declare by name from the configuration alone (no device needed) and later bind the same names to memory.
+// Components declare from the configuration alone (no device needed): what it is called, how large it is, when it is
+// alive, and which of their members is to point to it. The arena fills those in.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "kernels/tensor.h"
@@ -30,10 +33,11 @@ enum Phase : uint32_t {
 struct Allocation {
   std::string name;
   Category category;
-  size_t bytes;       // as requested; the layout aligns the offset, not the size
-  uint32_t phases;    // set of Phase
-  bool host = false;  // in (pinned) host memory instead of on the device
-  size_t offset = 0;  // from the start of the arena, filled in by layout()
+  size_t bytes;                                 // as requested; the layout aligns the offset, not the size
+  uint32_t phases;                              // set of Phase
+  bool host = false;                            // in (pinned) host memory instead of on the device
+  size_t offset = 0;                            // from the start of the arena, filled in by layout()
+  std::function<void(void* memory)> allocated;  // called once by the arena
 };
 
 class MemoryPlan {
@@ -41,12 +45,28 @@ class MemoryPlan {
   static constexpr size_t kAlignment = 256;
   static size_t aligned(size_t offset) { return (offset + kAlignment - 1) / kAlignment * kAlignment; }
 
-  // Declares `bytes` under a unique name. Throws std::logic_error for a name that exists already.
-  void add(const std::string& name, Category category, size_t bytes, uint32_t phases = kPhaseAlways, bool host = false);
+  // Declares a tensor under a unique name; int8 and uint8 ones get their scales as "<name>.scales". *tensor has dtype
+  // and shape at once, and its memory as soon as an arena has allocated the plan: it has to stay where it is. Throws
+  // std::logic_error for a name that exists already.
+  void add(Tensor* tensor, const std::string& name, Category category, DType dtype,
+           std::initializer_list<int64_t> shape, uint32_t phases = kPhaseAlways) {
+    add(tensor, name, category, Tensor::of(nullptr, dtype, shape), phases);
+  }
+  // The same with dtype and shape of a tensor without memory.
+  void add(Tensor* tensor, const std::string& name, Category category, const Tensor& shape,
+           uint32_t phases = kPhaseAlways);
 
-  // Declares a tensor of `elements`; int8 and uint8 tensors get their scales as "<name>.scales".
-  void add_tensor(const std::string& name, Category category, DType dtype, int64_t elements,
-                  uint32_t phases = kPhaseAlways);
+  // The same for bytes that are no tensor; *memory will be their address.
+  template <typename T>
+  void add(T** memory, const std::string& name, Category category, size_t bytes, uint32_t phases = kPhaseAlways,
+           bool host = false) {
+    add({.name = name,
+         .category = category,
+         .bytes = bytes,
+         .phases = phases,
+         .host = host,
+         .allocated = [memory](void* address) { *memory = static_cast<T*>(address); }});
+  }
 
   // Assigns offsets so that allocations with a common phase never overlap. Deterministic; called once, by the arena and
   // by printing.
@@ -62,6 +82,8 @@ class MemoryPlan {
   std::vector<size_t> bytes_by_category() const;
 
  private:
+  void add(Allocation allocation);
+
   std::vector<Allocation> allocations_;
   std::unordered_map<std::string, size_t> index_;
   size_t device_bytes_ = 0, host_bytes_ = 0;
@@ -71,17 +93,12 @@ class MemoryPlan {
 // Owns the memory of a plan: one device allocation, one host allocation, nothing else. Released in the destructor.
 class Arena {
  public:
+  // Allocates, and tells whoever declared something where it is; they have to be alive.
   Arena(Backend& backend, MemoryPlan plan);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
-  // Memory declared under `name`. Throws std::logic_error when the name is unknown or `bytes` is not what was declared.
-  void* bytes(const std::string& name, size_t bytes);
-  Tensor tensor(const std::string& name, DType dtype, std::initializer_list<int64_t> shape);
-
-  // Declared names that nobody bound: an empty list proves that the plan holds nothing but what is used.
-  std::vector<std::string> unbound() const;
   const MemoryPlan& plan() const { return plan_; }
 
  private:
@@ -89,7 +106,6 @@ class Arena {
   MemoryPlan plan_;
   void* device_ = nullptr;
   void* host_ = nullptr;
-  std::vector<bool> bound_;
 };
 
 // A buffer that parameters of different sizes take turns to use: as large as the largest of them, alive in the phases
@@ -103,11 +119,8 @@ class Scratch {
     elements_ = elements > elements_ ? elements : elements_;
     phases_ |= more_phases;
   }
-  void declare(MemoryPlan& plan) const {
-    if (elements_ > 0) plan.add_tensor(name_, category_, dtype_, elements_, phases_);
-  }
-  void bind(Arena& arena) {
-    if (elements_ > 0) memory_ = arena.tensor(name_, dtype_, {elements_});
+  void declare(MemoryPlan& plan) {
+    if (elements_ > 0) plan.add(&memory_, name_, category_, dtype_, {elements_}, phases_);
   }
   Tensor tensor(std::initializer_list<int64_t> shape) const {
     return Tensor::of(memory_.data, dtype_, shape, memory_.scales);

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "kernels/layer_stream.h"
@@ -48,9 +49,8 @@ class Activations {
  public:
   Activations(const Gpt2Config& config, const ActivationShapes& shapes, Backend& backend);
 
-  void declare(MemoryPlan& plan) const;
-  void bind(Arena& arena);
-  // Makes views of B sequences of T tokens. Throws std::logic_error when they are more than planned.
+  void declare(MemoryPlan& plan);
+  // Makes all tensors those of B sequences of T tokens. Throws std::logic_error when they are more than planned.
   void resize(int64_t batch, int64_t sequence);
 
   // x of a layer is valid between acquire() and release(), which nest; `kept`: it was written and is needed again.
@@ -73,45 +73,21 @@ class Activations {
   Tensor logits_block(int64_t columns) const;
 
  private:
-  struct Buffer {
-    const char* name;
-    int64_t width;  // elements per token
-    DType dtype;
-    uint32_t phases;
-    int64_t copies;  // layers kept, or 1
-    std::vector<void*> memory;
+  // A tensor that resize() gives the shape of the batch: [B,T,width], [B*T] of width 1, or [B,width,T].
+  struct Resized {
+    Tensor* tensor;
+    int64_t width;
+    bool per_head;
   };
-  enum Slot {
-    kX,
-    kLn1,
-    kMean1,
-    kRstd1,
-    kQkv,
-    kAtt,
-    kLse,
-    kX2,
-    kLn2,
-    kMean2,
-    kRstd2,
-    kFch,
-    kGelu,
-    kFinalNorm,
-    kFinalMean,
-    kFinalRstd,
-    kBranch,
-    kDResidual,
-    kDWide,
-    kLosses,
-    kHeadLse,
-    kSlots
-  };
-
-  Tensor at(Slot slot, int64_t index) const;
+  void add(MemoryPlan& plan, Tensor* tensor, const std::string& name, int64_t width, DType dtype, uint32_t phases,
+           bool per_head = false);
 
   Gpt2Config config_;
   ActivationShapes shapes_;
-  std::vector<Buffer> buffers_;
-  void* logits_memory_ = nullptr;
+  std::vector<Tensor> residual_;        // x, of each layer and of the last one's output
+  std::vector<LayerActivations> kept_;  // of each layer
+  LayerActivations shared_;             // by all layers
+  std::vector<Resized> resized_;
   std::unique_ptr<LayerStream> stream_;  // of x
   int64_t batch_ = 0, sequence_ = 0;
 };

@@ -16,24 +16,11 @@ Gpt2::Gpt2(const Gpt2Config& config, const ActivationShapes& shapes, ParameterSt
 // Inputs and targets, for training the three parts of the token groups, too.
 int64_t Gpt2::batch_elements(int64_t tokens) const { return shapes_.training ? 5 * tokens + 1 : 2 * tokens; }
 
-void Gpt2::declare(MemoryPlan& plan) const {
+void Gpt2::declare(MemoryPlan& plan) {
   activations_.declare(plan);
-  const int64_t elements = batch_elements(shapes_.batch * shapes_.sequence);
-  plan.add_tensor("batch", Category::kActivations, DType::kI32, elements);
-  plan.add("batch.staging", Category::kActivations, kStagingSlots * static_cast<size_t>(elements) * sizeof(int32_t),
-           kPhaseAlways, true);
-}
-
-void Gpt2::bind(Arena& arena) {
-  activations_.bind(arena);
-  const int64_t elements = batch_elements(shapes_.batch * shapes_.sequence);
-  batch_memory_ = arena.tensor("batch", DType::kI32, {elements}).as<int32_t>();
-  staging_memory_ = static_cast<int32_t*>(
-      arena.bytes("batch.staging", kStagingSlots * static_cast<size_t>(elements) * sizeof(int32_t)));
-  for (int& event : staging_events_) {
-    event = backend_.create_event();
-    backend_.record(event, Stream::kCompute);
-  }
+  const size_t bytes = static_cast<size_t>(batch_elements(shapes_.batch * shapes_.sequence)) * sizeof(int32_t);
+  plan.add(&batch_memory_, "batch", Category::kActivations, bytes);
+  plan.add(&staging_memory_, "batch.staging", Category::kActivations, kStagingBuffers * bytes, kPhaseAlways, true);
 }
 
 const Parameter& Gpt2::parameter(const std::string& name) const {
@@ -70,10 +57,15 @@ void Gpt2::load(const HostBatch& batch) {
   activations_.resize(batch.batch, batch.sequence);  // throws before anything is written
   const int64_t tokens = batch.batch * batch.sequence;
   const bool training = shapes_.training && batch.group_ids;
-  const int slot = staging_slot_;
-  staging_slot_ = (slot + 1) % kStagingSlots;
-  backend_.synchronize_event(staging_events_[slot]);
-  int32_t* const staging = staging_memory_ + slot * batch_elements(shapes_.batch * shapes_.sequence);
+  const size_t buffer = next_staging_;
+  next_staging_ = (buffer + 1) % kStagingBuffers;
+  if (buffer == staging_events_.size()) {
+    staging_events_.push_back(backend_.create_event());
+  } else {
+    backend_.synchronize_event(staging_events_[buffer]);
+  }
+  int32_t* const staging =
+      staging_memory_ + static_cast<int64_t>(buffer) * batch_elements(shapes_.batch * shapes_.sequence);
   int64_t used = 0;
   const auto part = [&](const int32_t* values, int64_t count) {
     if (values) std::copy_n(values, count, staging + used);
@@ -88,7 +80,7 @@ void Gpt2::load(const HostBatch& batch) {
     groups_.positions = part(batch.group_positions, tokens);
   }
   backend_.copy(batch_memory_, staging, static_cast<size_t>(used) * sizeof(int32_t));
-  backend_.record(staging_events_[slot], Stream::kCompute);
+  backend_.record(staging_events_[buffer], Stream::kCompute);
 }
 
 // x, ln1 of the next block (or ln_f after the last one) from the sum of the residual stream and a block's output.

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "flora/gradients.h"
 #include "kernels/backend.h"
@@ -22,14 +23,11 @@ struct HostBatch {
 };
 
 class Gpt2 {
-  static constexpr int kStagingSlots = 2;
-
  public:
   // `training` in the shapes decides whether backward passes are possible (and planned for).
   Gpt2(const Gpt2Config& config, const ActivationShapes& shapes, ParameterStore& store, Backend& backend);
 
-  void declare(MemoryPlan& plan) const;
-  void bind(Arena& arena);
+  void declare(MemoryPlan& plan);
 
   // Weights ~ N(0, 0.02), residual projections scaled by 1/sqrt(2 L), LayerNorm 1 and 0, biases 0; from the seed.
   void initialize(uint64_t seed);
@@ -85,8 +83,11 @@ class Gpt2 {
   Tensor inputs_, targets_;  // [B, T], [B*T] of the batch at hand
   float head_gradient_scale_ = 0;
   TokenGroups groups_;
-  int32_t* batch_memory_ = nullptr;    // all of the batch, one part after another
-  int32_t* staging_memory_ = nullptr;  // kStagingSlots of them in host memory
-  int staging_events_[kStagingSlots];  // the slot has been copied to the device
-  int staging_slot_ = 0;
+  int32_t* batch_memory_ = nullptr;  // all of the batch, one part after another
+
+  // In host memory, so that the next batch is laid out while the last one is copied.
+  static constexpr size_t kStagingBuffers = 2;
+  int32_t* staging_memory_ = nullptr;
+  std::vector<int> staging_events_;  // the buffer has been copied to the device
+  size_t next_staging_ = 0;
 };

@@ -31,34 +31,25 @@ DType WeightStore::stored_dtype(const Parameter& p) const {
   return p.quantized ? DType::kI8 : config_.plain_dtype;
 }
 
-void WeightStore::declare(MemoryPlan& plan) const {
+void WeightStore::declare(MemoryPlan& plan) {
   for (const Parameter& p : parameters_) {
     if (streamed(p)) continue;
-    plan.add_tensor(p.name, Category::kWeights, stored_dtype(p), p.padded_elements());
-    if (config_.master_weights) plan.add_tensor(p.name + ".master", Category::kWeights, DType::kF32, p.elements());
+    plan.add(&place(p).weight, p.name, Category::kWeights, stored_dtype(p), {p.padded_rows, p.cols});
+    if (config_.master_weights)
+      plan.add(&place(p).master, p.name + ".master", Category::kWeights, p.tensor(nullptr, DType::kF32));
   }
   if (stream_) stream_->declare(plan, kPhaseAlways);
   if (decoded_elements_ > 0)
-    plan.add_tensor("weights.decoded", Category::kWorkspace, config_.plain_dtype, decoded_elements_,
-                    kPhaseForward | kPhaseBackward);
+    plan.add(&decoded_, "weights.decoded", Category::kWorkspace, config_.plain_dtype, {decoded_elements_},
+             kPhaseForward | kPhaseBackward);
 }
 
-void WeightStore::bind(Arena& arena) {
+void WeightStore::zero_padding() {
   for (const Parameter& p : parameters_) {
-    if (streamed(p)) continue;
-    const Tensor padded = arena.tensor(p.name, stored_dtype(p), {p.padded_rows, p.cols});
-    place(p).weight = p.tensor(padded.data, padded.dtype);
-    place(p).weight.scales = padded.scales;
-    const int64_t padding_rows = p.padded_rows - p.rows;
-    if (padding_rows > 0) {
-      const Tensor padding = padded.slice(p.rows, padding_rows);
-      backend_.fill(padding.data, 0, padding.bytes());
-    }
-    if (config_.master_weights)
-      place(p).master = p.tensor(arena.tensor(p.name + ".master", DType::kF32, {p.rows, p.cols}).data, DType::kF32);
+    if (p.padded_rows == p.rows) continue;
+    const Tensor padding = place(p).weight.slice(p.rows, p.padded_rows - p.rows);
+    backend_.fill(padding.data, 0, padding.bytes());
   }
-  if (stream_) stream_->bind(arena);
-  if (decoded_elements_ > 0) decoded_ = arena.tensor("weights.decoded", config_.plain_dtype, {decoded_elements_}).data;
 }
 
 void WeightStore::acquire(int layer, Access access) {
@@ -71,13 +62,13 @@ void WeightStore::release(int layer, bool changed) {
 
 Tensor WeightStore::stored(const Parameter& parameter) {
   const Place& at = place(parameter);
-  return streamed(parameter) ? stream_->tensor(parameter.layer, at.streamed_weight) : at.weight;
+  return streamed(parameter) ? stream_->tensor(parameter.layer, at.streamed_weight) : parameter.tensor(at.weight);
 }
 
 Tensor WeightStore::weight(const Parameter& parameter) {
   const Tensor kept = stored(parameter);
   if (!parameter.quantized) return kept;
-  const Tensor decoded = parameter.tensor(decoded_, config_.plain_dtype);
+  const Tensor decoded = parameter.tensor(decoded_.data, config_.plain_dtype);
   backend_.dequantize_weight(decoded, kept);
   return decoded;
 }
@@ -99,7 +90,7 @@ void WeightStore::assign(const Parameter& p, const std::function<void(Tensor, in
   const int64_t step = std::max<int64_t>(room / (p.cols * quant_rows(p.cols)), 1) * quant_rows(p.cols);
   for (int64_t begin = 0; begin < p.rows; begin += step) {
     const int64_t rows = std::min(step, p.rows - begin);
-    const Tensor piece = Tensor::of(decoded_, DType::kF32, {rows, p.cols});
+    const Tensor piece = Tensor::of(decoded_.data, DType::kF32, {rows, p.cols});
     fill(piece, begin);
     backend_.quantize_weight(kept.slice(begin, rows), piece, {}, nullptr);
   }

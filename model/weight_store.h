@@ -22,8 +22,8 @@ class WeightStore final : public ParameterStore {
  public:
   WeightStore(std::vector<Parameter> parameters, const WeightStoreConfig& config, Backend& backend);
 
-  void declare(MemoryPlan& plan) const;
-  void bind(Arena& arena);  // padding rows become zeros, the rest is undefined
+  void declare(MemoryPlan& plan);
+  void zero_padding();  // of all weights; the rest is undefined before it is assigned
 
   const std::vector<Parameter>& parameters() const override { return parameters_; }
   void acquire(int layer, Access access) override;
@@ -40,7 +40,7 @@ class WeightStore final : public ParameterStore {
  private:
   // Where one parameter is: in resident memory, or in the stream under these numbers.
   struct Place {
-    Tensor weight, master;
+    Tensor weight, master;  // [padded_rows, cols], [rows, cols]
     int streamed_weight = -1, streamed_master = -1;
   };
 
@@ -54,5 +54,5 @@ class WeightStore final : public ParameterStore {
   std::vector<Place> places_;  // by Parameter::index
   std::unique_ptr<LayerStream> stream_;
   int64_t decoded_elements_ = 0;  // as many as the largest 8-bit matrix needs
-  void* decoded_ = nullptr;
+  Tensor decoded_;
 };

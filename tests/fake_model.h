@@ -20,20 +20,21 @@ class FakeStore final : public ParameterStore {
   FakeStore(std::vector<Parameter> parameters, DType dtype, bool masters)
       : parameters_(std::move(parameters)), dtype_(dtype), masters_(masters), held_(16, 0) {}
 
-  void declare(MemoryPlan& plan) const {
-    for (const Parameter& p : parameters_) {
-      plan.add_tensor(p.name, Category::kWeights, dtype_, p.padded_elements());
-      if (masters_) plan.add_tensor(p.name + ".master", Category::kWeights, DType::kF32, p.elements());
+  void declare(MemoryPlan& plan) {
+    weights_.resize(parameters_.size()), master_copies_.resize(parameters_.size());
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      const Parameter& p = parameters_[i];
+      plan.add(&weights_[i], p.name, Category::kWeights, dtype_, {p.padded_rows, p.cols});
+      if (masters_)
+        plan.add(&master_copies_[i], p.name + ".master", Category::kWeights, p.tensor(nullptr, DType::kF32));
     }
   }
 
-  void bind(Arena& arena, Backend& backend, uint64_t seed) {
+  void randomize(Backend& backend, uint64_t seed) {
     for (const Parameter& p : parameters_) {
-      weights_.push_back(arena.tensor(p.name, dtype_, {p.padded_elements()}).data);
-      backend.fill_normal(view(p, weights_.back(), dtype_), 0, 0.02f, {.seed = seed, .tensor = p.hash()});
-      if (!masters_) continue;
-      master_copies_.push_back(arena.tensor(p.name + ".master", DType::kF32, {p.elements()}).data);
-      backend.convert(view(p, master_copies_.back(), DType::kF32), view(p, weights_.back(), dtype_));
+      const size_t i = static_cast<size_t>(p.index);
+      backend.fill_normal(p.tensor(weights_[i]), 0, 0.02f, {.seed = seed, .tensor = p.hash()});
+      if (masters_) backend.convert(master_copies_[i], p.tensor(weights_[i]));
     }
   }
 
@@ -45,27 +46,21 @@ class FakeStore final : public ParameterStore {
   }
   Tensor weight(const Parameter& p) override {
     EXPECT_GT(held_.at(static_cast<size_t>(p.layer + 1)), 0) << p.name << " is used without acquire()";
-    return view(p, weights_.at(static_cast<size_t>(p.index)), dtype_);
+    return p.tensor(weights_.at(static_cast<size_t>(p.index)));
   }
   Tensor padded_weight(const Parameter& p) override { return weight(p); }
   Tensor stored(const Parameter& p) override { return weight(p); }
   DType dtype(const Parameter&) const override { return dtype_; }
-  Tensor master(const Parameter& p) override {
-    return masters_ ? view(p, master_copies_.at(static_cast<size_t>(p.index)), DType::kF32) : Tensor{};
-  }
+  Tensor master(const Parameter& p) override { return master_copies_.at(static_cast<size_t>(p.index)); }
   int changed() const { return changed_; }
 
  private:
-  static Tensor view(const Parameter& p, void* data, DType dtype) {
-    return p.matrix ? Tensor::of(data, dtype, {p.rows, p.cols}) : Tensor::of(data, dtype, {p.cols});
-  }
-
   std::vector<Parameter> parameters_;
   DType dtype_;
   bool masters_;
   std::vector<int> held_;
   int changed_ = 0;
-  std::vector<void*> weights_, master_copies_;
+  std::vector<Tensor> weights_, master_copies_;
 };
 
 struct FakeOptions {
@@ -86,21 +81,20 @@ class FakeModel {
         optimizer_(make_optimizer(options.optimizer, store_.parameters(), options.gradients.gradient_dtype, *backend_)),
         gradients_(options.gradients, *optimizer_, store_, *backend_) {
     MemoryPlan plan;
-    const size_t workspace = backend_->workspace_bytes(
+    const size_t workspace_bytes = backend_->workspace_bytes(
         {.batch = 1, .sequence = 16, .channels = 24, .heads = 2, .vocabulary = 150, .any_bf16 = true});
-    plan.add("scalars", Category::kWorkspace, sizeof(StepScalars));
-    plan.add("workspace", Category::kWorkspace, workspace);
+    void* workspace = nullptr;
+    plan.add(&scalars_, "scalars", Category::kWorkspace, sizeof(StepScalars));
+    plan.add(&workspace, "workspace", Category::kWorkspace, workspace_bytes);
     store_.declare(plan);
     optimizer_->declare(plan);
     gradients_.declare(plan);
     arena_ = std::make_unique<Arena>(*backend_, std::move(plan));
-    scalars_ = static_cast<StepScalars*>(arena_->bytes("scalars", sizeof(StepScalars)));
     char* const base = reinterpret_cast<char*>(scalars_) - arena_->plan().find("scalars")->offset;
     backend_->fill(base, 0xff, arena_->plan().device_bytes());
-    backend_->set_workspace(arena_->bytes("workspace", workspace), workspace);
-    store_.bind(*arena_, *backend_, 4);
-    optimizer_->bind(*arena_);
-    gradients_.bind(*arena_);
+    backend_->set_workspace(workspace, workspace_bytes);
+    store_.randomize(*backend_, 4);
+    optimizer_->states().zero();
   }
 
   void step(uint32_t t, float lr = 0.01f) {

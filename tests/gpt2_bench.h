@@ -68,17 +68,12 @@ class CapturingSink final : public GradientSink {
   CapturingSink(const std::vector<Parameter>& parameters, DType dtype, Backend& backend)
       : parameters_(parameters), dtype_(dtype), backend_(backend) {}
 
-  void declare(MemoryPlan& plan) const {
-    for (const Parameter& p : parameters_) {
-      plan.add_tensor("gradient." + p.name, Category::kGradients, dtype_of(p), p.padded_elements());
-    }
+  void declare(MemoryPlan& plan) {
+    for (const Parameter& p : parameters_)
+      plan.add(&buffers_[p.name], "gradient." + p.name, Category::kGradients, dtype_of(p), {p.padded_rows, p.cols});
   }
-  void bind(Arena& arena) {
-    for (const Parameter& p : parameters_) {
-      const Tensor padded = arena.tensor("gradient." + p.name, dtype_of(p), {p.padded_rows, p.cols});
-      backend_.fill(padded.data, 0xff, padded.bytes());
-      buffers_[p.name] = p.matrix ? padded.slice(0, p.rows) : padded.view({p.cols});
-    }
+  void poison() {
+    for (const auto& [name, padded] : buffers_) backend_.fill(padded.data, 0xff, padded.bytes());
   }
 
   void begin_step() { written_.clear(), ready_.clear(); }
@@ -89,7 +84,7 @@ class CapturingSink final : public GradientSink {
     int matrices = 0;
     for (const Parameter& other : parameters_) matrices += open_.count(other.name) && other.matrix && !other.long_lived;
     EXPECT_LE(matrices, 1) << "two matrices are open beside " << p.name;
-    return {buffers_.at(p.name), !written_.insert(p.name).second};
+    return {p.tensor(buffers_.at(p.name)), !written_.insert(p.name).second};
   }
 
   void ready(const Parameter& p) override {
@@ -102,7 +97,11 @@ class CapturingSink final : public GradientSink {
     EXPECT_EQ(ready_.size(), parameters_.size());
   }
 
-  Floats gradient(const std::string& name) const { return download_floats(backend_, buffers_.at(name)); }
+  Floats gradient(const std::string& name) const {
+    for (const Parameter& p : parameters_)
+      if (p.name == name) return download_floats(backend_, p.tensor(buffers_.at(name)));
+    throw std::logic_error("no parameter " + name);
+  }
 
  private:
   DType dtype_of(const Parameter& p) const { return p.long_lived ? DType::kF32 : dtype_; }
@@ -110,7 +109,7 @@ class CapturingSink final : public GradientSink {
   std::vector<Parameter> parameters_;
   DType dtype_;
   Backend& backend_;
-  std::map<std::string, Tensor> buffers_;
+  std::map<std::string, Tensor> buffers_;  // with padding rows
   std::set<std::string> written_, open_, ready_;
 };
 
@@ -169,24 +168,21 @@ class Gpt2Bench {
     store.declare(plan);
     model.declare(plan);
     sink.declare(plan);
-    plan.add_tensor("loss", Category::kWorkspace, DType::kF32, 1);
-    plan.add("scalars", Category::kWorkspace, sizeof(StepScalars));
-    const size_t workspace = backend->workspace_bytes({.batch = o.batch,
-                                                       .sequence = o.sequence,
-                                                       .channels = o.config.channels,
-                                                       .heads = o.config.heads,
-                                                       .vocabulary = o.config.padded_vocabulary(),
-                                                       .any_bf16 = o.dtype == DType::kBF16});
-    plan.add("workspace", Category::kWorkspace, workspace);
+    plan.add(&loss_, "loss", Category::kWorkspace, DType::kF32, {1});
+    plan.add(&scalars, "scalars", Category::kWorkspace, sizeof(StepScalars));
+    const size_t workspace_bytes = backend->workspace_bytes({.batch = o.batch,
+                                                             .sequence = o.sequence,
+                                                             .channels = o.config.channels,
+                                                             .heads = o.config.heads,
+                                                             .vocabulary = o.config.padded_vocabulary(),
+                                                             .any_bf16 = o.dtype == DType::kBF16});
+    void* workspace = nullptr;
+    plan.add(&workspace, "workspace", Category::kWorkspace, workspace_bytes);
     arena_ = std::make_unique<Arena>(*backend, std::move(plan));
-    backend->fill(arena_->bytes("workspace", workspace), 0xff, workspace);
-    backend->set_workspace(arena_->bytes("workspace", workspace), workspace);
-    store.bind(*arena_);
-    model.bind(*arena_);
-    sink.bind(*arena_);
-    loss_ = arena_->tensor("loss", DType::kF32, {1});
-    scalars = static_cast<StepScalars*>(arena_->bytes("scalars", sizeof(StepScalars)));
-    EXPECT_TRUE(arena_->unbound().empty()) << arena_->unbound().front() << " was declared and not used";
+    backend->fill(workspace, 0xff, workspace_bytes);
+    backend->set_workspace(workspace, workspace_bytes);
+    store.zero_padding();
+    sink.poison();
   }
 
   void set_weight(const std::string& name, const Floats& values) {

@@ -56,7 +56,7 @@ class Bench {
     optimizer_ = make_optimizer(config, {parameter}, DType::kF32, device_.backend());
     optimizer_->declare(plan);
     arena_ = std::make_unique<Arena>(device_.backend(), plan);
-    optimizer_->bind(*arena_);
+    optimizer_->states().zero();
     weight_ = device_.upload(Values(static_cast<size_t>(parameter.elements()), 0.0), DType::kF32,
                              {parameter.rows, parameter.cols});
     gradient_ = device_.poisoned(DType::kF32, {parameter.rows, parameter.cols});

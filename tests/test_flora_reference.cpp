@@ -255,13 +255,15 @@ class Bench {
     const DType weight_dtype = pick(c.at("weight_dtype"), kDTypes);
     const int64_t count = parameter_.elements();
     MemoryPlan plan;
-    plan.add_tensor("weight", Category::kWeights, weight_dtype, count);
-    plan.add_tensor("gradient", Category::kGradients, DType::kF32, count);
-    plan.add("scalars", Category::kWorkspace, sizeof(StepScalars));
-    if (c.at("master").get<bool>()) plan.add_tensor("master", Category::kWeights, DType::kF32, count);
-    const size_t workspace = backend_->workspace_bytes(
+    const auto shape = [&](DType dtype) { return parameter_.tensor(nullptr, dtype); };
+    plan.add(&weight_, "weight", Category::kWeights, shape(weight_dtype));
+    plan.add(&gradient_, "gradient", Category::kGradients, shape(DType::kF32));
+    plan.add(&scalars_, "scalars", Category::kWorkspace, sizeof(StepScalars));
+    if (c.at("master").get<bool>()) plan.add(&master_, "master", Category::kWeights, shape(DType::kF32));
+    const size_t workspace_bytes = backend_->workspace_bytes(
         {.batch = 1, .sequence = 64, .channels = 128, .heads = 2, .vocabulary = 128, .any_bf16 = true});
-    if (workspace > 0) plan.add("workspace", Category::kWorkspace, workspace);
+    void* workspace = nullptr;
+    plan.add(&workspace, "workspace", Category::kWorkspace, workspace_bytes);
     if (const json& a = c.at("accumulation"); !a.is_null()) {
       micro_batches_ = a.at("micro_batches").get<int>();
       GradientConfig config;
@@ -275,14 +277,9 @@ class Bench {
     }
     optimizer_->declare(plan);
     arena_ = std::make_unique<Arena>(*backend_, std::move(plan));
-    if (workspace > 0) backend_->set_workspace(arena_->bytes("workspace", workspace), workspace);
-    weight_ = tensor("weight", weight_dtype);
-    gradient_ = tensor("gradient", DType::kF32);
-    if (c.at("master").get<bool>()) master_ = tensor("master", DType::kF32);
-    scalars_ = static_cast<StepScalars*>(arena_->bytes("scalars", sizeof(StepScalars)));
+    backend_->set_workspace(workspace, workspace_bytes);
     store_.set(weight_, master_);
-    optimizer_->bind(*arena_);
-    if (gradients_) gradients_->bind(*arena_);
+    optimizer_->states().zero();
     const std::vector<float> initial = uniform_input(inputs_ + ".w", count);
     upload(*backend_, weight_, initial);
     // A master copy starts from the same rounded numbers as the weight.
@@ -307,11 +304,6 @@ class Bench {
   Tensor master() const { return master_; }
 
  private:
-  Tensor tensor(const char* name, DType dtype) {
-    return parameter_.matrix ? arena_->tensor(name, dtype, {parameter_.rows, parameter_.cols})
-                             : arena_->tensor(name, dtype, {parameter_.cols});
-  }
-
   void step_directly(uint32_t t) {
     StepScalars scalars;
     scalars.lr = lr_;

@@ -286,7 +286,7 @@ TEST(Gradients, Bf16SumsAreCloseAndUnbiased) {
 
 // ---- memory
 
-TEST(Gradients, PlanIsWhatIsUsed) {
+TEST(Gradients, PlanIsWhatIsAllocated) {
   int combination = 0;
   for (OptimizerKind kind : kOptimizers)
     for (GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed})
@@ -304,7 +304,6 @@ TEST(Gradients, PlanIsWhatIsUsed) {
                   options.gradients.accumulation_dtype = accumulation;
                   options.gradients.accumulation_rank = accumulation_rank;
                   FakeModel model(options);
-                  ASSERT_EQ(model.arena().unbound(), std::vector<std::string>{});
                   ASSERT_EQ(model.backend().allocated_bytes(), model.arena().plan().device_bytes());
                   if (test_backend_name() != "cpu" && combination++ % 7 != 0) continue;  // a step takes long there
                   run(model, 3);

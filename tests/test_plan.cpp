@@ -1,6 +1,5 @@
 // test_plan.cpp: the memory plan is the truth. For every optimizer x mode x recompute level x dtypes an engine takes
-// from the device exactly the bytes that were planned, uses every declared name, and asks for nothing more while it
-// trains.
+// from the device exactly the bytes that were planned and asks for nothing more while it trains.
 #include <gtest/gtest.h>
 
 #include "tests/gpt2_bench.h"
@@ -37,7 +36,6 @@ void expect_planned(const EngineConfig& config, const std::string& what) {
     engine.allocate();
     EXPECT_EQ(backend->allocated_bytes(), plan.device_bytes()) << what;
     EXPECT_EQ(engine.arena().plan().device_bytes(), plan.device_bytes()) << what;
-    for (const std::string& name : engine.arena().unbound()) ADD_FAILURE() << what << ": nobody uses " << name;
 
     engine.model().initialize(1);
     const BenchBatch batch = BenchBatch::random(2, 11, config.model.vocabulary, 3);

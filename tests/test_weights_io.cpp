@@ -31,7 +31,7 @@ class Weights {
     MemoryPlan plan;
     store.declare(plan);
     arena_ = std::make_unique<Arena>(*backend, std::move(plan));
-    store.bind(*arena_);
+    store.zero_padding();
   }
 
   void randomize(uint32_t seed) {

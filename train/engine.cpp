@@ -53,39 +53,30 @@ Engine::Engine(const EngineConfig& config, Backend& backend)
       store_(parameters_of(config_), store_config(config_), backend),
       model_(config_.model, config_.shapes, store_, backend),
       graphs_(backend, config_.graphs) {
-  if (!config_.shapes.training) return;
-  optimizer_ = make_optimizer(config_.optimizer, store_.parameters(), config_.gradients.gradient_dtype, backend);
-  gradients_ = std::make_unique<Gradients>(config_.gradients, *optimizer_, store_, backend);
-}
-
-MemoryPlan Engine::declared() const {
-  MemoryPlan plan;
-  store_.declare(plan);
-  if (optimizer_) optimizer_->declare(plan);
-  if (gradients_) gradients_->declare(plan);
-  model_.declare(plan);
-  plan.add("step.scalars", Category::kWorkspace, sizeof(StepScalars));
-  plan.add_tensor("step.loss", Category::kWorkspace, DType::kF32, 1);
-  plan.add("backend.workspace", Category::kWorkspace, backend_.workspace_bytes(kernel_shapes(config_)));
-  return plan;
+  if (config_.shapes.training) {
+    optimizer_ = make_optimizer(config_.optimizer, store_.parameters(), config_.gradients.gradient_dtype, backend);
+    gradients_ = std::make_unique<Gradients>(config_.gradients, *optimizer_, store_, backend);
+  }
+  store_.declare(plan_);
+  if (optimizer_) optimizer_->declare(plan_);
+  if (gradients_) gradients_->declare(plan_);
+  model_.declare(plan_);
+  plan_.add(&scalars_, "step.scalars", Category::kWorkspace, sizeof(StepScalars));
+  plan_.add(&loss_, "step.loss", Category::kWorkspace, DType::kF32, {1});
+  plan_.add(&workspace_, "backend.workspace", Category::kWorkspace, backend.workspace_bytes(kernel_shapes(config_)));
 }
 
 MemoryPlan Engine::plan() const {
-  MemoryPlan plan = declared();
+  MemoryPlan plan = plan_;
   plan.layout();
   return plan;
 }
 
 void Engine::allocate() {
-  arena_ = std::make_unique<Arena>(backend_, plan());
-  store_.bind(*arena_);
-  if (optimizer_) optimizer_->bind(*arena_);
-  if (gradients_) gradients_->bind(*arena_);
-  model_.bind(*arena_);
-  scalars_ = static_cast<StepScalars*>(arena_->bytes("step.scalars", sizeof(StepScalars)));
-  loss_ = arena_->tensor("step.loss", DType::kF32, {1});
-  const size_t workspace = backend_.workspace_bytes(kernel_shapes(config_));
-  backend_.set_workspace(arena_->bytes("backend.workspace", workspace), workspace);
+  arena_ = std::make_unique<Arena>(backend_, plan_);
+  backend_.set_workspace(workspace_, backend_.workspace_bytes(kernel_shapes(config_)));
+  store_.zero_padding();
+  if (optimizer_) optimizer_->states().zero();
 }
 
 StepResult Engine::result() {

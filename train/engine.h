@@ -44,10 +44,10 @@ class Engine {
   Engine(const EngineConfig& config, Backend& backend);
 
   // What every part declares, not yet laid out.
-  MemoryPlan declared() const;
+  const MemoryPlan& declared() const { return plan_; }
   // The same, laid out. Needs no device memory.
   MemoryPlan plan() const;
-  // Allocates exactly the plan, once, and binds every component to it.
+  // Allocates exactly the plan, once. Weights are undefined then, states zeros.
   void allocate();
 
   ParameterStore& store() { return store_; }
@@ -113,6 +113,7 @@ class Engine {
 
   EngineConfig config_;
   Backend& backend_;
+  MemoryPlan plan_;
   std::unique_ptr<Arena> arena_;  // outlives what lives in it
   WeightStore store_;
   Gpt2 model_;
@@ -121,4 +122,5 @@ class Engine {
   GraphCache graphs_;
   Tensor loss_;
   StepScalars* scalars_ = nullptr;
+  void* workspace_ = nullptr;  // of the backend
 };

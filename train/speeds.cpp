@@ -253,7 +253,7 @@ class Measurement {
     MemoryPlan plan;
     optimizer->declare(plan);
     Arena arena(backend_, plan);
-    optimizer->bind(arena);
+    optimizer->states().zero();
     speeds_.update_block = 3 * update_seconds(*optimizer, parameters[0], gradient_);
     speeds_.update_row = update_seconds(*optimizer, parameters[1], DType::kF32) / static_cast<double>(table_rows);
   }
