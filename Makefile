@@ -56,38 +56,7 @@ ifneq ($(SANITIZE),)
   LDFLAGS  += -fsanitize=$(SANITIZE)
 endif
 
-# ---- CUDA
-
-CUDA_HOME    ?= $(firstword $(wildcard /usr/local/cuda /opt/cuda) /usr/local/cuda)
-NVCC         ?= $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc))
-CUDA         ?= $(if $(NVCC),1,0)
-ifeq ($(CUDA),1)
-  # The toolkit that this nvcc belongs to.
-  CUDA_ROOT  := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
-  # nvidia-smi reports its failures on stdout, too: only a number counts. What this nvcc does not know, or what is older
-  # than sm_80, is left to the default.
-  GPU_ARCH   := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
-                  sed -n '1s/^\([0-9][0-9]*\)\.\([0-9]\)$$/\1\2/p')
-  GPU_ARCH   := $(filter-out 50 52 53 60 61 62 70 72 75,\
-                  $(filter $(GPU_ARCH),$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch))))
-  # Hopper's own instructions need the target sm_90a.
-  CUDA_ARCHS ?= $(if $(GPU_ARCH),$(GPU_ARCH:90=90a),80)
-  # Machine code for each, and for the last one that newer GPUs can take, PTX.
-  PORTABLE   := $(lastword $(filter-out %a,$(CUDA_ARCHS)))
-  GENCODE    := $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) \
-                $(foreach a,$(PORTABLE),-gencode=arch=compute_$(a),code=compute_$(a))
-  # -fmad=false: see -ffp-contract above. 1675: pragmas of GCC in the headers that are shared with the CPU.
-  NVCCFLAGS  := -std=c++20 -O3 -fmad=false -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-restrict,-Werror \
-                -diag-suppress 1675 -Werror all-warnings -lineinfo -I. $(GENCODE)
-  CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
-  CUDART     := $(firstword $(wildcard $(foreach d,lib64 lib targets/x86_64-linux/lib,$(CUDA_ROOT)/$(d)/libcudart_static.a)))
-  LDLIBS     += -L$(or $(dir $(CUDART)),$(CUDA_ROOT)/lib64) -lcudart_static -ldl -lrt
-else
-  CUDA_SOURCES :=
-endif
-CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=$(BUILD)/%.o)
-# What the program says where it has no CUDA backend.
-WITHOUT_CUDA := $(if $(filter-out undefined default file,$(origin CUDA)),CUDA=$(CUDA) was given,no nvcc was found)
+include kernels/cuda/rules.mk
 
 # ---- sources
 
@@ -99,22 +68,18 @@ LIB_OBJECTS  := $(LIB_SOURCES:%.cpp=$(BUILD)/%.o) $(CUDA_OBJECTS)
 TEST_SOURCES := $(wildcard tests/test_*.cpp)
 TESTS        := $(TEST_SOURCES:tests/%.cpp=$(BUILD)/tests/%)
 LIB          := $(BUILD)/libtrain_gpt2.a
-KERNEL_BENCH := $(patsubst %,$(BUILD)/bench/%.o,kernels kernel_cases model_cases optimizer_cases)
 
 # Flags that what is there was built with. Where others hold now, the file is out of date, and with it what depends on it.
 COMPILED := $(strip $(CXX) $(CXXFLAGS))
 LINKED   := $(strip $(CXX) $(CXXFLAGS) $(LDFLAGS) $(LDLIBS) $(if $(CUDA_SOURCES),,$(WITHOUT_CUDA)))
 NVCC_RAN := $(strip $(NVCC) $(NVCCFLAGS))
-stale     = $(if $(subst x$(2),,x$(strip $(file <$(1)))),FORCE)
-define REMEMBER
-@mkdir -p $(@D) && printf '%s\n' '$(1)' >$@
+define STAMP
+$(BUILD)/$(1): $(if $(subst x$($(2)),,x$(strip $(file <$(BUILD)/$(1)))),FORCE)
+	@mkdir -p $$(@D) && printf '%s\n' '$($(2))' >$$@
 endef
-$(BUILD)/.compiled: $(call stale,$(BUILD)/.compiled,$(COMPILED))
-	$(call REMEMBER,$(COMPILED))
-$(BUILD)/.linked: $(call stale,$(BUILD)/.linked,$(LINKED))
-	$(call REMEMBER,$(LINKED))
-$(BUILD)/.nvcc: $(call stale,$(BUILD)/.nvcc,$(NVCC_RAN))
-	$(call REMEMBER,$(NVCC_RAN))
+$(eval $(call STAMP,.compiled,COMPILED))
+$(eval $(call STAMP,.linked,LINKED))
+$(eval $(call STAMP,.nvcc,NVCC_RAN))
 
 # Options, files and tests gain nothing from -O3 and compile twice as fast without it.
 $(BUILD)/train/%.o $(BUILD)/train_gpt2.o $(BUILD)/tests/%.o: OPTIMIZE := -O1
@@ -142,86 +107,24 @@ $(LIB): $(LIB_OBJECTS) $(BUILD)/.linked
 $(BUILD)/kernels/without_cuda.o: CXXFLAGS += -DWITHOUT_CUDA='"$(WITHOUT_CUDA)"'
 $(BUILD)/kernels/without_cuda.o: $(BUILD)/.linked
 
+define COMPILE
+@mkdir -p $(@D)
+@echo "  CXX   $<"
+$(Q)$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -x c++ -o $@ $<
+endef
 $(BUILD)/train_gpt2.o: train_gpt2.cu $(BUILD)/.compiled | $(BUILD)/.packages
-	@mkdir -p $(@D)
-	@echo "  CXX   $<"
-	$(Q)$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -x c++ -o $@ $<
-
+	$(COMPILE)
 $(BUILD)/%.o: %.cpp $(BUILD)/.compiled | $(BUILD)/.packages
-	@mkdir -p $(@D)
-	@echo "  CXX   $<"
-	$(Q)$(CXX) $(CXXFLAGS) $(OPTIMIZE) -MMD -MP -c -o $@ $<
-
+	$(COMPILE)
+# A bundle's GoogleTest has warnings of its own.
+$(BUILD)/googletest/%.o: CXXFLAGS := -std=c++20 -O1 -I$(BUNDLE)/include -I$(BUNDLE)/googletest
 $(BUILD)/googletest/%.o: $(BUNDLE)/googletest/src/%.cc
-	@mkdir -p $(@D)
-	@echo "  CXX   $<"
-	$(Q)$(CXX) -std=c++20 -O1 -I$(BUNDLE)/include -I$(BUNDLE)/googletest -c -o $@ $<
-
-$(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu $(BUILD)/.nvcc | $(BUILD)/.packages
-	@mkdir -p $(@D)
-	@echo "  NVCC  $<"
-	$(Q)scripts/nvcc.sh $@ $(NVCC) $(NVCCFLAGS) -MMD -MP -c $<
+	$(COMPILE)
 
 $(TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(filter %.o,$(GTEST)) $(LIB) $(BUILD)/.linked
 	$(LINK) $(filter -l%,$(GTEST)) $(LDLIBS)
 
-# ---- the CUDA backend on the CPU: the same sources, compiled by g++ against the shim of tests/cuda_on_cpu/
-
-SHIM_KERNELS := $(filter-out kernels/cuda/cublaslt_library.cu,$(wildcard kernels/cuda/*.cu))
-SHIM_SOURCES := $(filter-out tests/cuda_on_cpu/test_%,$(wildcard tests/cuda_on_cpu/*.cpp))
-SHIM_OBJECTS := $(SHIM_KERNELS:%.cu=%.o) $(SHIM_SOURCES:%.cpp=%.o)
-SHIM         := $(BUILD)/cuda_on_cpu
-SANITIZED    := $(BUILD)/cuda_on_cpu_sanitized
-# Tests of operations run under the sanitizers, and plain with another seed; those of whole models would take too long with
-# sanitizers, and the shim's own are built plain, too.
-OPERATION_TESTS := attention classifier device_memory elementwise embedding factored_moment layer_stream layernorm matmul \
-                   optimizer_ops quantize philox projection same_bits weight_codes
-MODEL_TESTS     := flora flora_reference adamw gradients gpt2 gpt2_reference training offload
-SHIM_OWN_TESTS  := $(patsubst tests/cuda_on_cpu/test_%.cpp,%,$(wildcard tests/cuda_on_cpu/test_*.cpp))
-PLAIN_BINARIES  := $(patsubst %,$(SHIM)/tests/test_%,$(MODEL_TESTS) $(OPERATION_TESTS))
-OWN_BINARIES    := $(SHIM_OWN_TESTS:%=$(SHIM)/tests/test_%)
-SANITIZED_BINARIES := $(OPERATION_TESTS:%=$(SANITIZED)/tests/test_%)
-# Loads that a kernel leaves out at the edge of a tensor look uninitialised to GCC.
-SHIM_FLAGS      := $(filter-out -O3 -I.,$(CXXFLAGS)) -Wno-unknown-pragmas $(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized) -Itests/cuda_on_cpu/include -I.
-SHIM_LDLIBS     := -lboost_context $(GTEST) $(LDLIBS)
-
-$(SANITIZED)/%.o: SHIM_FLAGS += -O1 -fsanitize=address,undefined -fno-omit-frame-pointer
-$(SANITIZED)/%.o: SHIM_KIND := shim, sanitizers
-$(SHIM)/%.o: SHIM_FLAGS += -O2
-$(SHIM)/%.o: SHIM_KIND := shim
-
-define COMPILE_FOR_SHIM
-@mkdir -p $(@D)
-@echo "  CXX   $< ($(SHIM_KIND))"
-$(Q)$(CXX) $(SHIM_FLAGS) -MMD -MP -c -x c++ -o $@ $<
-endef
-
-$(SHIM)/%.o: %.cu $(BUILD)/.compiled | $(BUILD)/.packages
-	$(COMPILE_FOR_SHIM)
-$(SHIM)/%.o: %.cpp $(BUILD)/.compiled | $(BUILD)/.packages
-	$(COMPILE_FOR_SHIM)
-$(SANITIZED)/%.o: %.cu $(BUILD)/.compiled | $(BUILD)/.packages
-	$(COMPILE_FOR_SHIM)
-$(SANITIZED)/%.o: %.cpp $(BUILD)/.compiled | $(BUILD)/.packages
-	$(COMPILE_FOR_SHIM)
-
-# The shim's own tests are compiled against it, all others see nothing but a Backend.
-$(OWN_BINARIES): $(SHIM)/tests/%: $(SHIM)/tests/cuda_on_cpu/%.o
-$(PLAIN_BINARIES): $(SHIM)/tests/%: $(BUILD)/tests/%.o
-$(OWN_BINARIES) $(PLAIN_BINARIES): $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB) $(BUILD)/.linked
-	$(LINK) $(SHIM_LDLIBS)
-
-$(SANITIZED_BINARIES): $(SANITIZED)/tests/%: $(BUILD)/tests/%.o $(SHIM_OBJECTS:%=$(SANITIZED)/%) $(LIB) $(BUILD)/.linked
-	$(LINK) -fsanitize=address,undefined $(SHIM_LDLIBS)
-
-$(SHIM)/train_gpt2: $(BUILD)/train_gpt2.o $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB) $(BUILD)/.linked
-	$(LINK) $(SHIM_LDLIBS)
-
-$(SHIM)/bench_kernels: $(KERNEL_BENCH) $(SHIM_OBJECTS:%=$(SHIM)/%) $(LIB) $(BUILD)/.linked
-	$(LINK) $(SHIM_LDLIBS)
-
 tests: $(TESTS)
-shim-tests: $(PLAIN_BINARIES) $(OWN_BINARIES) $(SANITIZED_BINARIES) $(SHIM)/train_gpt2 $(SHIM)/bench_kernels
 
 # Names what a build needs and this machine lacks; costs one run of the preprocessor, once.
 $(BUILD)/.packages: $(BUILD)/.linked
@@ -273,60 +176,6 @@ bundle:
 	scripts/setup.sh --check test
 	scripts/bundle.sh $(if $(BUNDLE),$(BUNDLE),.bundle)
 
-# What cannot be built or run is said in the report.
-REPORT_FLAGS  := $(if $(PARTS),--parts '$(PARTS)') $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT)) $(if $(DATA),--data '$(DATA)') \
-                 $(if $(LLMC),--llmc '$(LLMC)') $(if $(DRY_RUN),--dry-run) $(if $(OUT)$(DRY_RUN),--out '$(or $(OUT),$(BUILD)/gpu-report)')
-gpu-report:
-	@mkdir -p $(BUILD) && touch $(BUILD)/.report-began
-	-+$(MAKE) -k $(PARALLEL) $(if $(DRY_RUN),$(SHIM)/train_gpt2 $(SHIM)/bench_kernels $(SANITIZED)/tests/test_philox,train_gpt2 $(BUILD)/bench/kernels \
-	  $(if $(filter tests sanitizer all,$(or $(PARTS),tests)),tests))
-	$(PYTHON_HERE) scripts/gpu_report.py --spent $$(( $$(date +%s) - $$(stat -c %Y $(BUILD)/.report-began) )) $(REPORT_FLAGS)
-
-# ---- fuzzing: readers and what they need of the sources, by Clang
-
-FUZZ         := $(BUILD)/fuzz
-FUZZ_SECONDS ?= 60
-READERS      ?= $(notdir $(wildcard tests/fuzz/corpus/*))
-FUZZ_SOURCES := tests/fuzz/readers.cpp $(wildcard data/*.cpp) model/config.cpp $(patsubst %,train/%.cpp,command_line config_file \
-                file_io llmc_model memory_size metrics options safetensors speeds_cache trainer_state)
-FUZZ_FLAGS   := -std=c++20 -O1 -g1 -I. -Wall -Wextra -Werror -fsanitize=fuzzer,address,undefined -fno-sanitize=vptr \
-                -fno-sanitize-recover=undefined
-
-$(FUZZ)/%.o: %.cpp
-	@mkdir -p $(@D)
-	@echo "  CXX   $< (fuzzing)"
-	$(Q)clang++ $(FUZZ_FLAGS) -MMD -MP -c -o $@ $<
-
-$(FUZZ)/readers: $(FUZZ_SOURCES:%.cpp=$(FUZZ)/%.o)
-	@echo "  LINK  $@"
-	$(Q)clang++ $(FUZZ_FLAGS) -o $@ $^ -lz -lpthread
-
-# The first folder is where libFuzzer keeps what reaches new code.
-fuzz-%: $(FUZZ)/readers
-	@mkdir -p $(FUZZ)/corpus/$*
-	@echo "  FUZZ  $* ($(FUZZ_SECONDS) s)"
-	$(Q)READER=$* $< -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=1500 -timeout=20 -close_fd_mask=1 \
-	  -artifact_prefix=$(FUZZ)/$*- $(FUZZ)/corpus/$* tests/fuzz/corpus/$* >$(FUZZ)/$*.log 2>&1 || \
-	  { tail -n 40 $(FUZZ)/$*.log >&2; echo "make fuzz: READER=$*: the input is in $(FUZZ)/$*-*" >&2; exit 1; }
-
-fuzz:
-	scripts/setup.sh fuzz
-	+$(MAKE) $(PARALLEL) $(READERS:%=fuzz-%)
-	@echo "make fuzz: nothing was found in $(words $(READERS)) readers, $(FUZZ_SECONDS) s each"
-
-bench:
-	scripts/setup.sh --check bench
-	+$(MAKE) $(PARALLEL) train_gpt2 $(BUILD)/bench/operations
-	$(BUILD)/bench/operations
-	python3 scripts/bench_steps.py --python $(PYTHON)
-
-# Needs no Google Benchmark, unlike the one of operations.
-$(BUILD)/bench/kernels: $(KERNEL_BENCH) $(LIB) $(BUILD)/.linked
-	$(LINK) $(LDLIBS)
-
-$(BUILD)/bench/%: $(BUILD)/bench/%.o $(LIB) $(BUILD)/.linked
-	$(LINK) -lbenchmark $(LDLIBS)
-
 FORMATTED := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 format:
 	clang-format -i $(FORMATTED)
@@ -340,7 +189,5 @@ FORCE:
 .PHONY: FORCE all python-packages tests shim-tests demo test check fuzz test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
 .PRECIOUS: $(BUILD)/%.o
 
--include $(LIB_OBJECTS:.o=.d) $(TEST_SOURCES:%.cpp=$(BUILD)/%.d) $(BUILD)/train_gpt2.d $(wildcard $(BUILD)/bench/*.d)
--include $(FUZZ_SOURCES:%.cpp=$(FUZZ)/%.d)
--include $(SHIM_OBJECTS:%.o=$(SHIM)/%.d) $(SHIM_OBJECTS:%.o=$(SANITIZED)/%.d)
--include $(OWN_BINARIES:$(SHIM)/tests/%=$(SHIM)/tests/cuda_on_cpu/%.d)
+include bench/rules.mk tests/cuda_on_cpu/rules.mk tests/fuzz/rules.mk scripts/gpu_report.mk
+-include $(LIB_OBJECTS:.o=.d) $(TEST_SOURCES:%.cpp=$(BUILD)/%.d) $(BUILD)/train_gpt2.d

@@ -17,39 +17,16 @@
 #include "train/budget.h"
 #include "train/command_line.h"
 #include "train/file_io.h"
-#include "train/largest_model.h"
 #include "train/mapping_fault.h"
-#include "train/plan_report.h"
+#include "train/plan_command.h"
 #include "train/resume.h"
 #include "train/run_data.h"
 #include "train/run_setup.h"
 #include "train/sampler.h"
-#include "train/speeds_cache.h"
 #include "train/standard_streams.h"
 #include "train/trainer.h"
 
 namespace {
-
-// Measured once per machine and configuration, on a backend of its own: what it chooses while it is measured (matmul
-// algorithms) is no part of the run.
-Speeds device_speeds(const Options& options, const EngineConfig& config, const Backend& backend, bool may_measure) {
-  const std::string path = speeds_cache_path(), key = speeds_key(config, backend);
-  if (const std::optional<Speeds> known = cached_speeds(path, key)) return *known;
-  if (!may_measure) return nominal_speeds(config, backend.name());
-  Options copy = options;
-  std::string why;
-  const Speeds speeds = measure_speeds(config, *make_backend(copy, why));
-  if (speeds.measured) cache_speeds(path, key, speeds);
-  return speeds;
-}
-
-// The setting that --memory-budget leads to.
-BudgetChoice choose_settings(const RunRequest& request, Backend& backend, bool for_run) {
-  const Budget budget = find_budget(request.options, backend, for_run);
-  const RunSetup undecided = resolve(request, Undecided::kPlannersSettings);
-  const Speeds speeds = device_speeds(request.options, undecided.engine, backend, for_run);
-  return choose_within_budget(undecided, budget, backend, speeds);
-}
 
 constexpr char kNoModel[] = "--model is needed: a checkpoint or another directory with weights";
 
@@ -128,7 +105,7 @@ int train(Options options) {
                            checkpoint};
   // A resumed run has its settings from its checkpoint, unless a budget is given anew.
   std::optional<BudgetChoice> choice;
-  if (options.was_given("memory-budget")) choice = choose_settings(request, *backend, true);
+  if (options.was_given("memory-budget")) choice = choose_within_budget(request, *backend, true);
   RunSetup setup = choice ? choice->setup : resolve(request);
   find_tokenizer(setup);
   if (options.sample_every > 0) check_prompt(setup);
@@ -136,54 +113,6 @@ int train(Options options) {
   print_banner(setup, *backend, why, choice ? budget_report(*choice) : "", no_validation, trainer);
   for (const std::string& change : changes) std::printf("changed     %s\n", change.c_str());
   return trainer.run();
-}
-
-int plan_largest(const Options& options, Backend& backend) {
-  const Budget budget = find_budget(options, backend, false);
-  const LargestModels models = find_largest_models(options, budget, backend);
-  if (!options.json) {
-    std::fputs(largest_models_report(models, options, budget).c_str(), stdout);
-    return 0;
-  }
-  const FittingModel* const largest = models.largest();
-  MemoryPlan plan;
-  if (largest) plan = Engine(largest->choice.config, backend).plan();
-  plan.layout();
-  nlohmann::ordered_json json = plan_json(plan);
-  json["largest"] = largest_models_json(models, options);
-  std::puts(json.dump(2).c_str());
-  return 0;
-}
-
-int plan(Options options) {
-  check_options(options);
-  std::string note;
-  const std::unique_ptr<Backend> backend = make_backend_for_plan(options, note);
-  if (!note.empty()) std::fprintf(options.json ? stderr : stdout, "%s\n", note.c_str());
-  const bool choose = options.was_given("memory-budget");
-  if (choose && options.model.empty()) return plan_largest(options, *backend);
-  // Without data: bytes for the default run, whose data is made of bytes, GPT-2's vocabulary for a model that is named.
-  const int64_t vocabulary = !options.data.empty()    ? data_vocabulary(options, options.data, "--data")
-                             : options.vocab_size > 0 ? options.vocab_size
-                             : options.model.empty()  ? 257
-                                                      : 0;
-  const RunRequest request{options, backend->name(), vocabulary, true, ""};
-  std::optional<BudgetChoice> choice;
-  if (choose) choice = choose_settings(request, *backend, false);
-  const RunSetup setup = choice ? choice->setup : resolve(request);
-  const MemoryPlan plan = Engine(setup.engine, *backend).plan();
-  const std::vector<Technique> techniques = plan_techniques(setup, *backend);
-  if (options.json) {
-    nlohmann::ordered_json json = plan_json(plan);
-    json["settings"] = settings_json(setup);
-    if (choice) json["budget"] = budget_json(*choice);
-    json["techniques"] = techniques_json(techniques);
-    std::puts(json.dump(2).c_str());
-  } else {
-    if (choice) std::fputs(budget_report(*choice).c_str(), stdout);
-    std::fputs((plan_table(plan) + techniques_table(techniques)).c_str(), stdout);
-  }
-  return 0;
 }
 
 // An engine without a training half, with the weights of --model.
@@ -257,7 +186,7 @@ int run(Command command, const Options& options) {
       output_arrived();  // what a run is for is in its checkpoints
       return code;
     }
-    case Command::kPlan: plan(options); break;
+    case Command::kPlan: print_plan(options); break;
     case Command::kGenerate: generate(options); break;
     case Command::kEval: eval(options); break;
     case Command::kExit: break;

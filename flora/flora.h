@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "flora/optimizer.h"
+#include "flora/optimizers.h"
 #include "flora/projection.h"
 
 // By which factor the norm of a compressed momentum is expected to grow from one change of projection to the next, the
@@ -36,7 +36,7 @@ class Flora final : public Optimizer {
 
  private:
   // What one parameter keeps from step to step, as numbers in states_; -1 for what it does not need.
-  struct Slot {
+  struct Entry {
     Parameter parameter;
     bool factored = false;    // row and col instead of second_moment
     bool compressed = false;  // momentum is [r, m] or [n, r]
@@ -44,41 +44,36 @@ class Flora final : public Optimizer {
   };
 
   bool has_momentum() const { return config_.beta1 > 0; }
-  Compression compression(const Slot& slot) const { return {slot.parameter, config_.rank}; }
-  void add_states(Slot& slot);
-  void reserve_scratch(const Slot& slot);
-  void project_with(const Slot& slot, Tensor p, const uint32_t* index, StepScalars* scalars);
-  Tensor projection_of(const Slot& slot, const Scratch& scratch) const;
-  Tensor compressed_of(const Slot& slot, const Scratch& scratch) const;
-  void decode_momentum(const Slot& slot);
-  Tensor momentum_numbers(const Slot& slot) const;
+  Compression compression(const Entry& entry) const { return {entry.parameter, config_.rank}; }
+  void add_states(Entry& entry);
+  void reserve_scratch(const Entry& entry);
 
-  void update_whole(const Slot& slot, Tensor weight, Tensor master, Tensor gradient, StepScalars* scalars);
-  void update_in_blocks(const Slot& slot, Tensor weight, Tensor master, const Gradient& gradient, StepScalars* scalars);
+  // The parts of an update, in this order; compress() and to_update() for all rows or block by block.
+  void second_moment(const Entry& entry, const Gradient& gradient, StepScalars* scalars);
+  void begin_momentum(const Entry& entry, StepScalars* scalars);
+  void compress(const Entry& entry, Tensor gradient, const RowRange& rows);
+  void to_update(const Entry& entry, Tensor gradient, const RowRange& rows, bool keep_momentum, StepScalars* scalars);
+  void apply(const Entry& entry, Tensor weight, Tensor master, Tensor update, const RowRange& rows,
+             StepScalars* scalars);
+  void end_momentum(const Entry& entry, StepScalars* scalars);
 
-  // gradient <- D, the update before clipping; the momentum moves on.
-  void normalise(const Slot& slot, Tensor gradient, StepScalars* scalars);
-  void compressed_momentum(const Slot& slot, Tensor gradient, StepScalars* scalars);
-  void change_projection(const Slot& slot, Tensor momentum, Tensor p_old, Tensor p_new);
-
-  // The same for rows of a gradient in blocks, whose scales are known and whose projections are made.
-  void prepare_compressed(const Slot& slot, StepScalars* scalars);
-  void finish_compressed(const Slot& slot, StepScalars* scalars);
-  void to_update(const Slot& slot, Tensor gradient, int64_t begin, bool keep_momentum, StepScalars* scalars);
+  void generate(const Entry& entry, Tensor p, const uint32_t* index, StepScalars* scalars);
+  void change_projection(const Entry& entry, Tensor momentum, Tensor p_old, Tensor p_new);
+  Tensor projection_of(const Entry& entry, const Scratch& scratch) const;
+  Tensor compressed_of(const Entry& entry, const Scratch& scratch) const;
+  Tensor momentum_numbers(const Entry& entry) const;
   Tensor copied_momentum(Tensor rows);
 
-  void apply(const Slot& slot, Tensor weight, Tensor master, Tensor update, const RowRange& rows, StepScalars* scalars);
-
-  std::vector<Slot> slots_;  // by Parameter::index
+  std::vector<Entry> entries_;  // by Parameter::index
   bool transfer_due_ = false;
 
   // Shared by all parameters; sized for the largest.
-  Scratch row_scale_, col_scale_;     // fp32
-  Scratch projection_, projection2_;  // [r, d], the gradient's dtype
-  Scratch compressed_;                // S, fp32
-  Scratch decoded_momentum_, moved_;  // as large as a compressed momentum: of int8 states; of a transfer, fp32
-  Scratch square_;                    // [r, r] of a transfer, fp32
-  Scratch factor_;                    // r*r doubles of an orthonormal projection, as fp32 pairs
-  Scratch copied_momentum_;           // a block's rows of an uncompressed momentum, in its dtype
-  Tensor squares_;                    // [4]: of the update, of the weight, of the momentum before and after a transfer
+  Scratch row_scale_, col_scale_;           // fp32
+  Scratch projection_, scaled_projection_;  // [r, d], the gradient's dtype: of the momentum; of S
+  Scratch compressed_;                      // S, fp32
+  Scratch decoded_momentum_, moved_;        // as large as a compressed momentum: of int8 states; of a transfer, fp32
+  Scratch square_;                          // [r, r] of a transfer, fp32
+  Scratch factor_;                          // r*r doubles of an orthonormal projection, as fp32 pairs
+  Scratch copied_momentum_;                 // a block's rows of an uncompressed momentum, in its dtype
+  Tensor squares_;  // [4]: of the update, of the weight, of the momentum before and after a transfer
 };

@@ -5,7 +5,16 @@
 #include <map>
 #include <stdexcept>
 
-#include "flora/optimizer_state.h"
+namespace {
+
+// Where a parameter's gradient is alive within a micro-batch: a block's in the backward pass, those outside the blocks
+// from the head on, but for an embedding that has no part in the head.
+uint32_t gradient_phases(const Parameter& parameter) {
+  if (parameter.layer >= 0 || (parameter.embedding && !parameter.long_lived)) return kPhaseBackward;
+  return kPhaseHead | kPhaseBackward;
+}
+
+}  // namespace
 
 // ---- a step
 

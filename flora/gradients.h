@@ -14,8 +14,8 @@
 #include <functional>
 #include <vector>
 
-#include "flora/optimizer.h"
-#include "flora/parameter_store.h"
+#include "flora/optimizers.h"
+#include "flora/parameter.h"
 #include "flora/projection.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"

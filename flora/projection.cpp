@@ -1,6 +1,17 @@
 // projection.cpp: compressing, decoding and transferring with random projections; see projection.h for the costs.
 #include "flora/projection.h"
 
+#include <algorithm>
+
+bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embeddings, ProjectionKind projection) {
+  constexpr int64_t kLargestRatio = 4;
+  if (!parameter.matrix || rank <= 0) return false;
+  const int64_t small = std::min(parameter.rows, parameter.cols), large = std::max(parameter.rows, parameter.cols);
+  // r orthonormal rows of length r span everything: their Gram matrix is close to singular and nothing is saved.
+  if (projection == ProjectionKind::kOrthonormal ? small <= rank : small < rank) return false;
+  return compress_embeddings || large <= kLargestRatio * small;
+}
+
 void make_projection(Backend& backend, Tensor p, const ProjectionId& id, void* factor_scratch, StepScalars* scalars) {
   backend.generate_projection(p, id.kind, id.key, id.index);
   if (id.kind == ProjectionKind::kOrthonormal) backend.orthonormalize_rows(p, factor_scratch, scalars);

@@ -13,6 +13,9 @@
 #include "kernels/backend.h"
 #include "kernels/tensor.h"
 
+// True when a gradient or momentum of this shape is held in a projection of rank r (docs/design.md, section Flora).
+bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embeddings, ProjectionKind projection);
+
 // The shape of a compressed parameter.
 struct Compression {
   int64_t rows = 0, cols = 0, rank = 0;

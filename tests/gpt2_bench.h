@@ -18,7 +18,7 @@
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
 #include "model/gpt2.h"
-#include "model/weight_store.h"
+#include "model/weights.h"
 #include "tests/backends.h"
 
 using Floats = std::vector<float>;

@@ -1,11 +1,10 @@
 // test_adamw.cpp: AdamW and SGD over many steps against float64, the options of parameter groups, and states.
-#include "flora/adamw.h"
+#include "flora/optimizers.h"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 
-#include "flora/sgd.h"
 #include "tests/backends.h"
 #include "tests/fake_model.h"
 

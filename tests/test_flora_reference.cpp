@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "flora/gradients.h"
-#include "flora/optimizer.h"
+#include "flora/optimizers.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
 #include "tests/backends.h"

@@ -4,7 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "flora/gradients.h"
-#include "flora/optimizer.h"
+#include "flora/optimizers.h"
 #include "tests/gpt2_bench.h"
 #include "train/safetensors.h"
 

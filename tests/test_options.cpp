@@ -33,16 +33,17 @@ struct SetAll {
   int count = 0;
   std::set<std::string> flags;
   void group(const char*) {}
-  template <typename T>
-  void operator()(T& field, const char* flag, const char*, const char* help, const std::vector<std::string>& choices,
-                  OnResume) {
+  template <typename T, typename Values>
+  void operator()(T& field, const char* flag, const char*, const char* help, const Values& values, OnResume) {
     EXPECT_TRUE(flags.insert(flag).second) << flag << " is there twice";
     EXPECT_GT(std::string(help).size(), 4u) << flag;
     ++count;
     if constexpr (std::is_same_v<T, bool>) {
       field = !field;
     } else if constexpr (std::is_same_v<T, std::string>) {
-      field = choices.empty() ? "a value" : choices.back();
+      field = values.empty() ? "a value" : values.back();
+    } else if (std::isfinite(values.below)) {
+      field = static_cast<T>(values.below == 0 ? -0.5 : 0.5);
     } else {
       field = static_cast<T>(field + static_cast<T>(3));
     }
@@ -191,7 +192,7 @@ TEST(Options, AFlagIsNoValue) {
   EXPECT_HAS(message_of([] { parse({"--resume", "--steps", "5"}); }), "--resume needs a value, not --steps");
   EXPECT_HAS(message_of([] { parse({"--config", "--plan"}); }), "--config needs a value");
   EXPECT_EQ(parse({"--prompt=--steps", "--tf32", "--steps", "5"}).options.prompt, "--steps");
-  EXPECT_EQ(parse({"--lr", "-1"}).options.lr, -1);  // for check_options() to refuse
+  EXPECT_EQ(message_of([] { parse({"--lr", "-1"}); }), "--lr must be above 0");
   EXPECT_HAS(message_of([] { parse({"--out", "r\xff"}); }), "not UTF-8");
   EXPECT_EQ(parse({"--out", "r\u00e9"}).options.out, "r\u00e9");
 }
@@ -199,8 +200,8 @@ TEST(Options, AFlagIsNoValue) {
 // Every flag that takes a text, but the prompt, names something.
 struct EmptyStrings {
   void group(const char*) {}
-  template <typename T>
-  void operator()(T&, const char* flag, const char*, const char*, const std::vector<std::string>&, OnResume) {
+  template <typename T, typename Values>
+  void operator()(T&, const char* flag, const char*, const char*, const Values&, OnResume) {
     const std::string name = flag;
     if (std::is_same_v<T, bool> || name == "prompt") return;
     EXPECT_EQ(message_of([&] { parse({"--" + name, ""}); }), "--" + name + " needs a value");

@@ -1,18 +1,15 @@
 // test_planner.cpp: the planner takes the fastest setting that fits, leaves alone what was given, and its shortcuts
-// (the least bytes of a plan, relatives that were rejected) change nothing about the result. Speeds survive their file.
+// (the least bytes of a plan, groups of candidates that are rejected at once) change nothing about the result.
 #include "train/planner.h"
 
 #include <gtest/gtest.h>
 
-#include <fstream>
 #include <random>
 #include <set>
 
-#include "tests/temporary_directory.h"
 #include "train/budget.h"
 #include "train/command_line.h"
 #include "train/memory_size.h"
-#include "train/speeds_cache.h"
 
 namespace {
 
@@ -24,7 +21,7 @@ EngineConfig small_config() {
   return config;
 }
 
-Freedom everything(int64_t largest) {
+SearchSpace everything(int64_t largest) {
   return {.micro_batch = true,
           .recompute = true,
           .head_chunk = true,
@@ -34,19 +31,16 @@ Freedom everything(int64_t largest) {
           .largest_micro_batch = largest};
 }
 
-// Speeds as a device might have them, and some that none has.
-Speeds random_speeds(std::mt19937& random) {
-  std::uniform_real_distribution<double> seconds(0, 1e-4);
-  Speeds s = nominal_speeds(small_config(), "cuda");
-  for (Cost* cost : {&s.linear_forward, &s.linear_input_gradient, &s.linear_weight_gradient, &s.attention_forward,
-                     &s.attention_backward, &s.norms, &s.gelu, &s.norms_backward, &s.logits, &s.classifier,
-                     &s.head_input_gradient, &s.head_weight_gradient}) {
-    *cost = {random() % 3 == 0 ? 0 : seconds(random), seconds(random)};
-  }
-  s.update_block = seconds(random);
-  s.to_device = s.to_host = 1e9 * (1 + random() % 20);
-  s.copies_overlap = random() % 2 == 0;
-  return s;
+// Rates as a device might have them, and some that none has.
+Rates random_rates(std::mt19937& random) {
+  const auto between = [&](double low, double high) {
+    return std::exp(std::uniform_real_distribution<double>(std::log(low), std::log(high))(random));
+  };
+  return {.copies_overlap = random() % 2 == 0,
+          .flops = between(1e9, 1e15),
+          .bytes = between(1e8, 1e13),
+          .transfer = between(1e8, 1e12),
+          .call = random() % 3 == 0 ? 0 : between(1e-7, 1e-3)};
 }
 
 RunSetup undecided(std::vector<std::string> arguments, const std::string& device = "cpu") {
@@ -87,7 +81,7 @@ TEST(MemorySize, NonsenseIsRefusedByName) {
 TEST(Prediction, MoreTokensAreNeverSlowerPerToken) {
   std::mt19937 random(1);
   for (int i = 0; i < 300; ++i) {
-    const Speeds speeds = random_speeds(random);
+    const Rates rates = random_rates(random);
     EngineConfig config = small_config();
     config.shapes.sequence = 1 + static_cast<int64_t>(random() % 700);
     config.shapes.head_chunk = 1 + static_cast<int64_t>(random() % 600);
@@ -104,8 +98,7 @@ TEST(Prediction, MoreTokensAreNeverSlowerPerToken) {
       config.shapes.batch = batch;
       config.gradients.micro_batches = accumulates ? static_cast<int>(48 / batch) : 1;
       config.shapes.head_chunk = std::min(start.shapes.head_chunk, batch * config.shapes.sequence);
-      const double now =
-          predict_step(config, speeds, {1e5, 1e4}).seconds() / static_cast<double>(tokens_per_step(config));
+      const double now = predict_step(config, rates, {1e5, 1e4}) / static_cast<double>(tokens_per_step(config));
       EXPECT_LT(now, before) << "case " << i << ", micro-batch " << batch;
       before = now;
     }
@@ -113,9 +106,9 @@ TEST(Prediction, MoreTokensAreNeverSlowerPerToken) {
 }
 
 TEST(Prediction, RecomputationAndBlocksCostTime) {
-  const Speeds speeds = nominal_speeds(small_config(), "cuda");
+  const Rates rates = nominal_rates(small_config(), "cuda");
   EngineConfig config = small_config();
-  const auto seconds = [&] { return predict_step(config, speeds, {}).seconds(); };
+  const auto seconds = [&] { return predict_step(config, rates, {}); };
   double before = 0;
   for (const Recompute level :
        {Recompute::kNone, Recompute::kGelu, Recompute::kNormsGelu, Recompute::kAttention, Recompute::kBlock}) {
@@ -132,12 +125,12 @@ TEST(Prediction, RecomputationAndBlocksCostTime) {
 
 TEST(Planner, LeastBytesAreNoMoreThanThePlan) {
   const auto backend = make_cpu_backend({.threads = 1});
-  const Planner planner(*backend, nominal_speeds(small_config(), "cpu"));
+  const Rates rates = nominal_rates(small_config(), "cpu");
   for (const GradientMode kind : {GradientMode::kDense, GradientMode::kFused}) {
     EngineConfig config = small_config();
     config.gradients.kind = kind;
-    for (const Choice& choice : planner.candidates(config, everything(4))) {
-      const MemoryPlan plan = Engine(choice.config, *backend).plan();
+    for (const Candidate& candidate : candidates(config, everything(4), rates, *backend)) {
+      const MemoryPlan plan = Engine(candidate.config, *backend).plan();
       const Bytes least = least_bytes(plan);
       EXPECT_LE(least.device, plan.device_bytes());
       EXPECT_GT(least.device, plan.device_bytes() / 2);
@@ -149,18 +142,18 @@ TEST(Planner, LeastBytesAreNoMoreThanThePlan) {
 // Against planning every candidate, for limits at and around what some of them take.
 TEST(Planner, TakesTheFastestThatFit) {
   const auto backend = make_cpu_backend({.threads = 1});
-  const Planner planner(*backend, nominal_speeds(small_config(), "cuda"));
+  const Rates rates = nominal_rates(small_config(), "cuda");
   for (const int64_t sequences : {0, 6}) {
-    Freedom freedom = everything(8);
-    freedom.sequences_per_step = sequences;
-    const std::vector<Choice> candidates = planner.candidates(small_config(), freedom);
+    SearchSpace space = everything(8);
+    space.sequences_per_step = sequences;
+    const std::vector<Candidate> all = candidates(small_config(), space, rates, *backend);
     std::vector<Bytes> planned;
-    for (const Choice& choice : candidates) {
-      const MemoryPlan plan = Engine(choice.config, *backend).plan();
+    for (const Candidate& candidate : all) {
+      const MemoryPlan plan = Engine(candidate.config, *backend).plan();
       planned.push_back({plan.device_bytes(), plan.host_bytes()});
     }
-    for (size_t i = 1; i < candidates.size(); ++i) {
-      EXPECT_LE(candidates[i - 1].seconds_per_token(), candidates[i].seconds_per_token());
+    for (size_t i = 1; i < all.size(); ++i) {
+      EXPECT_LE(all[i - 1].seconds_per_token(), all[i].seconds_per_token());
     }
     std::mt19937 random(2);
     for (int i = 0; i < 40; ++i) {
@@ -171,14 +164,14 @@ TEST(Planner, TakesTheFastestThatFit) {
         if (fits(planned[k], limit)) expected.push_back(planned[k].device);
       }
       std::vector<size_t> found;
-      for (const Choice& choice : planner.fitting(candidates, limit, 2)) found.push_back(choice.device_bytes);
+      for (const Candidate& candidate : fitting(all, limit, 2, *backend)) found.push_back(candidate.device_bytes);
       EXPECT_EQ(found, expected) << limit.device;
     }
     const auto least = std::min_element(planned.begin(), planned.end(),
                                         [](const Bytes& a, const Bytes& b) { return a.device < b.device; });
-    const std::optional<Choice> smallest = planner.smallest(candidates, {0, SIZE_MAX, false});
-    EXPECT_EQ(smallest->device_bytes, least->device);
-    EXPECT_TRUE(planner.fitting(candidates, {least->device - 1, SIZE_MAX, false}, 1).empty());
+    const std::optional<Candidate> small = smallest(all, {0, SIZE_MAX, false}, *backend);
+    EXPECT_EQ(small->device_bytes, least->device);
+    EXPECT_TRUE(fitting(all, {least->device - 1, SIZE_MAX, false}, 1, *backend).empty());
   }
 }
 
@@ -194,8 +187,8 @@ TEST(Planner, WhatWasGivenStays) {
   const RunSetup setup =
       undecided({"--model", "tiny", "--seq-len", "32", "--memory-budget", "1GiB", "--micro-batch", "3", "--recompute",
                  "gelu", "--offload", "activations", "--gradient-blocks", "embedding", "--head-chunk", "20"});
-  const Planner planner(*backend, nominal_speeds(setup.engine, "cpu"));
-  const std::vector<Choice> all = planner.candidates(setup.engine, freedom_left(setup));
+  const std::vector<Candidate> all =
+      candidates(setup.engine, search_space(setup), nominal_rates(setup.engine, "cpu"), *backend);
   ASSERT_EQ(all.size(), 1u);
   EXPECT_EQ(settings_flags(all[0].config),
             "--micro-batch 3 --recompute gelu --head-chunk 20 --gradient-blocks embedding --offload activations");
@@ -207,11 +200,12 @@ TEST(Planner, MicroBatchesDivideTheStep) {
     arguments.insert(arguments.end(), {"--model", "tiny", "--seq-len", "32", "--memory-budget", "1GiB"});
     const RunSetup setup = undecided(arguments);
     std::set<int64_t> found;
-    for (const Choice& choice :
-         Planner(*backend, nominal_speeds(setup.engine, "cpu")).candidates(setup.engine, freedom_left(setup))) {
-      found.insert(choice.config.shapes.batch);
-      EXPECT_TRUE(choice.config.gradients.blocks == GradientBlocks::kWhole || gradient_blocks_possible(choice.config));
-      EXPECT_NO_THROW(Engine(choice.config, *backend));
+    for (const Candidate& candidate :
+         candidates(setup.engine, search_space(setup), nominal_rates(setup.engine, "cpu"), *backend)) {
+      const EngineConfig& config = candidate.config;
+      found.insert(config.shapes.batch);
+      EXPECT_TRUE(config.gradients.blocks == GradientBlocks::kWhole || gradient_blocks_possible(config));
+      EXPECT_NO_THROW(Engine(config, *backend));
     }
     return found;
   };
@@ -225,13 +219,13 @@ TEST(Planner, MicroBatchesDivideTheStep) {
 
 TEST(Planner, AResumedRunKeepsItsNumbers) {
   RunSetup setup = undecided({"--model", "tiny", "--memory-budget", "1GiB", "--recompute", "block"});
-  const auto free = [](const Freedom& f) {
-    return std::vector<bool>{f.micro_batch, f.recompute, f.head_chunk, f.gradient_blocks, f.offload};
+  const auto free = [](const SearchSpace& s) {
+    return std::vector<bool>{s.micro_batch, s.recompute, s.head_chunk, s.gradient_blocks, s.offload};
   };
-  EXPECT_EQ(free(freedom_left(setup)), (std::vector<bool>{true, false, true, true, true}));
+  EXPECT_EQ(free(search_space(setup)), (std::vector<bool>{true, false, true, true, true}));
   setup.request.checkpoint = "runs/x/step_00000001";
-  EXPECT_EQ(free(freedom_left(setup)), (std::vector<bool>{false, false, false, false, true}));
-  EXPECT_EQ(free(full_freedom(setup)), (std::vector<bool>{false, true, false, false, true}));
+  EXPECT_EQ(free(search_space(setup)), (std::vector<bool>{false, false, false, false, true}));
+  EXPECT_EQ(free(search_space(setup, true)), (std::vector<bool>{false, true, false, false, true}));
 }
 
 TEST(Planner, TheChoiceEndsInTheOptions) {
@@ -271,50 +265,22 @@ TEST(Budget, WhatTheRuntimeTakesIsSetAside) {
   EXPECT_GT(find_budget(options, *cpu, false).limit.device, size_t{900} << 40);
 }
 
-TEST(Speeds, AreMeasuredAndRemembered) {
-  const TemporaryDirectory directory;
-  const std::string path = directory.path() + "/cache/speeds.json";
+TEST(Rates, AreMeasuredOrNominal) {
   const auto backend = make_cpu_backend({.threads = 1});
-  EngineConfig config = small_config();
-  config.weight_dtype = DType::kI8;
-  const std::string key = speeds_key(config, *backend);
-  EXPECT_FALSE(cached_speeds(path, key));
-  const Speeds measured = measure_speeds(config, *backend);
-  EXPECT_TRUE(measured.measured);
-  EXPECT_EQ(backend->allocated_bytes(), 0u);
-  for (const double value :
-       {measured.linear_forward.per_unit, measured.attention_backward.per_unit, measured.logits.per_unit,
-        measured.update_block, measured.update_row, measured.decode_block, measured.bandwidth, measured.to_host}) {
-    EXPECT_GT(value, 0);
-    EXPECT_TRUE(std::isfinite(value));
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    EngineConfig config = small_config();
+    config.shapes.dtype = dtype;
+    const Rates measured = measure_rates(config, *backend);
+    EXPECT_TRUE(measured.measured);
+    EXPECT_EQ(backend->allocated_bytes(), 0u);
+    for (const double rate : {measured.flops, measured.bytes, measured.transfer}) {
+      EXPECT_GT(rate, 1e7);
+      EXPECT_LT(rate, 1e13);
+    }
   }
-  cache_speeds(path, key, measured);
-  cache_speeds(path, "another", measured);
-  const std::optional<Speeds> known = cached_speeds(path, key);
-  ASSERT_TRUE(known);
-  EXPECT_TRUE(known->measured);
-  EXPECT_EQ(known->linear_forward.per_unit, measured.linear_forward.per_unit);
-  EXPECT_EQ(known->to_device, measured.to_device);
-  EXPECT_EQ(predict_step(config, *known, {}).seconds(), predict_step(config, measured, {}).seconds());
-  config.optimizer.rank = 4;
-  EXPECT_NE(speeds_key(config, *backend), key);
-}
-
-TEST(Speeds, ADamagedCacheIsReplacedAndAnUnwritableOneIgnored) {
-  const TemporaryDirectory directory;
-  const std::string path = directory.path() + "/speeds.json";
-  Speeds speeds = nominal_speeds(small_config(), "cpu");
-  for (const char* damage : {"", "{", "[1, 2]", "{\"key\": 3}", "{\"key\": {\"gelu_per_unit\": \"x\"}}"}) {
-    std::ofstream(path) << damage;
-    EXPECT_FALSE(cached_speeds(path, "key")) << damage;
-    cache_speeds(path, "key", speeds);
-    EXPECT_TRUE(cached_speeds(path, "key")) << damage;
-  }
-  speeds.bandwidth = 0;
-  cache_speeds(path, "key", speeds);
-  EXPECT_FALSE(cached_speeds(path, "key")) << "a bandwidth of 0";
-  cache_speeds("/proc/nowhere/speeds.json", "key", speeds);
-  EXPECT_FALSE(cached_speeds("/proc/nowhere/speeds.json", "key"));
+  const Rates nominal = measure_rates(small_config(), *make_planning_backend());  // which cannot allocate
+  EXPECT_FALSE(nominal.measured);
+  EXPECT_EQ(nominal.flops, nominal_rates(small_config(), "cuda").flops);
 }
 
 }  // namespace

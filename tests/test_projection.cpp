@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "flora/optimizer.h"
+#include "flora/optimizers.h"
 #include "tests/backends.h"
 #include "tests/device_value.h"
 

@@ -235,11 +235,6 @@ def test_deep_json(refused, tmp_path):
     deep = "[" * 80000 + "]" * 80000
     (tmp_path / "deep.json").write_text(json.dumps(CONFIG)[:-1] + f', "n_inner": {deep}}}')
     assert "deeper" in refused("--model", tmp_path / "deep.json", code=1)
-    speeds = tmp_path / "cache/train_gpt2/speeds.json"
-    speeds.parent.mkdir(parents=True)
-    speeds.write_text(deep)
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    assert "chosen" in succeed("plan", *TINY, "--memory-budget", "200MiB", env=environment)
 
 
 def test_what_cannot_be_printed_is_a_failure():

@@ -125,10 +125,9 @@ def test_every_kind_of_blas_kernels_keeps_to_the_constant(tmp_path, monkeypatch)
         assert 0 < constant < 32 * MIB, core
 
 
-def test_a_run_within_a_budget_stays_inside_to_the_last_byte_resident(tmp_path, monkeypatch):
+def test_a_run_within_a_budget_stays_inside_to_the_last_byte_resident(tmp_path):
     """The budget is for the whole process: what is set aside for the runtime is enough, checkpoint included."""
     skip_where_it_cannot_hold()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 8192)
     shard = write_shard(tmp_path / "random_train_000000.bin", tokens, VOCABULARY)
     config = tmp_path / "config.json"

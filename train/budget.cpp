@@ -13,45 +13,37 @@ namespace {
 
 constexpr const char* kFlag = "memory-budget";
 
-Freedom freedom_of(const RunSetup& setup, bool all) {
-  const Options& asked = setup.request.options;
-  const bool fresh = setup.request.checkpoint.empty();
-  const auto open = [&](const char* flag) { return all || !asked.was_given(flag); };
-  Freedom freedom;
-  freedom.recompute = open("recompute");
-  freedom.offload = open("offload");
-  freedom.micro_batch = fresh && open("micro-batch");
-  freedom.head_chunk = fresh && open("head-chunk");
-  freedom.gradient_blocks = fresh && open("gradient-blocks");
-  if (asked.tokens_per_step > 0) {
-    freedom.sequences_per_step = asked.tokens_per_step / setup.options.seq_len;
-  } else {
-    // A micro-batch that was given is never made larger: without --tokens-per-step it is the whole step.
-    freedom.largest_micro_batch =
-        asked.was_given("micro-batch") ? setup.options.micro_batch : default_micro_batch(setup.request.device);
-  }
-  return freedom;
-}
-
-std::string timing(const Choice& choice, bool measured) {
+std::string timing(const Candidate& candidate, bool measured) {
   if (!measured) return "";
   char text[96];
-  snprintf(text, sizeof text, ", predicted %.4g ms per step, %.4g tokens/s", 1e3 * choice.seconds,
-           1 / choice.seconds_per_token());
+  snprintf(text, sizeof text, ", predicted %.4g ms per step, %.4g tokens/s", 1e3 * candidate.seconds,
+           1 / candidate.seconds_per_token());
   return text;
 }
 
-std::string described(const Choice& choice, bool measured) {
-  std::string text = settings_flags(choice.config) + ": " + format_bytes(choice.device_bytes);
-  if (choice.host_bytes > 0) text += " and " + format_bytes(choice.host_bytes) + " of host memory";
-  return text + timing(choice, measured);
+std::string described(const Candidate& candidate, bool measured) {
+  std::string text = settings_flags(candidate.config) + ": " + format_bytes(candidate.device_bytes);
+  if (candidate.host_bytes > 0) text += " and " + format_bytes(candidate.host_bytes) + " of host memory";
+  return text + timing(candidate, measured);
+}
+
+// By how much the smallest candidate is too large, and what would fit.
+std::string nothing_fits(const RunSetup& undecided, const Candidate& least, const Budget& budget, Backend& backend) {
+  // Where it is the same memory, the host's part counts, too.
+  const size_t need = least.device_bytes + (budget.limit.shared ? least.host_bytes : 0);
+  std::string text = "--memory-budget " + undecided.options.memory_budget + " leaves " +
+                     std::to_string(budget.limit.device) + " bytes for the plan; the smallest setting needs " +
+                     std::to_string(need);
+  if (need > budget.limit.device) {
+    text += ", " + std::to_string(need - budget.limit.device) + " bytes more";
+  } else {
+    text += " and " + std::to_string(least.host_bytes) + " of host memory, where " + std::to_string(budget.limit.host) +
+            " are free";
+  }
+  return text + "; " + advice_that_fits(undecided, budget.limit, backend);
 }
 
 }  // namespace
-
-MemoryLimit available_memory_limit(const Backend& backend) {
-  return {backend.memory_available(), backend.host_memory_available(), backend.name() == "cpu"};
-}
 
 Budget find_budget(const Options& options, Backend& backend, bool for_run) {
   Budget budget;
@@ -81,9 +73,6 @@ Budget find_budget(const Options& options, Backend& backend, bool for_run) {
   return budget;
 }
 
-Freedom freedom_left(const RunSetup& setup) { return freedom_of(setup, false); }
-Freedom full_freedom(const RunSetup& setup) { return freedom_of(setup, true); }
-
 RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice) {
   RunRequest request = setup.request;
   Options& o = request.options;
@@ -95,26 +84,26 @@ RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice) {
   return resolve(request);
 }
 
-std::string settings_flags(const EngineConfig& config) {
-  return "--micro-batch " + std::to_string(config.shapes.batch) + " --recompute " +
-         recompute_name(config.shapes.recompute) + " --head-chunk " + std::to_string(config.shapes.head_chunk) +
-         " --gradient-blocks " + gradient_blocks_name(config.gradients.blocks) + " --offload " +
-         offload_name(config.offload);
-}
-
-BudgetChoice choose_within_budget(const RunSetup& undecided, const Budget& budget, Backend& backend,
-                                  const Speeds& speeds) {
-  const Planner planner(backend, speeds);
-  const std::vector<Choice> candidates = planner.candidates(undecided.engine, freedom_left(undecided));
-  if (candidates.empty()) resolve(undecided.request);  // says what contradicts what
-  const std::vector<Choice> found = planner.fitting(candidates, budget.limit, 2);
-  if (found.empty()) throw std::runtime_error(budget_advice(undecided, budget, backend));
+BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, bool for_run) {
   BudgetChoice choice;
-  choice.budget = budget;
+  choice.budget = find_budget(request.options, backend, for_run);
+  const RunSetup undecided = resolve(request, Undecided::kPlannersSettings);
+  Rates rates = nominal_rates(undecided.engine, backend.name());
+  if (for_run) {
+    Options options = request.options;
+    std::string why;
+    rates = measure_rates(undecided.engine, *make_backend(options, why));
+  }
+  const std::vector<Candidate> all = candidates(undecided.engine, search_space(undecided), rates, backend);
+  if (all.empty()) resolve(request);  // says what contradicts what
+  const MemoryLimit& limit = choice.budget.limit;
+  const std::vector<Candidate> found = fitting(all, limit, 2, backend);
+  if (found.empty())
+    throw std::runtime_error(nothing_fits(undecided, *smallest(all, limit, backend), choice.budget, backend));
   choice.setup = with_settings(undecided, found[0].config);
   choice.chosen = found[0];
   if (found.size() > 1) choice.runner_up = found[1];
-  choice.measured = speeds.measured;
+  choice.measured = rates.measured;
   return choice;
 }
 
@@ -126,12 +115,12 @@ std::string budget_report(const BudgetChoice& choice) {
   text += "chosen      " + described(choice.chosen, choice.measured) + "\n";
   text +=
       "runner-up   " + (choice.runner_up ? described(*choice.runner_up, choice.measured) : "nothing else fits") + "\n";
-  if (!choice.measured) text += "speeds      not measured on this device: no step times\n";
+  if (!choice.measured) text += "rates       not measured on this device: no step times\n";
   return text;
 }
 
 nlohmann::ordered_json budget_json(const BudgetChoice& choice) {
-  const auto described = [&](const Choice& c) {
+  const auto described = [&](const Candidate& c) {
     nlohmann::ordered_json json = {
         {"flags", settings_flags(c.config)}, {"device_bytes", c.device_bytes}, {"host_bytes", c.host_bytes}};
     if (choice.measured) json["predicted_ms"] = 1e3 * c.seconds;

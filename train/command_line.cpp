@@ -123,9 +123,8 @@ struct ToCommandLine {
   std::string current_group;
   void group(const char* name) { current_group = name; }
 
-  template <typename T>
-  void operator()(T& field, const char* flag, const char* unit, const char* help,
-                  const std::vector<std::string>& choices, OnResume) {
+  template <typename T, typename Values>
+  void operator()(T& field, const char* flag, const char* unit, const char* help, const Values& values, OnResume) {
     const std::string name = flag;
     std::function<void(const std::string&)>& set = setters[name];
     CLI::Option* option;
@@ -136,17 +135,19 @@ struct ToCommandLine {
       };
       option = app.add_flag("--" + name, field, wrapped(std::string(help) + " [off]"));
     } else {
-      set = [&field, name, choices](const std::string& text) {
+      set = [&field, name, values](const std::string& text) {
         if constexpr (std::is_same_v<T, std::string>) {
           // An empty prompt is one; all other strings name something.
           if (text.empty() && name != "prompt") refuse(name, "needs a value");
           if (!is_utf8(text)) refuse(name, "'" + text + "' is not UTF-8, as what is written into a run must be");
-          if (!choices.empty() && std::find(choices.begin(), choices.end(), text) == choices.end()) {
-            refuse(name, "'" + text + "' is none of " + CLI::detail::join(choices, ", "));
+          if (!values.empty() && std::find(values.begin(), values.end(), text) == values.end()) {
+            refuse(name, "'" + text + "' is none of " + CLI::detail::join(values, ", "));
           }
           field = text;
         } else {
-          field = number_of<T>(name, text);
+          const T value = number_of<T>(name, text);
+          check_range(name, value, values);
+          field = value;
         }
       };
       std::string text = help;
@@ -155,8 +156,8 @@ struct ToCommandLine {
       if (!chosen_later && !value.empty()) text += " [" + value + "]";
       option = app.add_option_function<std::string>("--" + name, set, wrapped(text));
       std::string type = unit;
-      if (!choices.empty()) {
-        type = CLI::detail::join(choices, "|");
+      if constexpr (std::is_same_v<T, std::string>) {
+        if (!values.empty()) type = CLI::detail::join(values, "|");
       } else if (type.empty()) {
         type = std::is_same_v<T, int64_t> ? "INT" : "NUMBER";
       }

@@ -3,142 +3,227 @@
 #include "train/cost_model.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <functional>
+#include <stdexcept>
 
-#include "flora/optimizer.h"
+#include "flora/optimizers.h"
 
 namespace {
 
 // Batch, launches and the scalars of a step: the part that a larger micro-batch always saves.
 constexpr double kPerMicroBatch = 2e-5;
 
+struct Work {
+  double flops = 0, bytes = 0, calls = 0;
+};
+Work operator+(const Work& a, const Work& b) { return {a.flops + b.flops, a.bytes + b.bytes, a.calls + b.calls}; }
+Work operator*(double times, const Work& w) { return {times * w.flops, times * w.bytes, times * w.calls}; }
+
+double seconds_of(const Work& work, const Rates& rates) {
+  return work.flops / rates.flops + work.bytes / rates.bytes + work.calls * rates.call;
+}
+
+bool adaptive(const OptimizerConfig& optimizer) {
+  return optimizer.kind == OptimizerKind::kFlora || optimizer.kind == OptimizerKind::kAdafactor;
+}
+
 // Passes over a gradient that is computed block by block: statistics, size of the update, update.
 double gradient_passes(const OptimizerConfig& optimizer) {
-  const bool factored = optimizer.kind == OptimizerKind::kFlora || optimizer.kind == OptimizerKind::kAdafactor;
-  return !factored ? 1 : optimizer.clip > 0 ? 3 : 2;
+  return !adaptive(optimizer) ? 1 : optimizer.clip > 0 ? 3 : 2;
 }
 
-// Computing and transfers of one pass over the blocks.
-double together(double compute, double transfer, const Speeds& speeds) {
-  return speeds.copies_overlap ? std::max(compute, transfer) : compute + transfer;
-}
+// The operations of one micro-batch, each in a block or in the head, and of one update.
+struct Operations {
+  const EngineConfig& config;
+  const double C = static_cast<double>(config.model.channels), T = static_cast<double>(config.shapes.sequence);
+  const double sequences = static_cast<double>(config.shapes.batch), tokens = sequences * T;
+  const double size = static_cast<double>(dtype_size(config.shapes.dtype));
+  const double elements = 12 * C * C;  // of a block's four matrices
 
-struct Amounts {
-  double sequences, tokens, layers, micro_batches, chunk;
+  // All four of a block, in one of three directions: output, gradient of the input, gradient of the matrix.
+  Work products() const { return {.flops = 2 * elements * tokens, .calls = 4}; }
+  // Causal attention reaches about half of the rate of a product, its backward pass 0.4 of it.
+  Work attention() const { return {.flops = 2 * C * T * tokens / 0.5, .calls = 1}; }
+  Work attention_backward() const { return {.flops = 5 * C * T * tokens / 0.4, .calls = 1}; }
+  Work norms() const { return {.bytes = 8 * C * size * tokens, .calls = 2}; }  // with the residual sums
+  Work gelu() const { return {.bytes = 8 * C * size * tokens, .calls = 1}; }
+  Work norms_backward() const { return {.bytes = 17 * C * size * tokens, .calls = 6}; }  // and the biases' gradients
+  Work forward() const { return products() + attention() + norms() + gelu(); }
 
-  explicit Amounts(const EngineConfig& config)
-      : sequences(static_cast<double>(config.shapes.batch)),
-        tokens(sequences * static_cast<double>(config.shapes.sequence)),
-        layers(static_cast<double>(config.model.layers)),
-        micro_batches(config.gradients.micro_batches),
-        chunk(static_cast<double>(config.shapes.head_chunk)) {}
+  Work recompute() const {
+    switch (config.shapes.recompute) {
+      case Recompute::kNone: return {};
+      case Recompute::kGelu: return gelu();
+      case Recompute::kNormsGelu: return gelu() + norms();
+      case Recompute::kAttention: return gelu() + norms() + attention();
+      case Recompute::kBlock: break;
+    }
+    return forward() + (-1.0 / 3) * products();  // all but the last product, a third of the four
+  }
+
+  Work backward() const {
+    const bool blocks = config.gradients.blocks == GradientBlocks::kAll;
+    const double matrix_gradients = blocks ? gradient_passes(config.optimizer) : 1;
+    return recompute() + (1 + matrix_gradients) * products() + attention_backward() + norms_backward();
+  }
+
+  // Chunk by chunk: a product over few tokens waits for the table, or for the fp32 gradient that it is added to. The
+  // number of chunks is not rounded up, so that it never grows faster than the tokens.
+  Work head() const {
+    const double rows = static_cast<double>(config.model.padded_vocabulary());
+    const double chunks = std::max(1.0, tokens / static_cast<double>(config.shapes.head_chunk));
+    const Work product = {.flops = 2 * C * rows * tokens, .bytes = C * size * rows * chunks};
+    const Work gradient = {.flops = 2 * C * rows * tokens, .bytes = 8 * C * rows * chunks};
+    const Work classifier = {.bytes = 2 * size * rows * tokens};
+    const Work both = product + classifier + product;  // logits, losses, gradient of the input
+    if (config.gradients.blocks == GradientBlocks::kWhole) return both + gradient;
+    // In blocks the logits are computed again for every pass over the gradient.
+    return both + gradient_passes(config.optimizer) * (product + classifier + gradient);
+  }
+
+  // A block's gradients of a micro-batch, added to sums: of rank r by a product, in full by reading them once more.
+  Work accumulate() const {
+    if (config.gradients.micro_batches == 1) return {};
+    const double rank = static_cast<double>(config.gradients.accumulation_rank);
+    return rank > 0 ? Work{.flops = 2 * elements * rank} : Work{.bytes = 4 * elements};
+  }
+
+  bool codes() const { return config.weight_dtype == DType::kI8; }
+  Work decode() const { return codes() ? Work{.bytes = elements * (1 + size)} : Work{}; }
+
+  Work update() const {
+    const double layers = static_cast<double>(config.model.layers);
+    const double state = config.optimizer.kind == OptimizerKind::kAdamW ? 16 : 4;
+    const double rank = static_cast<double>(config.optimizer.rank);
+    Work block = {.bytes = elements * (4 * size + state)};
+    if (config.optimizer.kind == OptimizerKind::kFlora) block.flops = 4 * elements * rank;
+    if (codes()) block.bytes += elements * (4 + size);
+    const int64_t tables = config.model.tied_head ? 1 : 2;
+    const double rows = static_cast<double>(config.model.vocabulary * tables + config.model.positions);
+    return layers * block + Work{.bytes = rows * C * (16 + state)};
+  }
 };
 
-double block_forward(const Speeds& s, const Amounts& a) {
-  return s.linear_forward(a.tokens) + s.attention_forward(a.sequences) + s.norms(a.tokens) + s.gelu(a.tokens);
-}
-
-double block_recompute(Recompute level, const Speeds& s, const Amounts& a) {
-  switch (level) {
-    case Recompute::kNone: return 0;
-    case Recompute::kGelu: return s.gelu(a.tokens);
-    case Recompute::kNormsGelu: return s.gelu(a.tokens) + s.norms(a.tokens);
-    case Recompute::kAttention: return s.gelu(a.tokens) + s.norms(a.tokens) + s.attention_forward(a.sequences);
-    case Recompute::kBlock: break;
+// The fastest of a few calls, in seconds; the first one touches new memory, or chooses an algorithm.
+double fastest(Backend& backend, const std::function<void()>& call) {
+  constexpr double kEnough = 0.1;
+  double best = INFINITY, total = 0;
+  for (int i = 0; i < 20 && total < kEnough; ++i) {
+    backend.synchronize();
+    const auto start = std::chrono::steady_clock::now();
+    call();
+    backend.synchronize();
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    total += seconds;
+    if (i > 0) best = std::min(best, seconds);
   }
-  // All but the last product, a third of the four.
-  return block_forward(s, a) - s.linear_forward(a.tokens) / 3;
-}
-
-double block_backward(const EngineConfig& config, const Speeds& s, const Amounts& a) {
-  const double products = config.gradients.blocks == GradientBlocks::kAll ? gradient_passes(config.optimizer) : 1;
-  return block_recompute(config.shapes.recompute, s, a) + s.linear_input_gradient(a.tokens) +
-         products * s.linear_weight_gradient(a.tokens) + s.attention_backward(a.sequences) + s.norms_backward(a.tokens);
-}
-
-// A pass over the head, chunk by chunk. The number of chunks is not rounded up, so that it never grows faster than the
-// tokens.
-double head_pass(const EngineConfig& config, const Speeds& s, const Amounts& a) {
-  const double chunks = std::max(1.0, a.tokens / a.chunk);
-  const double rows = static_cast<double>(config.model.padded_vocabulary());
-  const auto all = [&](const Cost& cost) { return rows * (chunks * cost.per_call + a.tokens * cost.per_unit); };
-  const double seconds = all(s.logits) + all(s.classifier) + all(s.head_input_gradient);
-  if (config.gradients.blocks == GradientBlocks::kWhole) return seconds + all(s.head_weight_gradient);
-  // In blocks the logits are computed again for every pass over the gradient.
-  return seconds +
-         gradient_passes(config.optimizer) * (all(s.logits) + all(s.classifier) + all(s.head_weight_gradient));
-}
-
-// Gradients of a micro-batch added to compressed sums: a product of rank r with every matrix.
-double accumulate(const EngineConfig& config, const Speeds& s, const Amounts& a) {
-  if (config.gradients.micro_batches == 1) return 0;
-  const double elements = 12.0 * static_cast<double>(config.model.channels * config.model.channels);
-  if (config.gradients.accumulation_rank > 0) {
-    const double as_tokens = static_cast<double>(config.gradients.accumulation_rank);
-    return a.layers * s.linear_weight_gradient.per_unit * as_tokens;
-  }
-  return a.layers * elements * 4 / s.bandwidth;  // the sums are read once more
-}
-
-double update(const EngineConfig& config, const Speeds& s, const Amounts& a) {
-  const double rows =
-      static_cast<double>(config.model.vocabulary * (config.model.tied_head ? 1 : 2) + config.model.positions);
-  const double codes = config.weight_dtype == DType::kI8 ? s.encode_block : 0;
-  return a.layers * (s.update_block + codes) + rows * s.update_row;
+  return std::isfinite(best) ? best : total;
 }
 
 }  // namespace
 
-BlockBytes block_bytes(const EngineConfig& config, Backend& backend) {
-  Gpt2Config one = config.model;
-  one.layers = 1;
-  const std::vector<Parameter> parameters = gpt2_parameters(one);
+// A GPU: an H100 at what matmuls and attention reach in practice, PCIe 4. A CPU: a few cores.
+Rates nominal_rates(const EngineConfig& config, const std::string& backend) {
+  if (backend == "cpu") return {.flops = 2e11, .bytes = 3e10, .transfer = 1e10, .call = 2e-6};
+  return {.copies_overlap = true,
+          .flops = config.shapes.dtype == DType::kBF16 ? 4e14 : 5e13,
+          .bytes = 2.5e12,
+          .transfer = 2.5e10,
+          .call = 5e-6};
+}
+
+Rates measure_rates(const EngineConfig& config, Backend& backend) {
+  const Rates nominal = nominal_rates(config, backend.name());
+  // A call takes milliseconds, and its memory is small beside a run's.
+  const bool cpu = backend.name() == "cpu";
+  const size_t copied = (cpu ? size_t{16} : size_t{32}) << 20;
+  const int64_t inner = config.model.channels, outer = std::min<int64_t>(4 * inner, 8192);
+  const int64_t tokens =
+      std::clamp<int64_t>((cpu ? int64_t{2'000'000'000} : int64_t{500'000'000'000}) / (inner * outer), 64, 8192);
+  const DType dtype = config.shapes.dtype;
+  const size_t workspace_bytes = backend.workspace_bytes({.batch = 1,
+                                                          .sequence = tokens,
+                                                          .channels = inner,
+                                                          .heads = config.model.heads,
+                                                          .vocabulary = 1,
+                                                          .any_bf16 = dtype == DType::kBF16});
+  Tensor in, matrix, out;
+  void *from, *to, *host, *workspace;
   MemoryPlan plan;
-  make_optimizer(config.optimizer, parameters, config.gradients.gradient_dtype, backend)->declare(plan);
+  plan.add(&in, "in", Category::kWorkspace, dtype, {tokens, inner});
+  plan.add(&matrix, "matrix", Category::kWorkspace, dtype, {inner, outer});
+  plan.add(&out, "out", Category::kWorkspace, dtype, {tokens, outer});
+  plan.add(&from, "from", Category::kWorkspace, copied);
+  plan.add(&to, "to", Category::kWorkspace, copied);
+  plan.add(&host, "host", Category::kWorkspace, copied, kPhaseAlways, true);
+  plan.add(&workspace, "workspace", Category::kWorkspace, workspace_bytes);
+  try {
+    const Arena arena(backend, std::move(plan));
+    backend.set_workspace(workspace, workspace_bytes);
+    backend.fill(from, 0, copied);
+    // Products of zeros are faster than those of numbers.
+    for (const Tensor& tensor : {in, matrix}) {
+      backend.fill_normal(tensor, 0.0f, 0.02f, {.seed = 1, .purpose = RandomPurpose::kInit, .tensor = 1});
+    }
+    const double flops = 2.0 * static_cast<double>(tokens * inner * outer), bytes = static_cast<double>(copied);
+    Rates rates = nominal;
+    rates.flops = flops / fastest(backend, [&] { backend.matmul(out, in, matrix, {}); });
+    rates.bytes = 2 * bytes / fastest(backend, [&] { backend.copy(to, from, copied); });
+    rates.transfer = cpu ? rates.bytes / 2 : bytes / fastest(backend, [&] { backend.copy(to, host, copied); });
+    // Copies of pageable memory make the host wait.
+    rates.copies_overlap = rates.copies_overlap && backend.host_memory_note().empty();
+    rates.measured = true;
+    backend.set_workspace(nullptr, 0);
+    return rates;
+  } catch (const std::runtime_error&) {
+    backend.set_workspace(nullptr, 0);
+    return nominal;
+  }
+}
+
+BlockBytes block_bytes(const EngineConfig& config, Backend& backend) {
+  EngineConfig one = config;
+  one.model.layers = 1;
+  one.offload = {};
+  one.gradients.blocks = GradientBlocks::kWhole;  // `config` may not have its micro-batches yet
+  const MemoryPlan plan = Engine(one, backend).declared();
   BlockBytes bytes;
   for (const Allocation& allocation : plan.allocations()) {
-    const bool of_block = allocation.name.rfind("h.0.", 0) == 0;
-    if (of_block && allocation.category == Category::kOptimizerState)
-      bytes.state += static_cast<double>(allocation.bytes);
-  }
-  for (const Parameter& parameter : parameters) {
-    if (parameter.layer != 0) continue;
-    const bool codes = config.weight_dtype == DType::kI8;
-    const DType dtype = codes && !parameter.matrix ? config.shapes.dtype : config.weight_dtype;
-    bytes.weights += static_cast<double>(parameter.elements() * static_cast<int64_t>(dtype_size(dtype)));
-    if (config.master_weights) bytes.weights += 4.0 * static_cast<double>(parameter.elements());
+    if (allocation.name.rfind("h.0.", 0) != 0) continue;
+    const double size = static_cast<double>(allocation.bytes);
+    if (allocation.category == Category::kWeights) bytes.weights += size;
+    if (allocation.category == Category::kOptimizerState) bytes.state += size;
   }
   return bytes;
 }
 
-StepTime predict_step(const EngineConfig& config, const Speeds& speeds, const BlockBytes& bytes) {
-  const Amounts a(config);
-  const double decode = config.weight_dtype == DType::kI8 ? a.layers * speeds.decode_block : 0;
-  const double weights = config.offload.weights ? a.layers * bytes.weights : 0;
-  const double state = config.offload.state || config.offload.weights ? a.layers * bytes.state : 0;
-  const double kept = config.offload.activations ? a.layers * a.tokens * static_cast<double>(config.model.channels) *
-                                                       static_cast<double>(dtype_size(config.shapes.dtype))
-                                                 : 0;
+double predict_step(const EngineConfig& config, const Rates& rates, const BlockBytes& bytes) {
+  const Operations step{config};
+  const double layers = static_cast<double>(config.model.layers);
+  const double weights = config.offload.weights ? layers * bytes.weights : 0;
+  const double state = config.offload.state || config.offload.weights ? layers * bytes.state : 0;
+  const double kept = config.offload.activations ? layers * step.tokens * step.C * step.size : 0;
   const bool fused = config.gradients.kind == GradientMode::kFused;
-  const double passes = fused && config.gradients.clip_norm > 0 ? 2 : 1;  // the first one measures the norm
-  const double micro_batches = passes * a.micro_batches;
-
-  StepTime time;
-  time.forward =
-      micro_batches * (kPerMicroBatch + together(decode + a.layers * block_forward(speeds, a),
-                                                 weights / speeds.to_device + kept / speeds.to_host, speeds));
-  time.head = micro_batches * head_pass(config, speeds, a);
-  const double backward = micro_batches * (decode + a.layers * block_backward(config, speeds, a)) +
-                          a.micro_batches * accumulate(config, speeds, a);
-  const double back = micro_batches * (weights + kept) / speeds.to_device;
-  const double changed = state / speeds.to_device + (state + weights) / speeds.to_host;
+  const double micro_batches = config.gradients.micro_batches;
+  const double passes = micro_batches * (fused && config.gradients.clip_norm > 0 ? 2 : 1);  // the first for the norm
+  // Work, and bytes that move meanwhile.
+  const auto seconds = [&](const Work& work, double moved) {
+    const double compute = seconds_of(work, rates), transfer = moved / rates.transfer;
+    return rates.copies_overlap ? std::max(compute, transfer) : compute + transfer;
+  };
+  const Work forward = layers * (step.decode() + step.forward());
+  const Work backward =
+      passes * layers * (step.decode() + step.backward()) + micro_batches * layers * step.accumulate();
+  const double back = passes * (weights + kept), changed = 2 * state + weights;
+  double total = passes * (kPerMicroBatch + seconds(forward, weights + kept) + seconds(step.head(), 0));
   if (fused) {  // updates run beside the transfers of the next blocks
-    time.update = update(config, speeds, a);
-    time.backward = together(backward + time.update, back + changed, speeds) - time.update;
+    total += seconds(backward + step.update(), back + changed);
   } else {
-    time.backward = together(backward, back, speeds);
-    time.update = together(update(config, speeds, a), changed + weights / speeds.to_device, speeds);
+    total += seconds(backward, back) + seconds(step.update(), changed + weights);
   }
-  return time;
+  return total;
 }
 
 int64_t tokens_per_step(const EngineConfig& config) {

@@ -1,7 +1,27 @@
-// cost_model.h: how long a training step of a configuration should take, from the speeds of the device.
+// cost_model.h: how long a training step of a configuration should take: the FLOPs, the bytes and the calls of its
+// operations, by what the device does of each in a second.
 #pragma once
 
-#include "train/speeds.h"
+#include <string>
+
+#include "kernels/backend.h"
+#include "train/engine.h"
+
+struct Rates {
+  bool measured = false;
+  bool copies_overlap = false;  // transfers run beside the computation
+  double flops = 0;             // of a block's matrix product, per second
+  double bytes = 0;             // read and written by a copy on the device, per second
+  double transfer = 0;          // bytes per second from host to device, and back
+  double call = 0;              // seconds that every operation costs
+};
+
+// For order only: what a device of this kind (the backend's name) reaches by its data sheet.
+Rates nominal_rates(const EngineConfig& config, const std::string& backend);
+
+// What `backend` reaches, measured in a fraction of a second on one product of the model's width and one copy. Takes
+// memory for them and gives it back; the workspace is unset afterwards. Nominal rates where that memory is not there.
+Rates measure_rates(const EngineConfig& config, Backend& backend);
 
 // Bytes of one block that move between host and device when it does not stay there.
 struct BlockBytes {
@@ -9,12 +29,8 @@ struct BlockBytes {
 };
 BlockBytes block_bytes(const EngineConfig& config, Backend& backend);
 
-struct StepTime {
-  double forward = 0, head = 0, backward = 0, update = 0;  // seconds per step, transfers that are waited for included
-  double seconds() const { return forward + head + backward + update; }
-};
-
-// With everything else equal, more sequences per micro-batch never take longer per token.
-StepTime predict_step(const EngineConfig& config, const Speeds& speeds, const BlockBytes& bytes);
+// Seconds of a step, transfers that are waited for included. With everything else equal, more sequences per micro-batch
+// never take longer per token.
+double predict_step(const EngineConfig& config, const Rates& rates, const BlockBytes& bytes);
 
 int64_t tokens_per_step(const EngineConfig& config);

@@ -10,7 +10,7 @@
 #include "kernels/graph_cache.h"
 #include "kernels/memory_plan.h"
 #include "model/gpt2.h"
-#include "model/weight_store.h"
+#include "model/weights.h"
 
 // What stays in host memory and visits the device layer by layer.
 struct Offload {

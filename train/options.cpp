@@ -9,7 +9,6 @@
 #include <sstream>
 #include <type_traits>
 
-#include "kernels/cpu/machine.h"
 #include "train/memory_size.h"
 
 namespace {
@@ -22,8 +21,8 @@ std::string underscored(std::string flag) {
 struct ToJson {
   nlohmann::ordered_json json = nlohmann::ordered_json::object();
   void group(const char*) {}
-  template <typename T>
-  void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>&, OnResume) {
+  template <typename T, typename Values>
+  void operator()(T& field, const char* flag, const char*, const char*, const Values&, OnResume) {
     json[underscored(flag)] = field;
   }
 };
@@ -37,15 +36,32 @@ bool holds(const nlohmann::json& value) {
   return value.is_number_integer() && (!value.is_number_unsigned() || value.get<uint64_t>() <= INT64_MAX);
 }
 
+bool is_legal(const std::string&, bool, const std::vector<std::string>&) { return true; }
+bool is_legal(const std::string&, const std::string& value, const std::vector<std::string>& choices) {
+  return choices.empty() || std::find(choices.begin(), choices.end(), value) != choices.end();
+}
+template <typename T>
+bool is_legal(const std::string& flag, T value, const Range& range) {
+  try {
+    check_range(flag, value, range);
+    return true;
+  } catch (const UsageError&) {
+    return false;
+  }
+}
+
+std::string shown(const nlohmann::json& value) {
+  return value.is_string() ? "'" + value.get<std::string>() + "'" : value.dump();
+}
+
 struct FromJson {
   const nlohmann::json& saved;
   const Options& options;
   Restored found = {};
   std::vector<std::string> keys = {};  // all that there are
   void group(const char*) {}
-  template <typename T>
-  void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>& choices,
-                  OnResume on_resume) {
+  template <typename T, typename Values>
+  void operator()(T& field, const char* flag, const char*, const char*, const Values& values, OnResume on_resume) {
     const std::string key = underscored(flag);
     keys.push_back(key);
     if (!saved.contains(key)) {
@@ -56,14 +72,13 @@ struct FromJson {
       throw std::runtime_error("the checkpoint's option '" + key + "' has the wrong type; the file is damaged");
     }
     const T value = saved[key].get<T>();
-    if constexpr (std::is_same_v<T, std::string>) {
-      // `field` is the default, or what is asked for: both are choices, or "" where one is made later.
-      if (value != field && !choices.empty() && std::find(choices.begin(), choices.end(), value) == choices.end()) {
-        throw std::runtime_error("the checkpoint's option '" + key + "' is '" + value + "'; the file is damaged");
-      }
-    }
     const nlohmann::json given = field;
     if (!options.was_given(flag)) {
+      // The default is legal, or means that a value is chosen later.
+      if (value != field && !is_legal(flag, value, values)) {
+        throw std::runtime_error("the checkpoint's option '" + key + "' is " + shown(saved[key]) +
+                                 "; the file is damaged");
+      }
       field = value;
     } else if (on_resume == OnResume::kMayChangeTraining && field != value) {
       found.changes.push_back(std::string(flag) + " was " + saved[key].dump() + ", is now " + given.dump());
@@ -73,42 +88,6 @@ struct FromJson {
     }
   }
 };
-
-// Sizes and counts are multiplied with each other, and positions on the device are 32 bits wide. Fractions become fp32,
-// where one that is 0 or 1 by rounding would switch off what it scales.
-struct RefuseNumbersOutOfRange {
-  void group(const char*) {}
-  template <typename T>
-  void operator()(T& field, const char* flag, const char*, const char*, const std::vector<std::string>&, OnResume) {
-    if constexpr (std::is_same_v<T, int64_t>) {
-      const std::string name = flag;
-      const int64_t most = name == "seed" ? INT64_MAX : name == "threads" ? kMostThreads : INT32_MAX;
-      if (field > most) throw UsageError("--" + name + " must be at most " + std::to_string(most));
-    }
-    if constexpr (std::is_same_v<T, double>) {
-      const auto refuse = [&](const std::string& why) {
-        char text[32];
-        snprintf(text, sizeof text, "%.17g", field);
-        throw UsageError(std::string("--") + flag + " " + text + " " + why);
-      };
-      if (!std::isfinite(field)) throw UsageError(std::string("--") + flag + " must be a finite number");
-      if (std::abs(field) > FLT_MAX) refuse("is more than fp32 holds");
-      if (field != 0 && std::abs(field) < FLT_MIN) refuse("is less than fp32 holds: it would be 0");
-      if (field != 1 && static_cast<float>(field) == 1.0f) refuse("would be 1 in fp32");
-    }
-  }
-};
-
-void at_least(double value, double least, const char* flag) {
-  if (!(value >= least)) {
-    std::string bound = std::to_string(static_cast<int64_t>(least));
-    throw UsageError(std::string("--") + flag + " must be at least " + bound);
-  }
-}
-
-void fraction(double value, const char* flag) {
-  if (!(value >= 0.0 && value < 1.0)) throw UsageError(std::string("--") + flag + " must be at least 0 and below 1");
-}
 
 void check_offload(const std::string& offload) {
   std::istringstream list(offload);
@@ -123,6 +102,30 @@ void check_offload(const std::string& offload) {
 }
 
 }  // namespace
+
+void check_range(const std::string& flag, int64_t value, const Range& range) {
+  const auto least = static_cast<int64_t>(range.least);
+  if (value < least) throw UsageError("--" + flag + " must be at least " + std::to_string(least));
+  if (value > range.most) throw UsageError("--" + flag + " must be at most " + std::to_string(range.most));
+}
+
+void check_range(const std::string& flag, double value, const Range& range) {
+  const auto refuse = [&](const std::string& why) { throw UsageError("--" + flag + " " + why); };
+  char text[32];
+  snprintf(text, sizeof text, "%.17g ", value);
+  if (!std::isfinite(value)) refuse("must be a finite number");
+  if (std::abs(value) > FLT_MAX) refuse(std::string(text) + "is more than fp32 holds");
+  if (value != 0 && std::abs(value) < FLT_MIN) refuse(std::string(text) + "is less than fp32 holds: it would be 0");
+  if (value != 1 && static_cast<float>(value) == 1.0f) refuse(std::string(text) + "would be 1 in fp32");
+  const bool too_small = value < range.least || (value == range.least && !range.least_itself);
+  if (!too_small && value < range.below) return;
+  std::string bounds;
+  snprintf(text, sizeof text, "%g", range.least);
+  if (std::isfinite(range.least)) bounds = std::string(range.least_itself ? "at least " : "above ") + text;
+  snprintf(text, sizeof text, "%g", range.below);
+  if (std::isfinite(range.below)) bounds += std::string(bounds.empty() ? "" : " and ") + "below " + text;
+  refuse("must be " + bounds);
+}
 
 bool Options::was_given(const std::string& flag) const {
   return std::find(given.begin(), given.end(), flag) != given.end();
@@ -155,48 +158,9 @@ Restored restore_options(Options& options, const nlohmann::json& saved) {
 }
 
 void check_options(const Options& o) {
-  Options copy = o;
-  RefuseNumbersOutOfRange bounds;
-  describe(copy, bounds);
-  at_least(static_cast<double>(o.seq_len), o.was_given("seq-len") ? 1 : 0, "seq-len");
-  at_least(static_cast<double>(o.micro_batch), o.was_given("micro-batch") ? 1 : 0, "micro-batch");
-  at_least(static_cast<double>(o.tokens_per_step), o.was_given("tokens-per-step") ? 1 : 0, "tokens-per-step");
-  at_least(static_cast<double>(o.head_chunk), o.was_given("head-chunk") ? 1 : 0, "head-chunk");
-  at_least(static_cast<double>(o.layers_in_flight), 2, "layers-in-flight");
   check_offload(o.offload);
   if (!o.memory_budget.empty() && o.memory_budget != "auto") parse_memory_size("memory-budget", o.memory_budget);
   if (o.memory_budget.empty() && o.was_given("memory-budget")) throw UsageError("--memory-budget needs a value");
-  at_least(static_cast<double>(o.rank), 1, "rank");
-  at_least(static_cast<double>(o.kappa), 1, "kappa");
-  at_least(static_cast<double>(o.accumulation_rank), o.was_given("accumulation-rank") ? 1 : 0, "accumulation-rank");
-  at_least(static_cast<double>(o.steps), 1, "steps");
-  at_least(static_cast<double>(o.checkpoint_every), 0, "checkpoint-every");
-  at_least(static_cast<double>(o.keep_checkpoints), 0, "keep-checkpoints");
-  at_least(static_cast<double>(o.eval_every), 0, "eval-every");
-  at_least(static_cast<double>(o.eval_batches), o.was_given("eval-batches") ? 0 : -1, "eval-batches");
-  at_least(static_cast<double>(o.vocab_size), o.was_given("vocab-size") ? 1 : 0, "vocab-size");
-  at_least(static_cast<double>(o.sample_every), 0, "sample-every");
-  at_least(static_cast<double>(o.sample_tokens), 1, "sample-tokens");
-  at_least(static_cast<double>(o.log_every), 1, "log-every");
-  at_least(static_cast<double>(o.max_skips), 1, "max-skips");
-  at_least(static_cast<double>(o.threads), 0, "threads");
-  at_least(static_cast<double>(o.seed), 0, "seed");
-  at_least(static_cast<double>(o.top_k), 0, "top-k");
-  at_least(o.temperature, 0, "temperature");
-  at_least(o.final_lr, 0, "final-lr");
-  at_least(o.update_clip, 0, "update-clip");
-  at_least(o.peak_tflops, 0, "peak-tflops");
-  at_least(o.eps, 0, "eps");
-  at_least(o.eps1, 0, "eps1");
-  at_least(o.eps2, 0, "eps2");
-  if (o.was_given("lr") && !(o.lr > 0)) throw UsageError("--lr must be above 0");
-  if (o.was_given("warmup-steps")) at_least(static_cast<double>(o.warmup_steps), 0, "warmup-steps");
-  if (o.was_given("cooldown-steps")) at_least(static_cast<double>(o.cooldown_steps), 0, "cooldown-steps");
-  if (o.was_given("weight-decay")) at_least(o.weight_decay, 0, "weight-decay");
-  if (o.was_given("clip-norm")) at_least(o.clip_norm, 0, "clip-norm");
-  if (o.was_given("beta1")) fraction(o.beta1, "beta1");
-  fraction(o.beta2, "beta2");
-  if (!(o.decay_rate < 0)) throw UsageError("--decay-rate must be below 0");
 
   // Flags that say nothing, or two different things, together.
   const auto only_for = [&](std::initializer_list<const char*> flags, bool applies, const std::string& needs) {

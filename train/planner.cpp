@@ -1,5 +1,4 @@
-// planner.cpp: see planner.h. There are up to a few thousand candidates, and a plan of a large model takes
-// milliseconds, so most of them are rejected by the least bytes of a smaller relative that did not fit.
+// planner.cpp: see planner.h.
 #include "train/planner.h"
 
 #include <algorithm>
@@ -14,25 +13,25 @@ constexpr Recompute kLevels[] = {Recompute::kNone, Recompute::kGelu, Recompute::
 constexpr GradientBlocks kBlocks[] = {GradientBlocks::kWhole, GradientBlocks::kEmbedding, GradientBlocks::kAll};
 constexpr int64_t kMostTokens = INT32_MAX;  // of a pass
 
-std::vector<int64_t> micro_batches(const EngineConfig& start, const Freedom& freedom) {
-  if (!freedom.micro_batch) return {start.shapes.batch};
+std::vector<int64_t> micro_batches(const EngineConfig& start, const SearchSpace& space) {
+  if (!space.micro_batch) return {start.shapes.batch};
   std::vector<int64_t> sizes;
-  if (freedom.sequences_per_step > 0) {
-    for (int64_t size = 1; size <= freedom.sequences_per_step / size; ++size) {
-      if (freedom.sequences_per_step % size != 0) continue;
+  if (space.sequences_per_step > 0) {
+    for (int64_t size = 1; size <= space.sequences_per_step / size; ++size) {
+      if (space.sequences_per_step % size != 0) continue;
       sizes.push_back(size);
-      if (size != freedom.sequences_per_step / size) sizes.push_back(freedom.sequences_per_step / size);
+      if (size != space.sequences_per_step / size) sizes.push_back(space.sequences_per_step / size);
     }
   } else {
-    for (int64_t size = 1; size < freedom.largest_micro_batch; size *= 2) sizes.push_back(size);
-    sizes.push_back(freedom.largest_micro_batch);
+    for (int64_t size = 1; size < space.largest_micro_batch; size *= 2) sizes.push_back(size);
+    sizes.push_back(space.largest_micro_batch);
   }
   std::erase_if(sizes, [&](int64_t size) { return size > kMostTokens / start.shapes.sequence; });
   return sizes;
 }
 
-std::vector<Offload> offloads(const EngineConfig& start, const Freedom& freedom) {
-  if (!freedom.offload) return {start.offload};
+std::vector<Offload> offloads(const EngineConfig& start, const SearchSpace& space) {
+  if (!space.offload) return {start.offload};
   std::vector<Offload> all;
   for (const bool activations : {false, true}) {
     for (const bool weights : {false, true}) {
@@ -45,16 +44,16 @@ std::vector<Offload> offloads(const EngineConfig& start, const Freedom& freedom)
   return all;
 }
 
-std::vector<int64_t> head_chunks(const EngineConfig& start, const Freedom& freedom, int64_t tokens) {
-  if (!freedom.head_chunk) return {std::min(start.shapes.head_chunk, tokens)};
+std::vector<int64_t> head_chunks(const EngineConfig& start, const SearchSpace& space, int64_t tokens) {
+  if (!space.head_chunk) return {std::min(start.shapes.head_chunk, tokens)};
   std::vector<int64_t> chunks;
   for (const int64_t chunk : kHeadChunks) chunks.push_back(std::min(chunk, tokens));
   chunks.erase(std::unique(chunks.begin(), chunks.end()), chunks.end());
   return chunks;
 }
 
-// A setting's place in the order of memory: with the same family, more tokens, a longer chunk or less recomputation
-// never take fewer bytes.
+// Settings that differ in nothing but micro-batch, head chunk and recomputation: more tokens, a longer chunk or less
+// recomputation never take fewer bytes.
 using Family = std::tuple<bool, GradientBlocks, bool, bool, bool>;
 Family family(const EngineConfig& c) {
   return {c.gradients.micro_batches == 1, c.gradients.blocks, c.offload.activations, c.offload.state,
@@ -66,37 +65,53 @@ bool at_most(const EngineConfig& a, const EngineConfig& b) {
          a.shapes.recompute >= b.shapes.recompute;
 }
 
-// The relatives of a candidate that take the least: the smallest of its family, and the smallest of its micro-batch.
-class Relatives {
- public:
-  explicit Relatives(const std::vector<Choice>& candidates) {
-    for (const Choice& choice : candidates) {
-      const EngineConfig& c = choice.config;
-      keep_smaller(of_family_[family(c)], c);
-      keep_smaller(of_batch_[{family(c), c.shapes.batch}], c);
-      keep_smaller(of_level_[{family(c), c.shapes.batch, c.shapes.recompute}], c);
+// A family, and its parts of one micro-batch (else 0), and of one recompute level and head chunk, too (else 0).
+using Group = std::tuple<Family, int64_t, int, int64_t>;
+std::vector<Group> groups(const EngineConfig& c) {
+  const int level = 1 + static_cast<int>(c.shapes.recompute);
+  return {{family(c), 0, 0, 0},
+          {family(c), c.shapes.batch, 0, 0},
+          {family(c), c.shapes.batch, level, 0},
+          {family(c), c.shapes.batch, level, c.shapes.head_chunk}};
+}
+
+// The setting of each group that takes the least.
+std::map<Group, const EngineConfig*> least_of_groups(const std::vector<Candidate>& candidates) {
+  std::map<Group, const EngineConfig*> least;
+  for (const Candidate& candidate : candidates) {
+    for (const Group& group : groups(candidate.config)) {
+      const EngineConfig*& kept = least[group];
+      if (!kept || at_most(candidate.config, *kept)) kept = &candidate.config;
     }
   }
-  std::vector<const EngineConfig*> of(const EngineConfig& c) const {
-    return {of_family_.at(family(c)), of_batch_.at({family(c), c.shapes.batch}),
-            of_level_.at({family(c), c.shapes.batch, c.shapes.recompute}), &c};
-  }
-  std::vector<const EngineConfig*> smallest() const {
-    std::vector<const EngineConfig*> all;
-    for (const auto& [key, config] : of_family_) all.push_back(config);
-    return all;
-  }
-
- private:
-  static void keep_smaller(const EngineConfig*& kept, const EngineConfig& c) {
-    if (!kept || at_most(c, *kept)) kept = &c;
-  }
-  std::map<Family, const EngineConfig*> of_family_;
-  std::map<std::pair<Family, int64_t>, const EngineConfig*> of_batch_;
-  std::map<std::tuple<Family, int64_t, Recompute>, const EngineConfig*> of_level_;
-};
+  return least;
+}
 
 }  // namespace
+
+MemoryLimit available_memory_limit(const Backend& backend) {
+  return {backend.memory_available(), backend.host_memory_available(), backend.name() == "cpu"};
+}
+
+SearchSpace search_space(const RunSetup& setup, bool given_too) {
+  const Options& asked = setup.request.options;
+  const bool fresh = setup.request.checkpoint.empty();
+  const auto open = [&](const char* flag) { return given_too || !asked.was_given(flag); };
+  SearchSpace space;
+  space.recompute = open("recompute");
+  space.offload = open("offload");
+  space.micro_batch = fresh && open("micro-batch");
+  space.head_chunk = fresh && open("head-chunk");
+  space.gradient_blocks = fresh && open("gradient-blocks");
+  if (asked.tokens_per_step > 0) {
+    space.sequences_per_step = asked.tokens_per_step / setup.options.seq_len;
+  } else {
+    // A micro-batch that was given is never made larger: without --tokens-per-step it is the whole step.
+    space.largest_micro_batch =
+        asked.was_given("micro-batch") ? setup.options.micro_batch : default_micro_batch(setup.request.device);
+  }
+  return space;
+}
 
 Bytes least_bytes(const MemoryPlan& plan) {
   Bytes least;
@@ -122,56 +137,64 @@ bool gradient_blocks_possible(const EngineConfig& config) {
   return config.gradients.kind == GradientMode::kFused && config.gradients.micro_batches == 1 && !full_moment;
 }
 
-std::vector<Choice> Planner::candidates(const EngineConfig& start, const Freedom& freedom) const {
-  const BlockBytes bytes = block_bytes(start, backend_);
-  std::vector<Choice> all;
-  const auto add = [&](const EngineConfig& config) {
-    all.push_back({.config = config, .seconds = predict_step(config, speeds_, bytes).seconds()});
-  };
-  for (const int64_t batch : micro_batches(start, freedom)) {
+std::string settings_flags(const EngineConfig& config) {
+  return "--micro-batch " + std::to_string(config.shapes.batch) + " --recompute " +
+         recompute_name(config.shapes.recompute) + " --head-chunk " + std::to_string(config.shapes.head_chunk) +
+         " --gradient-blocks " + gradient_blocks_name(config.gradients.blocks) + " --offload " +
+         offload_name(config.offload);
+}
+
+std::vector<Candidate> candidates(const EngineConfig& start, const SearchSpace& space, const Rates& rates,
+                                  Backend& backend) {
+  const BlockBytes bytes = block_bytes(start, backend);
+  std::vector<Candidate> all;
+  for (const int64_t batch : micro_batches(start, space)) {
     EngineConfig config = start;
     config.shapes.batch = batch;
-    if (freedom.micro_batch)
+    if (space.micro_batch)
       config.gradients.micro_batches =
-          freedom.sequences_per_step > 0 ? static_cast<int>(freedom.sequences_per_step / batch) : 1;
+          space.sequences_per_step > 0 ? static_cast<int>(space.sequences_per_step / batch) : 1;
     for (const GradientBlocks blocks : kBlocks) {
-      if (!freedom.gradient_blocks && blocks != start.gradients.blocks) continue;
+      if (!space.gradient_blocks && blocks != start.gradients.blocks) continue;
       config.gradients.blocks = blocks;
       if (blocks != GradientBlocks::kWhole && !gradient_blocks_possible(config)) continue;
       for (const Recompute level : kLevels) {
-        if (!freedom.recompute && level != start.shapes.recompute) continue;
+        if (!space.recompute && level != start.shapes.recompute) continue;
         config.shapes.recompute = level;
-        for (const int64_t chunk : head_chunks(start, freedom, batch * start.shapes.sequence)) {
+        for (const int64_t chunk : head_chunks(start, space, batch * start.shapes.sequence)) {
           config.shapes.head_chunk = chunk;
-          for (const Offload& offload : offloads(start, freedom)) {
+          for (const Offload& offload : offloads(start, space)) {
             config.offload = offload;
-            add(config);
+            all.push_back({.config = config, .seconds = predict_step(config, rates, bytes)});
           }
         }
       }
     }
   }
   // Equally fast ones: first what was tried first, which keeps more on the device and less of it.
-  std::stable_sort(all.begin(), all.end(),
-                   [](const Choice& a, const Choice& b) { return a.seconds_per_token() < b.seconds_per_token(); });
+  std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) {
+    return a.seconds_per_token() < b.seconds_per_token();
+  });
   return all;
 }
 
-std::vector<Choice> Planner::fitting(const std::vector<Choice>& candidates, const MemoryLimit& limit,
-                                     size_t count) const {
-  const Relatives relatives(candidates);
-  std::map<const EngineConfig*, bool> too_large;  // by least bytes
+std::vector<Candidate> fitting(const std::vector<Candidate>& candidates, const MemoryLimit& limit, size_t count,
+                               Backend& backend) {
+  // There may be thousands of candidates, and a plan of a large model takes milliseconds, so most of them are rejected
+  // because the least of one of their groups was.
+  const std::map<Group, const EngineConfig*> least = least_of_groups(candidates);
+  std::map<const EngineConfig*, bool> too_large;
   const auto rejected = [&](const EngineConfig* config) {
     const auto [entry, unknown] = too_large.try_emplace(config, false);
-    if (unknown) entry->second = !fits(least_bytes(Engine(*config, backend_).declared()), limit);
+    if (unknown) entry->second = !fits(least_bytes(Engine(*config, backend).declared()), limit);
     return entry->second;
   };
-  std::vector<Choice> found;
-  for (const Choice& candidate : candidates) {
+  std::vector<Candidate> found;
+  for (const Candidate& candidate : candidates) {
     if (found.size() == count) break;
-    const std::vector<const EngineConfig*> smaller = relatives.of(candidate.config);
-    if (std::any_of(smaller.begin(), smaller.end(), rejected)) continue;
-    const MemoryPlan plan = Engine(candidate.config, backend_).plan();
+    const std::vector<Group> its = groups(candidate.config);
+    if (std::any_of(its.begin(), its.end(), [&](const Group& group) { return rejected(least.at(group)); })) continue;
+    const MemoryPlan plan = Engine(candidate.config, backend).plan();
     if (!fits({plan.device_bytes(), plan.host_bytes()}, limit)) continue;
     found.push_back(candidate);
     found.back().device_bytes = plan.device_bytes();
@@ -180,18 +203,18 @@ std::vector<Choice> Planner::fitting(const std::vector<Choice>& candidates, cons
   return found;
 }
 
-std::optional<Choice> Planner::smallest(const std::vector<Choice>& candidates, const MemoryLimit& limit) const {
-  std::optional<Choice> best;
-  const auto host_fits = [&](const Choice& choice) {
-    return fits({limit.shared ? choice.device_bytes : 0, choice.host_bytes}, {SIZE_MAX, limit.host, limit.shared});
+std::optional<Candidate> smallest(const std::vector<Candidate>& candidates, const MemoryLimit& limit,
+                                  Backend& backend) {
+  std::optional<Candidate> best;
+  const auto rank = [&](const Candidate& c) {
+    return std::make_pair(!limit.shared && c.host_bytes > limit.host,
+                          c.device_bytes + (limit.shared ? c.host_bytes : 0));
   };
-  for (const EngineConfig* config : Relatives(candidates).smallest()) {
-    const MemoryPlan plan = Engine(*config, backend_).plan();
-    Choice choice{.config = *config, .device_bytes = plan.device_bytes(), .host_bytes = plan.host_bytes()};
-    const auto rank = [&](const Choice& c) {
-      return std::make_pair(!limit.shared && !host_fits(c), c.device_bytes + (limit.shared ? c.host_bytes : 0));
-    };
-    if (!best || rank(choice) < rank(*best)) best = choice;
+  for (const auto& [group, config] : least_of_groups(candidates)) {
+    if (std::get<1>(group) != 0) continue;  // a part of a family
+    const MemoryPlan plan = Engine(*config, backend).plan();
+    const Candidate candidate{.config = *config, .device_bytes = plan.device_bytes(), .host_bytes = plan.host_bytes()};
+    if (!best || rank(candidate) < rank(*best)) best = candidate;
   }
   return best;
 }

@@ -6,7 +6,7 @@
 #include <map>
 #include <string>
 
-#include "flora/parameter_store.h"
+#include "flora/parameter.h"
 #include "kernels/backend.h"
 #include "model/config.h"
 #include "train/file_io.h"

@@ -72,7 +72,7 @@ def settings_in(output):
 
 
 def budget(session, size):
-    """The choice, and the runner-up by its flags. The device's speeds are measured anew in every report."""
+    """The choice, and the runner-up by its flags."""
     sizes, common = session.sizes, ["--optimizer", "flora", "--gradients", "fused", "--rank", session.sizes.rank]
     flags = [*sizes.streaming_model, "--dtype", "bf16", *common, *sizes.budget_flags]
     asked = training.whole_plan(session, [*flags, "--memory-budget", size])["budget"]["bytes"]
@@ -84,8 +84,7 @@ def budget(session, size):
         return {"flags": its_flags, "predicted_ms": predicted, "step_ms": 1e3 * speed["step_seconds"],
                 "tokens_per_second": speed["tokens_per_second"], **training.memory_values(planned, run, driver)}
 
-    run, driver = training.train_beside_driver(session, [*flags, "--memory-budget", size], warmup + counted,
-                                               environment={"XDG_CACHE_HOME": str(session.folder / "cache")})
+    run, driver = training.train_beside_driver(session, [*flags, "--memory-budget", size], warmup + counted)
     found = settings_in(run.output)
     if "chosen" not in found:
         raise ItemFailed("train_gpt2 did not say what it chose")

@@ -171,12 +171,11 @@ def fitting_plan(session, flags):
     return planned
 
 
-def train_beside_driver(session, flags, steps, *, environment=None):
+def train_beside_driver(session, flags, steps):
     """The first steps of a run, and the driver's figure: the GPU's use while the run is there, less what it was before,
     which is the plan, and what CUDA and its libraries take; None where there is no nvidia-smi."""
     before, during = machine.memory_used(), []
-    run = train_without_end(session, flags, steps, at_the_end=lambda: during.append(machine.memory_used()),
-                            environment=environment)
+    run = train_without_end(session, flags, steps, at_the_end=lambda: during.append(machine.memory_used()))
     return run, during[-1] - before if before is not None and during and during[-1] is not None else None
 
 

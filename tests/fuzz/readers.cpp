@@ -27,7 +27,6 @@
 #include "train/metrics.h"
 #include "train/options.h"
 #include "train/safetensors.h"
-#include "train/speeds_cache.h"
 #include "train/trainer_state.h"
 
 namespace {
@@ -131,8 +130,6 @@ void generation_config(const std::string& input) {
   generation_config_json(config);
 }
 
-void speeds(const std::string& input) { cached_speeds(file_with(input), "k"); }
-
 void memory_size(const std::string& input) { parse_memory_size("memory-budget", input); }
 
 void text(const std::string& input) {
@@ -156,7 +153,6 @@ Reader chosen_reader() {
                                                  {"trainer_state", trainer_state},
                                                  {"hugging_face_tokenizer", hugging_face_tokenizer},
                                                  {"generation_config", generation_config},
-                                                 {"speeds", speeds},
                                                  {"memory_size", memory_size},
                                                  {"text", text}};
   const char* const name = std::getenv("READER");

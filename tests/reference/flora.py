@@ -16,7 +16,7 @@ QUANT_BLOCK = 256
 
 @dataclass
 class Options:
-    """flora/optimizer.h's OptimizerConfig with the same names and defaults; fractions are rounded to fp32 as there."""
+    """flora/optimizers.h's OptimizerConfig with the same names and defaults; fractions are rounded to fp32 as there."""
 
     kind: str = "flora"  # flora, adafactor, adamw, sgd
     seed: int = 0

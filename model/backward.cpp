@@ -1,7 +1,6 @@
-// gpt2_backward.cpp: the backward pass, last block first. In every linear layer the gradient of the input is computed
-// before the weight's gradient is handed to the sink, because the sink may update the weight at once.
+// backward.cpp: the backward pass, last block first. In every linear layer the gradient of the input is computed
+// before the weight's gradient is handed over, because the weight may be updated at once.
 #include "model/gpt2.h"
-#include "model/gpt2_layer.h"
 
 // d_input = d_output W^T, dW = input^T d_output, db = column sums of d_output.
 void Gpt2::linear_backward(GradientSink& sink, const Parameter& weight_parameter, const Parameter& bias_parameter,
@@ -29,24 +28,20 @@ void Gpt2::norm_backward(GradientSink& sink, const Parameter& weight_parameter, 
 // Brings back what the recompute level did not keep, by the same kernels on the same rounded inputs as in the forward
 // pass.
 void Gpt2::recompute_block(int64_t index) {
-  const Recompute level = shapes_.recompute;
   const Gpt2Layer layer(store_.parameters(), index);
   const LayerActivations a = activations_.layer(index);
-  if (level >= Recompute::kNormsGelu) {
+  const auto gone = [&](Tensor LayerActivations::*buffer) { return !activations_.keeps(buffer); };
+  if (gone(&LayerActivations::ln1))
     backend_.layernorm_forward(a.ln1, a.mean1, a.rstd1, a.x, weight(layer.ln1_weight), weight(layer.ln1_bias));
-  }
-  if (level == Recompute::kBlock) {
+  if (gone(&LayerActivations::qkv)) {  // and all that follows
     attention_branch(index, a);
     mlp_hidden(index, a);
     return;
   }
-  if (level >= Recompute::kAttention) {
-    backend_.attention_forward(a.att, a.lse, a.qkv, static_cast<int>(config_.heads));
-  }
-  if (level >= Recompute::kNormsGelu) {
+  if (gone(&LayerActivations::att)) backend_.attention_forward(a.att, a.lse, a.qkv, static_cast<int>(config_.heads));
+  if (gone(&LayerActivations::ln2))
     backend_.layernorm_forward(a.ln2, a.mean2, a.rstd2, a.x2, weight(layer.ln2_weight), weight(layer.ln2_bias));
-  }
-  if (level >= Recompute::kGelu) backend_.gelu_forward(a.gelu, a.fch);
+  if (gone(&LayerActivations::gelu)) backend_.gelu_forward(a.gelu, a.fch);
 }
 
 void Gpt2::backward_block(int64_t index, GradientSink& sink) {

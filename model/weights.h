@@ -1,4 +1,4 @@
-// weight_store.h: the weights of a model: on the device, or those of the blocks streamed from host memory; as numbers,
+// weights.h: the weights of a model: on the device, or those of the blocks streamed from host memory; as numbers,
 // or those of the blocks' matrices as 8-bit codes (Q-GaLore, arXiv 2407.08296); with or without fp32 master copies.
 #pragma once
 
@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "flora/parameter_store.h"
+#include "flora/parameter.h"
 #include "kernels/backend.h"
 #include "kernels/layer_stream.h"
 #include "kernels/memory_plan.h"

@@ -1,14 +1,61 @@
-// weight_pieces.h: updating a weight that may be stored as 8-bit codes. Codes are decoded to fp32 piece by piece,
-// updated, and encoded again with stochastic rounding, so that no fp32 copy of a whole matrix exists. Costs two more
-// passes over the weight; the pieces stay in the cache of a large GPU.
+// states.h: the memory that an optimizer works on: its states, and weights that are stored as 8-bit codes.
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
 
-#include "flora/optimizer_state.h"
 #include "flora/parameter.h"
 #include "kernels/backend.h"
+#include "kernels/layer_stream.h"
 #include "kernels/memory_plan.h"
+
+// Phases in which parameters are updated, so in which scratch of an update is alive. Never while the head runs: the
+// gate has to see the loss first.
+inline constexpr uint32_t kUpdatePhases = kPhaseBackward | kPhaseUpdate;
+
+// A state as a checkpoint stores it, in its own dtype (int8 and uint8 with scales).
+struct StateTensor {
+  std::string name;  // "<parameter>.<what>", e.g. "h.0.mlp.c_fc.weight.momentum"
+  int layer = -1;    // of the parameter
+  Tensor tensor;     // dtype and shape; the memory is get()'s
+};
+
+// Elements and, of an 8-bit state, scales become 0.
+void zero_state(Backend& backend, const Tensor& state);
+
+// All states of an optimizer: on the device, or those of the blocks streamed from host memory, a few layers at a time,
+// while the backward pass goes down the layers.
+class StateStore {
+ public:
+  // streamed_layers > 0: states of the blocks are in host memory, so many layers at a time on the device.
+  StateStore(const std::vector<Parameter>& parameters, int streamed_layers, Backend& backend);
+  ~StateStore();  // the memory may be gone, so nothing is written back
+
+  // One more state, with dtype and shape of a tensor without memory. Returns its number.
+  int add(const Parameter& parameter, const char* what, const Tensor& shape);
+
+  void declare(MemoryPlan& plan);
+  void zero();  // all states, as they start
+
+  // Makes the states of a layer valid for get(), until another layer is held. Layer -1 and states that are not streamed
+  // are always valid.
+  void hold(int layer, Access access);
+
+  Tensor get(int number) const;  // an empty tensor for -1
+  const std::vector<StateTensor>& list() const { return states_; }
+
+ private:
+  bool streamed(const StateTensor& state) const { return stream_ && state.layer >= 0; }
+
+  Backend& backend_;
+  std::vector<StateTensor> states_;
+  std::vector<int> numbers_;  // in the stream
+  std::unique_ptr<LayerStream> stream_;
+  std::unique_ptr<HeldLayer<LayerStream>> held_;
+};
 
 // Rows [begin, begin + count) of a matrix, or everything.
 struct RowRange {
@@ -16,6 +63,9 @@ struct RowRange {
   Tensor of(const Tensor& t) const { return count < 0 || t.empty() ? t : t.slice(begin, count); }
 };
 
+// Updates a weight that may be stored as 8-bit codes. Codes are decoded to fp32 piece by piece, updated, and encoded
+// again with stochastic rounding, so that no fp32 copy of a whole matrix exists. Costs two more passes over the weight;
+// the pieces stay in the cache of a large GPU.
 class WeightPieces {
  public:
   // elements: of a piece, about.

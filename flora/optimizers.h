@@ -1,4 +1,4 @@
-// optimizer.h: what every optimizer does with a gradient, the options of all of them, and the factory that makes one.
+// optimizers.h: what every optimizer does with a gradient, the options of all of them, and the factory that makes one.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,7 @@
 #include <vector>
 
 #include "flora/parameter.h"
-#include "flora/state_store.h"
-#include "flora/weight_pieces.h"
+#include "flora/states.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
 
@@ -120,7 +119,12 @@ class Optimizer {
   virtual std::vector<std::string> compressed_parameters() const { return {}; }
 
  protected:
-  bool in_blocks(const Parameter& parameter) const { return gradient_block_rows(parameter, config_.blocks) > 0; }
+  // States of a parameter's own shape, for the constructor; return their numbers in states_. Momentum has the state
+  // dtype, but 1-D parameters keep fp32 beside int8 states. Second moments are fp32, those of matrices uint8 beside
+  // int8.
+  int add_momentum(const Parameter& parameter);  // -1 with beta1 = 0
+  int add_second_moment(const Parameter& parameter);
+
   // The key of a parameter's rounding, from row `begin` on.
   RandomKey rounding(const Parameter& parameter, int64_t begin = 0) const;
   float decay_of(const Parameter& parameter) const { return parameter.decay ? config_.weight_decay : 0.0f; }
@@ -130,9 +134,6 @@ class Optimizer {
   StateStore states_;
   WeightPieces pieces_;
 };
-
-// True when a gradient or momentum of this shape is held in a projection of rank r (docs/design.md, section Flora).
-bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embeddings, ProjectionKind projection);
 
 // gradient_dtype: of the gradients that update() gets; the projection scratch has the same.
 std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters,

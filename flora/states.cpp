@@ -1,9 +1,12 @@
-// state_store.cpp: see state_store.h.
-#include "flora/state_store.h"
+// states.cpp: see states.h.
+#include "flora/states.h"
 
 #include <algorithm>
 
-#include "flora/optimizer_state.h"
+void zero_state(Backend& backend, const Tensor& state) {
+  backend.fill(state.data, 0, state.bytes());
+  if (state.scales) backend.fill(state.scales, 0, static_cast<size_t>(quant_blocks(state.elements())) * sizeof(float));
+}
 
 StateStore::StateStore(const std::vector<Parameter>& parameters, int streamed_layers, Backend& backend)
     : backend_(backend) {
@@ -19,9 +22,7 @@ StateStore::~StateStore() {
   if (held_) held_->forget();
 }
 
-int StateStore::add(const Parameter& parameter, const char* what, DType dtype, bool matrix, int64_t rows,
-                    int64_t cols) {
-  const Tensor shape = matrix ? Tensor::of(nullptr, dtype, {rows, cols}) : Tensor::of(nullptr, dtype, {rows * cols});
+int StateStore::add(const Parameter& parameter, const char* what, const Tensor& shape) {
   states_.push_back({parameter.name + "." + what, parameter.layer, shape});
   numbers_.push_back(streamed(states_.back()) ? stream_->add(parameter.layer, shape) : -1);
   return static_cast<int>(states_.size()) - 1;

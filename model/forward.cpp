@@ -1,12 +1,10 @@
-// gpt2.cpp: what a pass over the model is made of: batch, forward, head, and initialization. The backward pass is in
-// gpt2_backward.cpp.
+// forward.cpp: what a pass over the model is made of: batch, forward, head, and initialization. The backward pass is in
+// backward.cpp.
 #include "model/gpt2.h"
 
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
-
-#include "model/gpt2_layer.h"
 
 Gpt2::Gpt2(const Gpt2Config& config, const ActivationShapes& shapes, ParameterStore& store, Backend& backend)
     : config_(config), shapes_(shapes), store_(store), backend_(backend), activations_(config, shapes, backend) {

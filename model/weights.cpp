@@ -1,6 +1,6 @@
-// weight_store.cpp: see weight_store.h. An 8-bit matrix is decoded each time it is used: three times per micro-batch
+// weights.cpp: see weights.h. An 8-bit matrix is decoded each time it is used: three times per micro-batch
 // with block recomputation, a pass of 3 bytes per element each.
-#include "model/weight_store.h"
+#include "model/weights.h"
 
 #include <algorithm>
 #include <utility>

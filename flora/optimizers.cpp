@@ -1,0 +1,136 @@
+// optimizers.cpp: what all optimizers share, the two that work element by element, and the factory. Flora and Adafactor
+// are in flora.cpp.
+#include "flora/optimizers.h"
+
+#include <cmath>
+#include <stdexcept>
+
+#include "flora/flora.h"
+
+int64_t gradient_block_rows(const Parameter& p, GradientBlocks blocks) {
+  constexpr int64_t kTileRows = 8;  // of the tensor cores
+  const bool wanted =
+      p.long_lived ? blocks != GradientBlocks::kWhole : blocks == GradientBlocks::kAll && p.matrix && !p.embedding;
+  if (!wanted) return 0;
+  const int64_t small = std::min(p.rows, p.cols);
+  const int64_t step = std::max(kTileRows, quant_rows(p.cols));
+  const int64_t rows = std::max(small * small / p.cols / step, int64_t{1}) * step;
+  return !p.long_lived && rows >= p.rows ? 0 : std::min(rows, p.rows);
+}
+
+Optimizer::Optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
+    : config_(config),
+      backend_(backend),
+      states_(parameters, config.streamed_layers, backend),
+      pieces_(config.weight_piece, backend) {
+  require_indexed(parameters);
+  for (const Parameter& parameter : parameters) pieces_.reserve(parameter);
+}
+
+void Optimizer::declare(MemoryPlan& plan) {
+  states_.declare(plan);
+  pieces_.declare(plan);
+}
+
+int Optimizer::add_momentum(const Parameter& p) {
+  if (config_.beta1 <= 0) return -1;
+  const bool plain = config_.state_dtype == DType::kI8 && !p.matrix;
+  return states_.add(p, "momentum", p.tensor(nullptr, plain ? DType::kF32 : config_.state_dtype));
+}
+
+int Optimizer::add_second_moment(const Parameter& p) {
+  const bool codes = config_.state_dtype == DType::kI8 && p.matrix;
+  return states_.add(p, "second_moment", p.tensor(nullptr, codes ? DType::kU8 : DType::kF32));
+}
+
+RandomKey Optimizer::rounding(const Parameter& parameter, int64_t begin) const {
+  return {.seed = config_.seed,
+          .purpose = RandomPurpose::kWeightRounding,
+          .tensor = parameter.hash(),
+          .offset = static_cast<uint64_t>(begin * parameter.cols)};
+}
+
+namespace {
+
+// Stochastic gradient descent, with fused updates the LOMO of arXiv 2306.09782. No state without momentum; one pass
+// over gradient and weight.
+class Sgd final : public Optimizer {
+ public:
+  Sgd(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
+      : Optimizer(config, parameters, backend) {
+    for (const Parameter& p : parameters) momentum_.push_back(add_momentum(p));
+  }
+
+  void begin_step(uint32_t, StepScalars&) override {}
+
+  void update(const Parameter& p, Tensor weight, Tensor master, const Gradient& gradient,
+              StepScalars* scalars) override {
+    states_.hold(p.layer, Access::kUpdate);
+    const Tensor momentum = states_.get(momentum_.at(static_cast<size_t>(p.index)));
+    const SgdOptions options{.beta1 = config_.beta1, .weight_decay = decay_of(p)};
+    gradient.pass([&](const RowRange& rows, const Tensor& g) {
+      const Tensor m = rows.of(momentum);
+      pieces_.update(p, rows.of(weight), rows.of(master), rounding(p, rows.begin), scalars,
+                     [&](const Tensor& w, const Tensor& copy, const RowRange& piece, const RandomKey& key) {
+                       backend_.sgd_update(w, copy, piece.of(m), piece.of(g), options, key, scalars);
+                     });
+    });
+  }
+
+ private:
+  std::vector<int> momentum_;  // numbers in states_, by Parameter::index
+};
+
+// AdamW (Loshchilov and Hutter, arXiv 1711.05101), the baseline. Two full-size states; one pass over gradient, states
+// and weight, 28 bytes a parameter in fp32.
+class AdamW final : public Optimizer {
+ public:
+  AdamW(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
+      : Optimizer(config, parameters, backend) {
+    for (const Parameter& p : parameters) {
+      momentum_.push_back(add_momentum(p));
+      second_moment_.push_back(add_second_moment(p));
+    }
+  }
+
+  void begin_step(uint32_t step, StepScalars& scalars) override {
+    const double t = step;
+    scalars.beta2 = config_.beta2;
+    scalars.bias_correction1 = static_cast<float>(1.0 - std::pow(static_cast<double>(config_.beta1), t));
+    scalars.bias_correction2 = static_cast<float>(1.0 - std::pow(static_cast<double>(config_.beta2), t));
+  }
+
+  void update(const Parameter& p, Tensor weight, Tensor master, const Gradient& gradient,
+              StepScalars* scalars) override {
+    states_.hold(p.layer, Access::kUpdate);
+    const size_t i = static_cast<size_t>(p.index);
+    const Tensor momentum = states_.get(momentum_.at(i)), second_moment = states_.get(second_moment_.at(i));
+    const AdamWOptions options{
+        .beta1 = config_.beta1, .beta2 = config_.beta2, .eps = config_.eps, .weight_decay = decay_of(p)};
+    gradient.pass([&](const RowRange& rows, const Tensor& g) {
+      const Tensor m = rows.of(momentum), v = rows.of(second_moment);
+      pieces_.update(p, rows.of(weight), rows.of(master), rounding(p, rows.begin), scalars,
+                     [&](const Tensor& w, const Tensor& copy, const RowRange& piece, const RandomKey& key) {
+                       backend_.adamw_update(w, copy, piece.of(m), piece.of(v), piece.of(g), options, key, scalars);
+                     });
+    });
+  }
+
+ private:
+  std::vector<int> momentum_, second_moment_;  // numbers in states_, by Parameter::index
+};
+
+}  // namespace
+
+std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters,
+                                          DType gradient_dtype, Backend& backend) {
+  if (config.state_dtype != DType::kF32 && config.state_dtype != DType::kBF16 && config.state_dtype != DType::kI8)
+    throw std::logic_error(std::string("no optimizer state in ") + dtype_name(config.state_dtype));
+  switch (config.kind) {
+    case OptimizerKind::kFlora:
+    case OptimizerKind::kAdafactor: return std::make_unique<Flora>(config, parameters, gradient_dtype, backend);
+    case OptimizerKind::kAdamW: return std::make_unique<AdamW>(config, parameters, backend);
+    case OptimizerKind::kSgd: return std::make_unique<Sgd>(config, parameters, backend);
+  }
+  throw std::logic_error("unknown optimizer");
+}
