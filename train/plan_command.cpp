@@ -11,6 +11,7 @@
 #include "train/metrics.h"
 #include "train/plan_report.h"
 #include "train/run_data.h"
+#include "train/techniques.h"
 
 namespace {
 
