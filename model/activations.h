@@ -57,7 +57,8 @@ class Activations {
   void acquire(int64_t index, Access access);
   void release(int64_t index, bool kept);
 
-  // Whether each layer has its own of this buffer, so that it is there in the backward pass. Valid once there is memory.
+  // Whether each layer has its own of this buffer, so that it is there in the backward pass. Valid once there is
+  // memory.
   bool keeps(Tensor LayerActivations::*buffer) const { return !(shared_.*buffer); }
 
   // The layer's x has to be acquired, here and in residual().
