@@ -33,7 +33,7 @@ std::string with_rank(std::string text, int64_t rank) {
   return text;
 }
 
-// Options of a command line; a word begins with no space.
+// Options of a command line.
 Options parsed(const std::string& flags, const std::string& model) {
   std::istringstream stream(flags);
   std::vector<std::string> words = {"train_gpt2", "--model", model};
