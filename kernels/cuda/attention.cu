@@ -25,8 +25,8 @@ namespace {
 constexpr int kDeltaThreads = 256, kDeltaLanes = 8;
 
 // delta[b,h,t] = dout[b,t,h,:] . out[b,t,h,:]. Memory-bound: two reads. Eight lanes have one head of one token; with
-// kVector (both bf16, aligned) they read 16 bytes each at a time.
-template <bool kVector>
+// kOctets (both bf16, heads of whole octets) they read 16 bytes each at a time.
+template <bool kOctets>
 __global__ void attention_delta_kernel(float* delta, AnyView dout, AnyView out, AttentionSizes sizes,
                                        int64_t token_heads) {
   const int lane = static_cast<int>(threadIdx.x) % kDeltaLanes;
@@ -34,13 +34,13 @@ __global__ void attention_delta_kernel(float* delta, AnyView dout, AnyView out, 
   float sum = 0;
   if (i < token_heads) {
     const int64_t first = i * sizes.head_dim;  // [B,T,NH,HD]
-    if constexpr (kVector) {
-      constexpr int kSize = Pack<bf16>::kSize;
-      for (int j = lane * kSize; j < sizes.head_dim; j += kDeltaLanes * kSize) {
-        const Pack<bf16> a = load128(static_cast<const bf16*>(dout.data) + first + j);
-        const Pack<bf16> b = load128(static_cast<const bf16*>(out.data) + first + j);
+    if constexpr (kOctets) {
+      for (int j = lane * kOctet; j < sizes.head_dim; j += kDeltaLanes * kOctet) {
+        float a[kOctet], b[kOctet];
+        unpack(load_vector<kOctet>(static_cast<const bf16*>(dout.data) + first + j), a);
+        unpack(load_vector<kOctet>(static_cast<const bf16*>(out.data) + first + j), b);
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) sum = fmaf(to_float(a.v[k]), to_float(b.v[k]), sum);
+        for (int k = 0; k < kOctet; ++k) sum = fmaf(a[k], b[k], sum);
       }
     } else {
       for (int j = lane; j < sizes.head_dim; j += kDeltaLanes) {
@@ -91,18 +91,13 @@ LaunchShape mma_shape(const AttentionSizes& sizes, int rows, cudaStream_t stream
           .stream = stream};
 }
 
-// Rows that can be read 16 bytes at a time, head by head.
-bool has_bf16_octets(const Tensor& t, int head_dim) { return t.dtype == DType::kBF16 && head_dim % kOctet == 0; }
-
-// Where a family of kernels for a newer architecture (wgmma and TMA on sm_90) would come in.
-enum class Family { kPlain, kMma };
-
-Family choose_family(int architecture, int head_dim, std::initializer_list<Tensor> tensors) {
-  const bool has_tiles = head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128;
-  const bool fits =
-      std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& t) { return has_bf16_octets(t, head_dim); });
-  return architecture >= 80 && has_tiles && fits ? Family::kMma : Family::kPlain;
+bool all_bf16(std::initializer_list<Tensor> tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.dtype == DType::kBF16; });
 }
+
+// Whether the tensor-core kernels have tiles for a head. Kernels for a newer architecture (wgmma and TMA on sm_90)
+// would be another family beside them.
+bool has_mma_tiles(int head_dim) { return head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128; }
 
 // Calls f.template operator()<N>() with the head dimension, one of those that the tensor-core kernels have tiles for.
 template <typename F>
@@ -133,7 +128,7 @@ void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int head
   if (s.token_heads() == 0) return;
   require_octet_rows(out, qkv);
   const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
-  if (choose_family(architecture_, sizes.head_dim, {out, qkv}) == Family::kMma) {
+  if (has_mma_tiles(sizes.head_dim) && all_bf16({out, qkv})) {
     dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
       using Tiles = ForwardTiles<kHeadDim>;
       launch("attention_forward", attention_forward_mma_kernel<Tiles>,
@@ -163,12 +158,12 @@ void CudaBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tenso
   float* const delta = scratch<float>(static_cast<size_t>(s.token_heads()) * sizeof(float));
 
   const int64_t delta_blocks = (s.token_heads() * kDeltaLanes + kDeltaThreads - 1) / kDeltaThreads;
-  const bool vector_delta = has_bf16_octets(dout, sizes.head_dim) && has_bf16_octets(out, sizes.head_dim);
-  launch("attention_delta", vector_delta ? attention_delta_kernel<true> : attention_delta_kernel<false>,
+  const bool octets = sizes.head_dim % kOctet == 0 && all_bf16({dout, out});
+  launch("attention_delta", octets ? attention_delta_kernel<true> : attention_delta_kernel<false>,
          {.grid = static_cast<unsigned>(delta_blocks), .block = kDeltaThreads, .stream = stream_}, delta,
          any_view(dout), any_view(out), sizes, s.token_heads());
 
-  if (choose_family(architecture_, sizes.head_dim, {dqkv, dout, qkv}) == Family::kMma) {
+  if (has_mma_tiles(sizes.head_dim) && all_bf16({dqkv, dout, qkv})) {
     dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
       using KeyTiles = KeyGradientTiles<kHeadDim>;
       using QueryTiles = QueryGradientTiles<kHeadDim>;

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMapThreads) map_kernel(Op op, Out out, A a, B
     out.store(tile.row, group * kWidth, x);
   }
   const int64_t tail = row_groups * kWidth + threadIdx.x;  // past the last whole vector
-  if (kWidth > 1 && blockIdx.x == 0 && extent.rows == 1 && tail < extent.cols) {
+  if (blockIdx.x == 0 && extent.rows == 1 && tail < extent.cols) {
     out.store_one(0, tail, op(a.load_one(0, tail), b.load_one(0, tail)));
   }
 }

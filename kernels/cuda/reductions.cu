@@ -34,10 +34,10 @@ struct SumResult {
   }
 };
 
-template <bool kSquare, typename View>
+template <bool kSquare, typename T>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_kernel(View x, Extent extent, int64_t tiles, double* partials, SumResult result) {
-  constexpr int kWidth = View::kWidth;
+    sum_kernel(VectorView<T, Pack<T>::kSize> x, Extent extent, int64_t tiles, double* partials, SumResult result) {
+  constexpr int kWidth = Pack<T>::kSize;
   const int64_t row_groups = extent.cols / kWidth;
   double total = 0;
   float sums[kWidth] = {};
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kSumThreads)
   for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
     const Tile tile = tile_of<kWidth, kSumTile>(extent, index);
     const int64_t first = tile.first + threadIdx.x;
-    typename View::Raw raw[kSumUnroll];
+    Vector<T, kWidth> raw[kSumUnroll];
 #pragma unroll
     for (int u = 0; u < kSumUnroll; ++u) {
       const int64_t group = first + u * kSumThreads;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kSumThreads)
     for (int u = 0; u < kSumUnroll; ++u) {
       if (first + u * kSumThreads >= row_groups) continue;
       float values[kWidth];
-      View::unpack(raw[u], values);
+      unpack(raw[u], values);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) sums[i] = kSquare ? fmaf(values[i], values[i], sums[i]) : sums[i] + values[i];
     }
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kSumThreads)
   }
   for (int i = 0; i < kWidth; ++i) total += static_cast<double>(sums[i]);
   const int64_t tail = row_groups * kWidth + threadIdx.x;  // past the last whole vector
-  if (kWidth > 1 && blockIdx.x == 0 && extent.rows == 1 && tail < extent.cols) {
+  if (blockIdx.x == 0 && extent.rows == 1 && tail < extent.cols) {
     const double value = static_cast<double>(x.load_one(0, tail));
     total += kSquare ? value * value : value;
   }
@@ -89,27 +89,22 @@ __global__ void __launch_bounds__(kSumThreads) add_sums_kernel(const double* par
   if (threadIdx.x == 0) result.store(total);
 }
 
-template <bool kSquare, typename View>
-void launch_sum(cudaStream_t stream, View x, const Extent& extent, double* partials, const SumResult& result) {
-  constexpr size_t kShared = kSumThreads / kWarp * sizeof(double);
-  const int64_t tiles = extent.tiles(View::kWidth, kSumTile);
-  const int blocks = static_cast<int>(std::clamp<int64_t>(tiles, 1, kMaxSumBlocks));
-  launch("sum", sum_kernel<kSquare, View>,
-         {.grid = dim3(static_cast<unsigned>(blocks)),
-          .block = dim3(kSumThreads),
-          .shared_bytes = kShared,
-          .stream = stream},
-         x, extent, tiles, partials, result);
-  if (blocks == 1) return;
-  launch("add_sums", add_sums_kernel, {.block = dim3(kSumThreads), .shared_bytes = kShared, .stream = stream}, partials,
-         blocks, result);
-}
-
 template <bool kSquare>
 void sum_elements(cudaStream_t stream, const Tensor& x, double* partials, const SumResult& result) {
+  constexpr size_t kShared = kSumThreads / kWarp * sizeof(double);
   const Extent extent = common_extent(x);
   dispatch(x.dtype, [&]<typename T>() {
-    launch_sum<kSquare>(stream, vector_view<T, Pack<T>::kSize>(x), extent, partials, result);
+    const int64_t tiles = extent.tiles(Pack<T>::kSize, kSumTile);
+    const int blocks = static_cast<int>(std::clamp<int64_t>(tiles, 1, kMaxSumBlocks));
+    launch("sum", sum_kernel<kSquare, T>,
+           {.grid = dim3(static_cast<unsigned>(blocks)),
+            .block = dim3(kSumThreads),
+            .shared_bytes = kShared,
+            .stream = stream},
+           vector_view<T, Pack<T>::kSize>(x), extent, tiles, partials, result);
+    if (blocks == 1) return;
+    launch("add_sums", add_sums_kernel, {.block = dim3(kSumThreads), .shared_bytes = kShared, .stream = stream},
+           partials, blocks, result);
   });
 }
 
