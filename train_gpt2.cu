@@ -53,8 +53,8 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
               none.empty() ? o.val_data.c_str() : "none");
   if (!none.empty()) std::printf("validation  none: %s (--val-data names shards)\n", none.c_str());
   std::printf("step        %lld tokens: %d micro-batches of %lld x %lld\n", static_cast<long long>(o.tokens_per_step),
-              setup.engine.gradients.micro_batches, static_cast<long long>(o.micro_batch),
-              static_cast<long long>(o.seq_len));
+              setup.engine.gradients.micro_batches, static_cast<long long>(setup.engine.shapes.batch),
+              static_cast<long long>(setup.engine.shapes.sequence));
   std::printf("settings   ");
   const nlohmann::ordered_json options = options_to_json(o);
   for (const auto& [key, value] : options.items()) {
@@ -126,7 +126,7 @@ std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, Run
   auto engine = std::make_unique<Engine>(setup.engine, backend);
   engine->allocate();
   load_weights(setup.source, engine->store(), backend);
-  const int64_t length = setup.options.seq_len, trained = setup.engine.model.usable_positions();
+  const int64_t length = setup.engine.shapes.sequence, trained = setup.engine.model.usable_positions();
   if (length > trained) {
     warn("--seq-len " + std::to_string(length) + " is longer than the " + std::to_string(trained) +
          " tokens that the model was trained at: its later positions are as they were initialized");
@@ -136,7 +136,7 @@ std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, Run
 
 int generate(Options options) {
   check_options(options);
-  options.micro_batch = 1;
+  options.set("micro-batch", options.engine.shapes.batch, 1);
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   RunSetup setup;
@@ -164,10 +164,10 @@ int eval(Options options) {
   warn(loader.left_out());
   int64_t tokens;
   const int64_t batches = std::max<int64_t>(options.eval_batches, 0);
-  const double loss = validation_loss(*engine, loader, batches * setup.options.micro_batch, tokens);
+  const double loss = validation_loss(*engine, loader, batches * setup.engine.shapes.batch, tokens);
   if (!std::isfinite(loss)) {
     throw std::runtime_error("the validation loss is not finite: " + options.model +
-                             " holds weights that are not, or overflows in " + setup.options.activation_dtype);
+                             " holds weights that are not, or overflows in " + dtype_name(setup.engine.shapes.dtype));
   }
   std::printf("validation loss %.6f (%lld tokens)\n", loss, static_cast<long long>(tokens));
   return 0;

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/layer_stream.h"
@@ -23,6 +24,11 @@
 #include "model/config.h"
 
 enum class Recompute : uint8_t { kNone, kGelu, kNormsGelu, kAttention, kBlock };
+inline constexpr std::pair<Recompute, const char*> kRecomputeNames[] = {{Recompute::kNone, "none"},
+                                                                        {Recompute::kGelu, "gelu"},
+                                                                        {Recompute::kNormsGelu, "norms+gelu"},
+                                                                        {Recompute::kAttention, "attention"},
+                                                                        {Recompute::kBlock, "block"}};
 
 struct ActivationShapes {
   int64_t batch = 1, sequence = 1;  // the micro-batch: B sequences of T tokens
@@ -57,7 +63,8 @@ class Activations {
   void acquire(int64_t index, Access access);
   void release(int64_t index, bool kept);
 
-  // Whether each layer has its own of this buffer, so that it is there in the backward pass. Valid once there is memory.
+  // Whether each layer has its own of this buffer, so that it is there in the backward pass. Valid once there is
+  // memory.
   bool keeps(Tensor LayerActivations::*buffer) const { return !(shared_.*buffer); }
 
   // The layer's x has to be acquired, here and in residual().

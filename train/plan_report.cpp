@@ -99,23 +99,22 @@ nlohmann::ordered_json plan_json(const MemoryPlan& plan) {
 }
 
 std::vector<Technique> plan_techniques(const RunSetup& setup, Backend& backend) {
-  const std::string& dtype_name = setup.options.dtype;
-  const DType dtype = dtype_name == "bf16" ? DType::kBF16 : DType::kF32;
+  const DType dtype = setup.options.dtype;
   EngineConfig config = usual_config(setup, dtype);
   std::vector<Technique> rows;
   const auto add = [&](const std::string& name) {
     const MemoryPlan plan = Engine(config, backend).plan();
     rows.push_back({name, plan.device_bytes(), plan.host_bytes(), plan.bytes_by_category()});
   };
-  add("AdamW in " + dtype_name);
+  add(std::string("AdamW in ") + dtype_name(dtype));
   config.shapes.recompute = Recompute::kBlock;
   add("+ activation checkpointing");
   config.gradients.kind = GradientMode::kFused;
   config.gradients.clip_norm = 0;
   add("+ fused backward");
   config.optimizer.kind = OptimizerKind::kFlora;
-  config.optimizer.rank = setup.options.rank;
-  add("+ Flora, rank " + std::to_string(setup.options.rank));
+  config.optimizer.rank = setup.options.engine.optimizer.rank;
+  add("+ Flora, rank " + std::to_string(setup.options.engine.optimizer.rank));
   if (gradient_blocks_possible(config)) {
     config.gradients.blocks = GradientBlocks::kEmbedding;
     add("+ embedding's gradient in blocks");
@@ -124,7 +123,7 @@ std::vector<Technique> plan_techniques(const RunSetup& setup, Backend& backend) 
   add("+ 8-bit states and weights");
   config.weight_dtype = dtype;
   config.offload = {.activations = true, .state = true, .weights = true};
-  add("+ streaming (" + dtype_name + " weights)");
+  add(std::string("+ streaming (") + dtype_name(dtype) + " weights)");
   return rows;
 }
 
@@ -164,15 +163,15 @@ nlohmann::ordered_json techniques_json(const std::vector<Technique>& techniques)
 }
 
 nlohmann::ordered_json settings_json(const RunSetup& setup) {
-  const Options& o = setup.options;
-  return {{"model", o.model},
+  const ActivationShapes& shapes = setup.engine.shapes;
+  return {{"model", setup.options.model},
           {"parameters", setup.engine.model.parameter_count()},
-          {"seq_len", o.seq_len},
-          {"micro_batch", o.micro_batch},
-          {"tokens_per_step", o.tokens_per_step},
-          {"recompute", o.recompute},
-          {"head_chunk", o.head_chunk},
-          {"gradient_blocks", o.gradient_blocks},
+          {"seq_len", shapes.sequence},
+          {"micro_batch", shapes.batch},
+          {"tokens_per_step", setup.options.tokens_per_step},
+          {"recompute", name_of(kRecomputeNames, shapes.recompute)},
+          {"head_chunk", shapes.head_chunk},
+          {"gradient_blocks", name_of(kGradientBlocksNames, setup.engine.gradients.blocks)},
           {"offload", offload_name(setup.engine.offload)},
-          {"layers_in_flight", o.layers_in_flight}};
+          {"layers_in_flight", setup.engine.offload.layers_in_flight}};
 }
