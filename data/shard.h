@@ -63,3 +63,8 @@ class Shard {
   int64_t vocabulary_ = 0;
   int64_t token_bytes_ = 2;
 };
+
+// Writes header and tokens to a temporary file beside `path`, syncs it, and renames it. `vocabulary` goes to header[3].
+// Throws std::runtime_error naming the file when it cannot be written (the temporary file is removed), and
+// std::logic_error when there are no tokens, too many for the header, or one of them is not below the vocabulary.
+void write_shard(const std::string& path, std::span<const uint16_t> tokens, int64_t vocabulary);

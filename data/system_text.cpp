@@ -17,7 +17,6 @@
 #include <utility>
 
 #include "data/shard.h"
-#include "data/shard_writer.h"
 #include "data/unicode_classes.h"
 
 namespace fs = std::filesystem;

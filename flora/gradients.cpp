@@ -19,8 +19,6 @@ uint32_t gradient_phases(const Parameter& parameter) {
 // ---- a step
 
 void Gradients::begin_step(const StepContext& context) {
-  if (context.micro_batches != config_.micro_batches)
-    throw std::logic_error("gradients are planned for a fixed number of micro-batches");
   scalars_ = context.scalars;
   StepScalars scalars;
   scalars.lr = context.lr;

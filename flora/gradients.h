@@ -70,7 +70,6 @@ struct GradientConfig {
 struct StepContext {
   uint32_t step = 1;  // t
   float lr = 0;
-  int micro_batches = 1;
   StepScalars* scalars = nullptr;  // device memory, filled through Backend::copy in begin_step
   bool norm_pass = false;          // gradients are measured, nothing is updated
 };

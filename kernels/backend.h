@@ -298,5 +298,9 @@ struct CudaOptions {
 // that is too old, no device, a device older than sm_80.
 std::string cuda_unavailable();
 
+// Empty when the CUDA backend can compute a model of so many channels and heads, otherwise why not, for a user to read.
+// Known without a GPU.
+std::string cuda_refuses(int64_t channels, int64_t heads);
+
 // Throws std::runtime_error with cuda_unavailable()'s text when there is no usable device.
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options = {});

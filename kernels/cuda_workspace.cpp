@@ -2,11 +2,10 @@
 #include "kernels/cuda_workspace.h"
 
 #include <algorithm>
+#include <string>
 #include <utility>
 
 namespace {
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sums of elements, bias and LayerNorm gradients.
 size_t reduction_scratch_bytes(const KernelShapes& shapes) {
@@ -34,6 +33,19 @@ size_t optimizer_scratch_bytes(const KernelShapes& shapes) {
 }
 
 }  // namespace
+
+std::string cuda_refuses(int64_t channels, int64_t heads) {
+  const auto refusal = [](int64_t number, const char* what, const std::string& demand) {
+    return std::to_string(number) + " " + what + ": on a GPU they must be " + demand;
+  };
+  if (channels % kChannelMultiple != 0)
+    return refusal(channels, "channels", "a multiple of " + std::to_string(kChannelMultiple));
+  if (channels > kMostNormChannels)
+    return refusal(channels, "channels", "at most " + std::to_string(kMostNormChannels));
+  if (channels / heads > kMostHeadChannels)
+    return refusal(channels / heads, "channels in a head", "at most " + std::to_string(kMostHeadChannels));
+  return "";
+}
 
 SquaresTiling::SquaresTiling(int64_t rows, int64_t cols) : rows(rows), cols(cols), tiles(divide_up(cols, kCols)) {
   constexpr int64_t kTiles = 1024;

@@ -1,11 +1,15 @@
-// cuda_workspace.h: how much scratch the operations of the CUDA backend take, and the cuts of matrices that it follows
-// from. No CUDA in here: a machine without a GPU plans for one that has it with the same numbers.
+// cuda_workspace.h: the limits of the CUDA backend, how much scratch its operations take, and the cuts of matrices that
+// it follows from. No CUDA in here: a machine without a GPU plans for one that has it with the same numbers.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "kernels/backend.h"
+
+// What a model must have (cuda_refuses() in backend.h): rows of whole octets, see kernels/cuda/views.cuh; no more
+// channels than the threads of a block hold for LayerNorm; heads that fit into the shared memory of attention.
+inline constexpr int64_t kChannelMultiple = 8, kMostNormChannels = 16384, kMostHeadChannels = 256;
 
 // What cuBLASLt may use; part of the plan, the same on every device.
 inline constexpr size_t kCublasWorkspaceBytes = size_t{32} << 20;

@@ -25,27 +25,21 @@ enum class DType : uint8_t {
   kI32,  // token ids and indices
 };
 
-inline size_t dtype_size(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-    case DType::kI32: return 4;
-    case DType::kBF16: return 2;
-    case DType::kI8:
-    case DType::kU8: return 1;
-  }
-  return 0;
-}
+// What a dtype is called and how large an element is: one row for each, in the order of the enum.
+struct DTypeRow {
+  size_t size;
+  const char* name;
+  const char* safetensors;
+};
+inline constexpr DTypeRow kDTypes[] = {
+    {4, "fp32", "F32"}, {2, "bf16", "BF16"}, {1, "int8", "I8"}, {1, "uint8", "U8"}, {4, "int32", "I32"},
+};
+inline const DTypeRow& row_of(DType dtype) { return kDTypes[static_cast<size_t>(dtype)]; }
+inline size_t dtype_size(DType dtype) { return row_of(dtype).size; }
+inline const char* dtype_name(DType dtype) { return row_of(dtype).name; }
+inline const char* safetensors_name(DType dtype) { return row_of(dtype).safetensors; }
 
-inline const char* dtype_name(DType dtype) {
-  switch (dtype) {
-    case DType::kF32: return "fp32";
-    case DType::kBF16: return "bf16";
-    case DType::kI8: return "int8";
-    case DType::kU8: return "uint8";
-    case DType::kI32: return "int32";
-  }
-  return "?";
-}
+HOST_DEVICE inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Storage of a bfloat16 number. Arithmetic happens in float; conversion to bf16 rounds to nearest, ties to even.
 struct bf16 {
@@ -91,7 +85,7 @@ inline constexpr int64_t kQuantBlock = 256;
 // for weights to grow before the scale has to change.
 inline constexpr float kMostWeightCode = 127.0f, kFreshWeightScale = 1.125f / kMostWeightCode;
 
-inline int64_t quant_blocks(int64_t elements) { return (elements + kQuantBlock - 1) / kQuantBlock; }
+inline int64_t quant_blocks(int64_t elements) { return divide_up(elements, kQuantBlock); }
 
 // The smallest number of rows of `cols` elements that are whole blocks.
 inline int64_t quant_rows(int64_t cols) { return kQuantBlock / std::gcd(kQuantBlock, cols); }

@@ -194,7 +194,7 @@ void Gpt2::head_gradient_rows(Tensor out, int64_t begin, bool accumulate) {
   }
 }
 
-void Gpt2::train_loaded(GradientSink& sink, Tensor loss, bool accumulate_loss, float loss_scale, StepScalars* scalars) {
+void Gpt2::train(GradientSink& sink, Tensor loss, bool accumulate_loss, float loss_scale, StepScalars* scalars) {
   forward(true);
   const float per_token = loss_scale / static_cast<float>(targets_.elements());
   head(&sink, per_token);

@@ -58,18 +58,13 @@ class Gpt2 {
   // Weights ~ N(0, 0.02), residual projections scaled by 1/sqrt(2 L), LayerNorm 1 and 0, biases 0; from the seed.
   void initialize(uint64_t seed);
 
-  // One micro-batch of a step: loss[0] (device, fp32) = or += loss_scale * mean loss, and every gradient of
-  // loss_scale * mean loss goes to the sink. A loss that is not finite closes scalars->gate before the backward pass.
-  void train_micro_batch(const HostBatch& batch, GradientSink& sink, Tensor loss, bool accumulate_loss,
-                         float loss_scale, StepScalars* scalars) {
-    load(batch);
-    train_loaded(sink, loss, accumulate_loss, loss_scale, scalars);
-  }
-
-  // Its two halves: load() brings the batch to the device (the host may reuse it at once); train_loaded() is the same
-  // operations on the same memory every time, so it can be recorded and replayed (graph_cache.h).
+  // Brings a micro-batch to the device; the host may reuse it at once.
   void load(const HostBatch& batch);
-  void train_loaded(GradientSink& sink, Tensor loss, bool accumulate_loss, float loss_scale, StepScalars* scalars);
+
+  // The loaded micro-batch of a step: loss[0] (device, fp32) = or += loss_scale * mean loss, and every gradient of
+  // loss_scale * mean loss goes to the sink. A loss that is not finite closes scalars->gate before the backward pass.
+  // The same operations on the same memory every time, so it can be recorded and replayed (graph_cache.h).
+  void train(GradientSink& sink, Tensor loss, bool accumulate_loss, float loss_scale, StepScalars* scalars);
 
   // loss[0] = or += loss_scale * mean loss over the batch. No gradients.
   void evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, float loss_scale);

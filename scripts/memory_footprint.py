@@ -120,26 +120,6 @@ def optimizer_flags(optimizer, gradients, rank):
     return [*flags, "--accumulation-rank", rank] if gradients == "compressed" else flags
 
 
-def techniques(rank):
-    """(name, flags): each adds one technique to the one before. AdamW as it is usually done keeps fp32 states and fp32
-    master weights beside bf16 weights; the fourth bar has no master weights, rounds updates stochastically instead, and
-    keeps the momentum in bf16 (the second moment stays fp32)."""
-    mixed = ["--state-dtype", "fp32", "--master-weights", "fp32"]
-    block, streaming = ["--recompute", "block"], ["--offload", "weights,activations"]
-    flora, blocks = optimizer_flags("flora", "fused", rank), ["--gradient-blocks", "embedding"]
-    steps = (
-        ("AdamW, fp32 states and master weights", optimizer_flags("adamw", "dense", rank) + mixed),
-        ("+ activation checkpointing", optimizer_flags("adamw", "dense", rank) + mixed + block),
-        ("+ fused backward", optimizer_flags("adamw", "fused", rank) + mixed + block),
-        ("+ bf16 momentum, no master weights", optimizer_flags("adamw", "fused", rank) + block),
-        (f"+ Flora, rank {rank}", flora + block),
-        ("+ embedding gradient in blocks", flora + block + blocks),
-        ("+ 8-bit weights and states", flora + block + blocks + EIGHT_BIT),
-        ("+ streaming weights and activations", flora + block + blocks + EIGHT_BIT + streaming),
-    )
-    return [(name, ["--dtype", "bf16", *flags]) for name, flags in steps]
-
-
 def combinations(rank):
     for optimizer, gradients, recompute, dtype, offload in itertools.product(
             OPTIMIZERS, GRADIENTS, RECOMPUTE, DTYPES, OFFLOAD):
@@ -148,13 +128,15 @@ def combinations(rank):
                      "--offload", offload]
 
 
-def rows_of(model, arguments):
-    grids = {"techniques": techniques(arguments.rank)}
+def rows_of(model, plan, arguments):
+    """The ladder of techniques as the program's plan has it, then the combinations."""
+    grids = {"techniques": [(row["name"], shlex.split(row["flags"])) for row in plan["techniques"]]}
     if arguments.grid == "full":
         grids["full"] = combinations(arguments.rank)
     for grid, entries in grids.items():
         for name, flags in entries:
-            yield {**dict.fromkeys(COLUMNS, ""), "model": model, "grid": grid, "technique": name,
+            yield {**dict.fromkeys(COLUMNS, ""), "model": model, "parameters": plan["settings"]["parameters"],
+                   "grid": grid, "technique": name,
                    "flags": shlex.join(flags)}
 
 
@@ -279,12 +261,12 @@ def difference(measured, planned):
     return round(100 * (measured - planned) / planned, 4)
 
 
-def parameters_of(program, model):
-    """How many parameters a model has; complains where there is no such model."""
-    plan, message = program.plan(model, ["--dtype", "fp32", "--optimizer", "sgd", "--gradients", "fused"])
+def plan_of(program, model):
+    """A plan of the model; complains where there is no such model, or the program refuses the flags of every row."""
+    plan, message = program.plan(model, ["--rank", program.arguments.rank])
     if not plan:
         raise FootprintError(message)
-    return sum(entry["bytes"] for entry in plan["allocations"] if entry["category"] == "weights") // 4
+    return plan
 
 
 # ---- The tables and the picture
@@ -427,14 +409,13 @@ def footprint(arguments, folder):
     models = arguments.models.split(",") if arguments.models else ["d12" if program.device == "cuda" else "small"]
     models = [str(Path(model).absolute()) if "/" in model or model.endswith(".json") else model
               for model in models if model]
-    counts = {model: parameters_of(program, model) for model in models}  # complains before anything is written
+    plans = {model: plan_of(program, model) for model in models}  # complains before anything is written
     rows = []
     with open(arguments.out / f"{FIGURE}.csv", "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
-        for model in counts:
-            for row in rows_of(model, arguments):
-                row["parameters"] = counts[model]
+        for model, plan in plans.items():
+            for row in rows_of(model, plan, arguments):
                 measure(program, row)
                 table.writerow(row)
                 file.flush()

@@ -43,6 +43,18 @@ inline std::vector<std::string> gpu_backend_names() {
 // For tests of what is built on a backend: they run on one, the first of backend_names().
 inline std::string test_backend_name() { return backend_names().at(0); }
 
+// Rows of any length at any address are for the CPU only; on a GPU they are whole octets and begin at multiples of 16
+// bytes: the next longer length (or shift, in elements) that a backend takes.
+inline int64_t row_length(const std::string& backend, int64_t length) {
+  return backend == "cpu" ? length : (length + 7) / 8 * 8;
+}
+
+inline std::vector<int64_t> row_lengths(const std::string& backend, std::initializer_list<int64_t> lengths) {
+  std::vector<int64_t> taken;
+  for (const int64_t length : lengths) taken.push_back(row_length(backend, length));
+  return taken;
+}
+
 // Autotuning chooses among algorithms that differ in the last bits, so it is only for tests of single operations.
 inline std::unique_ptr<Backend> make_test_backend(const std::string& name = test_backend_name(), int threads = 2,
                                                   bool autotune = false) {

@@ -98,9 +98,8 @@ class FakeModel {
   }
 
   void step(uint32_t t, float lr = 0.01f) {
-    const int count = options_.gradients.micro_batches;
-    if (gradients_.needs_norm_pass()) pass(t, lr, count, true);
-    pass(t, lr, count, false);
+    if (gradients_.needs_norm_pass()) pass(t, lr, true);
+    pass(t, lr, false);
     backend_->synchronize();
   }
 
@@ -200,8 +199,9 @@ class FakeModel {
   }
 
  private:
-  void pass(uint32_t t, float lr, int count, bool norm_pass) {
-    gradients_.begin_step({.step = t, .lr = lr, .micro_batches = count, .scalars = scalars_, .norm_pass = norm_pass});
+  void pass(uint32_t t, float lr, bool norm_pass) {
+    const int count = options_.gradients.micro_batches;
+    gradients_.begin_step({.step = t, .lr = lr, .scalars = scalars_, .norm_pass = norm_pass});
     for (int i = 0; i < count; ++i) {
       gradients_.begin_micro_batch(i, i + 1 == count);
       backward(t, i);

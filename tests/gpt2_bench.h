@@ -210,14 +210,16 @@ class Gpt2Bench {
     const StepScalars fresh;
     backend->copy(scalars, &fresh, sizeof fresh);
     sink.begin_step();
-    model.train_micro_batch(batch.host(), sink, loss_, false, loss_scale, scalars);
+    model.load(batch.host());
+    model.train(sink, loss_, false, loss_scale, scalars);
     sink.end_step();
     return loss();
   }
 
   // The same through another sink, which is told of the step by the caller.
   float train(const BenchBatch& batch, GradientSink& other) {
-    model.train_micro_batch(batch.host(), other, loss_, false, 1.0f, scalars);
+    model.load(batch.host());
+    model.train(other, loss_, false, 1.0f, scalars);
     return loss();
   }
 

@@ -20,7 +20,7 @@ INSTANTIATE_OPERATION_TESTS(Classifier);
 TEST_P(Classifier, LossWithoutGradientLeavesTheLogitsAlone) {
   for (const int64_t vocabulary : {1, 7, 257, 5003}) {
     TestDevice device(backend());
-    const int64_t rows = 9, padded = vocabulary + 21;
+    const int64_t rows = 9, padded = row_length(backend(), vocabulary + 21);
     const Tensor logits = device.random(1, dtype(), {rows, padded}, 4);
     Values targets, expected;
     const Values values = device.read(logits);
@@ -39,9 +39,9 @@ TEST_P(Classifier, LossWithoutGradientLeavesTheLogitsAlone) {
 TEST_P(Classifier, GradientMatchesFiniteDifferences) {
   for (const int64_t vocabulary : {2, 131, 1003}) {
     TestDevice device(backend());
-    const int64_t rows = 3, padded = vocabulary + 5;
+    const int64_t rows = 3, padded = row_length(backend(), vocabulary + 5);
     const double scale = 0.125;
-    const Tensor logits = device.random(1, dtype(), {rows, padded}, 2, padded + 3);
+    const Tensor logits = device.random(1, dtype(), {rows, padded}, 2, row_length(backend(), padded + 3));
     const Values values = device.read(logits), targets = {static_cast<double>(vocabulary - 1), 0, -1};
     Values expected;
     for (int64_t i = 0; i < rows; ++i) {
@@ -71,10 +71,10 @@ TEST_P(Classifier, GradientMatchesFiniteDifferences) {
 
 // GPT-2's vocabulary, padded as in memory and not, and a longer one; also one that ends in the middle of a vector.
 TEST_P(Classifier, LargeVocabularies) {
-  for (const auto& [vocabulary, padded] :
+  for (const auto& [vocabulary, any] :
        {std::pair<int64_t, int64_t>{50257, 50304}, {50257, 50257}, {50263, 50264}, {64000, 64000}}) {
     TestDevice device(backend());
-    const int64_t rows = 2;
+    const int64_t rows = 2, padded = row_length(backend(), any);
     const float scale = 1024;
     const Tensor logits = device.random(1, dtype(), {rows, padded}, 3), losses = device.poisoned(DType::kF32, {rows});
     const Values values = device.read(logits), targets = {static_cast<double>(vocabulary - 1), 4321};
@@ -105,7 +105,7 @@ TEST_P(Classifier, LargeVocabularies) {
 
 // Masked logits: one thread may see nothing but -infinity.
 TEST_P(Classifier, LogitsOfMinusInfinityHaveNoProbability) {
-  for (const int64_t vocabulary : {9, 4000}) {
+  for (const int64_t vocabulary : row_lengths(backend(), {9, 4000})) {
     TestDevice device(backend());
     Values values(static_cast<size_t>(vocabulary), -INFINITY);
     values[3] = 1;
@@ -124,11 +124,11 @@ TEST_P(Classifier, LogitsOfMinusInfinityHaveNoProbability) {
 // Differences of logits from 0 to -200: exponentials that vanish, and a loss that is large but finite.
 TEST_P(Classifier, ExtremeLogits) {
   TestDevice device(backend());
-  Values values(300);
+  Values values(304);
   for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(i % 101) * 2;
-  const Tensor logits = device.upload(values, dtype(), {1, 300}), losses = device.poisoned(DType::kF32, {1});
-  device->classifier(losses, logits, device.upload({0}, DType::kI32, {1}), 300, 1.0f, true);
-  EXPECT_LE(relative_error(device.read(losses), {reference_loss(values.data(), 300, 0)}), 1e-5);
+  const Tensor logits = device.upload(values, dtype(), {1, 304}), losses = device.poisoned(DType::kF32, {1});
+  device->classifier(losses, logits, device.upload({0}, DType::kI32, {1}), 304, 1.0f, true);
+  EXPECT_LE(relative_error(device.read(losses), {reference_loss(values.data(), 304, 0)}), 1e-5);
   for (double gradient : device.read(logits)) EXPECT_TRUE(std::isfinite(gradient));
 }
 
@@ -136,10 +136,10 @@ TEST_P(Classifier, NonFiniteLogitsGiveNonFiniteLosses) {
   for (const double bad : Values{NAN, INFINITY}) {
     for (const size_t where : {0, 50, 99}) {
       TestDevice device(backend());
-      Values values(100, 1.0);
+      Values values(104, 1.0);
       values[where] = bad;
-      const Tensor logits = device.upload(values, dtype(), {1, 100}), losses = device.poisoned(DType::kF32, {1});
-      device->classifier(losses, logits, device.upload({7}, DType::kI32, {1}), 100, 1.0f, false);
+      const Tensor logits = device.upload(values, dtype(), {1, 104}), losses = device.poisoned(DType::kF32, {1});
+      device->classifier(losses, logits, device.upload({7}, DType::kI32, {1}), 104, 1.0f, false);
       EXPECT_FALSE(std::isfinite(device.read(losses)[0]));
     }
   }
@@ -149,7 +149,7 @@ TEST_P(Classifier, LogSumExpOfTheRows) {
   for (const int64_t vocabulary : {1, 300, 5003}) {
     for (const bool write_gradient : {false, true}) {
       TestDevice device(backend());
-      const int64_t rows = 5, padded = vocabulary + 13;
+      const int64_t rows = 5, padded = row_length(backend(), vocabulary + 13);
       const Tensor logits = device.random(1, dtype(), {rows, padded}, 4),
                    targets = device.poisoned(DType::kI32, {rows});
       const Tensor losses = device.poisoned(DType::kF32, {rows}), lse = device.poisoned(DType::kF32, {rows});
@@ -246,7 +246,8 @@ TEST_P(Classifier, GradientOfColumnsIsThatOfTheWhole) {
 
 TEST_P(Classifier, IndependentOfThreads) {
   expect_independent_of_threads(backend(), [&](TestDevice& device) {
-    const Tensor logits = device.random(1, dtype(), {11, 5003}, 2), losses = device.poisoned(DType::kF32, {11});
+    const Tensor logits = device.random(1, dtype(), {11, row_length(backend(), 5003)}, 2),
+                 losses = device.poisoned(DType::kF32, {11});
     const Tensor targets = device.upload({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, DType::kI32, {11});
     device->classifier(losses, logits, targets, 5000, 1.0f, true);
     return device.bits(logits);

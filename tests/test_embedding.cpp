@@ -37,7 +37,7 @@ class Embedding : public OperationTest {};
 INSTANTIATE_OPERATION_TESTS(Embedding);
 
 TEST_P(Embedding, Forward) {
-  for (const int64_t channels : {1, 80, 387}) {
+  for (const int64_t channels : row_lengths(backend(), {1, 80, 387})) {
     TestDevice device(backend());
     const Values tokens = tokens_with_repeats();
     const Tensor wte = device.random(1, dtype(), {kVocabulary, channels});
@@ -57,7 +57,7 @@ TEST_P(Embedding, Forward) {
 }
 
 TEST_P(Embedding, Backward) {
-  for (const int64_t channels : {1, 80, 387}) {
+  for (const int64_t channels : row_lengths(backend(), {1, 80, 387})) {
     for (int flags = 0; flags < 4; ++flags) {
       const bool accumulate_wte = flags & 1, accumulate_wpe = flags & 2;
       TestDevice device(backend());
@@ -86,7 +86,7 @@ TEST_P(Embedding, Backward) {
 
 // Tokens that are nearly everywhere, beside rare ones; gradients of the weights in fp32 whatever the activations are.
 TEST_P(Embedding, BackwardOfFrequentTokens) {
-  for (const int64_t channels : {40, 264, 267}) {
+  for (const int64_t channels : row_lengths(backend(), {40, 264, 267})) {
     for (const int64_t pitch : {int64_t{0}, channels + 8}) {
       TestDevice device(backend());
       const int64_t batch = 4, sequence = 100, count = batch * sequence;
@@ -117,7 +117,7 @@ TEST_P(Embedding, BackwardOfFrequentTokens) {
 
 // The table's gradient in blocks of rows is its gradient, row by row; so is each half alone.
 TEST_P(Embedding, BackwardOfSomeRows) {
-  for (const int64_t channels : {1, 80, 387}) {
+  for (const int64_t channels : row_lengths(backend(), {1, 80, 387})) {
     for (const bool accumulate : {false, true}) {
       TestDevice device(backend());
       Values tokens = tokens_with_repeats();
@@ -165,9 +165,12 @@ TEST_P(Embedding, BackwardOfLongGroupsInSomeRows) {
 
 TEST_P(Embedding, IndependentOfThreads) {
   expect_independent_of_threads(backend(), [&](TestDevice& device) {
-    const Tensor dwte = device.poisoned(dtype(), {kVocabulary, 83}), dwpe = device.poisoned(dtype(), {kPositions, 83});
+    const int64_t channels = row_length(backend(), 83);
+    const Tensor dwte = device.poisoned(dtype(), {kVocabulary, channels});
+    const Tensor dwpe = device.poisoned(dtype(), {kPositions, channels});
     const TokenGroups groups = group(device, tokens_with_repeats());
-    device->embedding_backward(dwte, false, dwpe, false, device.random(1, dtype(), {kBatch, kSequence, 83}), groups);
+    device->embedding_backward(dwte, false, dwpe, false, device.random(1, dtype(), {kBatch, kSequence, channels}),
+                               groups);
     std::vector<uint8_t> all = device.bits(dwte);
     const std::vector<uint8_t> positions = device.bits(dwpe);
     all.insert(all.end(), positions.begin(), positions.end());

@@ -317,7 +317,7 @@ class Bench {
   }
 
   void step_with_sums(uint32_t t) {
-    gradients_->begin_step({.step = t, .lr = lr_, .micro_batches = micro_batches_, .scalars = scalars_});
+    gradients_->begin_step({.step = t, .lr = lr_, .scalars = scalars_});
     for (int i = 0; i < micro_batches_; ++i) {
       gradients_->begin_micro_batch(i, i + 1 == micro_batches_);
       const GradientSink::Target target = gradients_->target(parameter_);

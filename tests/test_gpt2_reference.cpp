@@ -122,8 +122,7 @@ TEST_F(Gpt2Reference, TenStepsOfAdamW) {
     const size_t steps = description_.at("losses").size();
     ASSERT_EQ(steps, 10u);
     for (size_t t = 0; t < steps; ++t) {
-      gradients.begin_step(
-          {.step = static_cast<uint32_t>(t + 1), .lr = adamw.at("lr"), .micro_batches = 1, .scalars = bench.scalars});
+      gradients.begin_step({.step = static_cast<uint32_t>(t + 1), .lr = adamw.at("lr"), .scalars = bench.scalars});
       gradients.begin_micro_batch(0, true);
       EXPECT_NEAR(bench.train(batch(t), gradients), loss(t), kTolerance * loss(t)) << "step " << t + 1;
       gradients.end_step();

@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from gpu_measurements import learning, machine, render, streaming, techniques, training  # noqa: E402
 from gpu_measurements.results import Results, read  # noqa: E402
-from gpu_measurements.session import Session  # noqa: E402
+from gpu_measurements.session import ItemFailed, Session  # noqa: E402
 from gpu_measurements.sizes import DRY  # noqa: E402
 
 
@@ -32,7 +32,11 @@ def fake_runs(monkeypatch, losses=(5.0, 4.9), driver=None, allocated=100, output
         header = {"options": {"tokens_per_step": 32}, "peak_flops": 1e12}
         return training.Training(Path("/nowhere"), header, rows, output), driver
 
-    plan = {"device_bytes": 100, "host_bytes": 10, "budget": {"bytes": 200}, "allocations": [
+    ladder = (("AdamW", "--optimizer adamw"), ("+ Flora", "--optimizer flora"), ("+ blocks", "--gradient-blocks embedding"),
+              ("+ 8-bit", "--weight-dtype int8"), ("+ streaming", "--offload weights"))
+    rows = [{"name": name, "adds": adds, "flags": " ".join(flags for _, flags in ladder[:i + 1])}
+            for i, (name, adds) in enumerate(ladder)]
+    plan = {"techniques": rows, "device_bytes": 100, "host_bytes": 10, "budget": {"bytes": 200}, "allocations": [
         {"name": f"{what}.0.host", "category": category, "bytes": size, "host": True} for what, category, size in (
             ("weights", "weights", 1000), ("state", "optimizer state", 100), ("residual", "activations", 10))]}
     monkeypatch.setattr(training, "train_beside_driver", train)
@@ -45,24 +49,45 @@ def measured(session, part, items, wanted):
     return read(session.results.path)["parts"][part]
 
 
+def test_the_ladder_is_the_programs_and_says_what_is_compared(session, monkeypatch):
+    fake_runs(monkeypatch)
+    found = techniques.all_of(session)
+    assert [(row.name, row.first, row.same_bits, row.near) for row in found] == [
+        ("technique AdamW", False, "", False), ("technique + Flora", True, "", False),
+        ("technique + blocks", False, "", True), ("technique + 8-bit", False, "", True),
+        ("technique + streaming", False, "technique + 8-bit", False),
+        *((f"technique + blocks, + offload {what}", False, "technique + blocks", False)
+          for what in ("activations", "state", "weights,activations"))]
+    assert found[4].flags == ["--optimizer", "adamw", "--optimizer", "flora", "--gradient-blocks", "embedding",
+                              "--weight-dtype", "int8", "--offload", "weights"]
+
+
 def test_offload_that_changes_a_loss_fails(session, monkeypatch):
-    names = [techniques.FIRST, "technique all blocks", "technique offload state", "technique streaming"]
+    names = ["technique + Flora", "technique + blocks", "technique + blocks, + offload state",
+             "technique + blocks, + offload weights,activations"]
     fake_runs(monkeypatch, losses=((5.0, 4.0), (5.0, 4.1), (5.0, 4.1), (5.0, 4.2)))
     entries = measured(session, "memory", techniques.items(session), names)
-    assert entries["technique all blocks"]["status"] == "ok"
-    assert entries["technique all blocks"]["values"]["relative_difference"] == pytest.approx(0.025)
-    assert entries["technique offload state"]["values"]["equal"] is True
-    assert entries["technique streaming"]["status"] == \
-        "failed: the losses are not those of technique all blocks: step 2: 4.2 and 4.1"
-    assert entries["technique streaming"]["values"]["equal"] is False
+    assert entries["technique + blocks"]["status"] == "ok"
+    assert entries["technique + blocks"]["values"]["relative_difference"] == pytest.approx(0.025)
+    assert entries[names[2]]["values"]["equal"] is True
+    assert entries[names[3]]["status"] == \
+        "failed: the losses are not those of technique + blocks: step 2: 4.2 and 4.1"
+    assert entries[names[3]]["values"]["equal"] is False
 
 
 def test_a_technique_without_one_to_compare_with_says_nothing_of_its_losses(session, monkeypatch):
     fake_runs(monkeypatch)
-    entries = measured(session, "memory", techniques.items(session), ["technique streaming"])
-    values = entries["technique streaming"]["values"]
-    assert values["equal"] is None and values["time_ratio"] is None
+    entries = measured(session, "memory", techniques.items(session), ["technique + streaming"])
+    assert entries["technique + streaming"]["values"]["equal"] is None
     assert "| 0.02 | - | - | - |  |" in render.techniques_table(entries, True, DRY).text()
+
+
+def test_a_program_without_a_ladder_costs_its_rows_only(session, monkeypatch):
+    def refuse(*_):
+        raise ItemFailed("no plan")
+    monkeypatch.setattr(training, "whole_plan", refuse)
+    (item,) = techniques.items(session)
+    assert measured(session, "memory", [item], [item.name])[item.name]["status"] == "failed: no plan"
 
 
 @pytest.mark.parametrize("host_free, device_free, words", [
@@ -71,7 +96,7 @@ def test_a_technique_without_one_to_compare_with_says_nothing_of_its_losses(sess
 def test_what_does_not_fit_is_skipped(session, monkeypatch, host_free, device_free, words):
     fake_runs(monkeypatch, host_free=host_free)
     monkeypatch.setattr(machine, "memory_free", lambda: device_free)
-    status = measured(session, "memory", techniques.items(session), ["technique adamw"])["technique adamw"]["status"]
+    status = measured(session, "memory", techniques.items(session), ["technique AdamW"])["technique AdamW"]["status"]
     assert status.startswith("skipped: plans 0.00 GiB") and words in status
 
 

@@ -53,9 +53,10 @@ INSTANTIATE_OPERATION_TESTS(LayerNorm);
 
 TEST_P(LayerNorm, Forward) {
   for (const int64_t rows : {1, 5, 67}) {
-    for (const int64_t channels : {2, 80, 391, 768}) {
+    for (const int64_t channels : row_lengths(backend(), {2, 80, 391, 768})) {
       TestDevice device(backend());
-      const Tensor in = device.random(1, dtype(), {rows, channels}, 2, rows == 5 ? channels + 7 : 0);
+      const Tensor in =
+          device.random(1, dtype(), {rows, channels}, 2, rows == 5 ? row_length(backend(), channels + 7) : 0);
       const Tensor weight = device.random(2, dtype(), {channels}), bias = device.random(3, dtype(), {channels});
       const Tensor out = device.poisoned(dtype(), {rows, channels});
       const Tensor mean = device.poisoned(DType::kF32, {rows}), rstd = device.poisoned(DType::kF32, {rows});
@@ -70,7 +71,8 @@ TEST_P(LayerNorm, Forward) {
 
 // Models from small to large, each with other numbers per thread, and a length that does not fill the last vectors.
 TEST_P(LayerNorm, EveryWidth) {
-  for (const int64_t channels : {256, 512, 776, 1024, 1280, 1536, 1600, 2048, 2304, 3072, 4096, 4104, 4099, 8200}) {
+  for (const int64_t channels : row_lengths(
+           backend(), {256, 512, 776, 1024, 1280, 1536, 1600, 2048, 2304, 3072, 4096, 4099, 5120, 8192, 8200, 16384})) {
     TestDevice device(backend());
     const int64_t rows = 5;
     const Tensor in = device.random(1, dtype(), {rows, channels}, 2),
@@ -108,7 +110,7 @@ TEST_P(LayerNorm, SameBitsInEveryLayout) {
   for (const int64_t channels : {80, 768}) {
     const int64_t rows = 11;
     std::vector<std::vector<uint8_t>> results;
-    for (const int64_t pitch : {channels, channels + 8, channels + 3}) {
+    for (const int64_t pitch : {channels, channels + 8, row_length(backend(), channels + 3)}) {
       TestDevice device(backend());
       const Tensor in = device.random(1, dtype(), {rows, channels}, 2, pitch);
       const Tensor weight = device.random(3, dtype(), {channels}), bias = device.random(4, dtype(), {channels});
@@ -127,7 +129,7 @@ TEST_P(LayerNorm, SameBitsInEveryLayout) {
 }
 
 TEST_P(LayerNorm, ResidualIsBitIdenticalToAddThenLayerNorm) {
-  for (const int64_t channels : {1, 80, 391, 1024}) {
+  for (const int64_t channels : row_lengths(backend(), {1, 80, 391, 1024})) {
     for (const bool in_place : {false, true}) {
       TestDevice device(backend());
       const int64_t rows = 37;
@@ -171,10 +173,11 @@ TEST(LayerNormReference, GradientsMatchFiniteDifferences) {
 TEST_P(LayerNorm, Backward) {
   for (const bool accumulate : {false, true}) {
     for (const int64_t rows : {1, 35, 1100}) {
-      for (const int64_t channels : {3, 80, 391}) {
+      for (const int64_t channels : row_lengths(backend(), {3, 80, 391})) {
         if (rows == 1100 && accumulate != (channels == 80)) continue;  // long, and the same code
         TestDevice device(backend());
-        const Tensor in = device.random(1, dtype(), {rows, channels}, 2, rows == 35 ? channels + 3 : 0);
+        const Tensor in =
+            device.random(1, dtype(), {rows, channels}, 2, rows == 35 ? row_length(backend(), channels + 3) : 0);
         const Tensor dout = device.random(2, dtype(), {rows, channels});
         const Tensor weight = device.random(3, dtype(), {channels}), bias = device.random(4, dtype(), {channels});
         const Tensor out = device.poisoned(dtype(), {rows, channels});
@@ -207,7 +210,7 @@ TEST_P(LayerNorm, Backward) {
 
 TEST_P(LayerNorm, IndependentOfThreads) {
   expect_independent_of_threads(backend(), [&](TestDevice& device) {
-    const int64_t rows = 1033, channels = 83;
+    const int64_t rows = 1033, channels = row_length(backend(), 83);
     const Tensor in = device.random(1, dtype(), {rows, channels}), dout = device.random(2, dtype(), {rows, channels});
     const Tensor weight = device.random(3, dtype(), {channels}), bias = device.random(4, dtype(), {channels});
     const Tensor out = device.poisoned(dtype(), {rows, channels}), din = device.random(5, dtype(), {rows, channels});
@@ -249,7 +252,7 @@ TEST_P(MixedLayerNorm, ForwardAndBackward) {
 }
 
 TEST_P(MixedLayerNorm, ResidualOfTwoTypesIsBitIdenticalToAddThenLayerNorm) {
-  for (const int64_t channels : {80, 391}) {
+  for (const int64_t channels : row_lengths(GetParam(), {80, 391})) {
     TestDevice device(GetParam());
     const int64_t rows = 9;
     const Tensor a = device.random(1, DType::kF32, {rows, channels}),

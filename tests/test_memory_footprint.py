@@ -108,19 +108,25 @@ def test_the_bars_add_up_to_the_table(measured):
 
 
 def test_what_the_program_refuses_is_named(tmp_path):
-    run(*TOY, "--rank", 0, "--plan-only", "--out", tmp_path)
-    rows = table(tmp_path)
+    program = stand_in(tmp_path / "program", 'case "$*" in *"--optimizer flora"*) echo "train_gpt2: no" >&2; exit 2;; esac')
+    run(*TOY, "--plan-only", "--out", tmp_path / "out", program=program)
+    rows = table(tmp_path / "out")
     refused = [row for row in rows if "--optimizer flora" in row["flags"]]
     assert len(refused) == 4 and len(rows) == TECHNIQUES
-    page = (tmp_path / "footprint.md").read_text()
+    page = (tmp_path / "out/footprint.md").read_text()
     assert "## Refused by the program" in page
     for row in rows:
         if row not in refused:
             assert row["status"] == "planned"
             continue
-        assert row["status"] == "refused" and row["message"] == "--rank must be at least 1"
+        assert row["status"] == "refused" and row["message"] == "no"
         assert row["planned_device_bytes"] == row["allocated_bytes"] == ""
-        assert f"`{row['flags']}`): --rank must be at least 1" in page
+        assert f"`{row['flags']}`): no" in page
+
+
+def test_a_rank_that_the_program_refuses_is_one_line(tmp_path):
+    result = run(*TOY, "--rank", 0, "--out", tmp_path, code=2)
+    assert result.stderr == "memory_footprint: --rank must be at least 1\n" and list(tmp_path.iterdir()) == []
 
 
 def test_plan_only_runs_nothing(tmp_path):
@@ -128,7 +134,7 @@ def test_plan_only_runs_nothing(tmp_path):
     run("--models", "tiny", "--device", "cpu", "--plan-only", "--out", tmp_path / "out", program=program)
     calls = (tmp_path / "calls").read_text().splitlines()
     rows = table(tmp_path / "out")
-    assert len(rows) == TECHNIQUES + 4 * 3 * 2 * 3 * 2 == len(calls) - 1, "one call counts the parameters"
+    assert len(rows) == TECHNIQUES + 4 * 3 * 2 * 3 * 2 == len(calls) - 1, "one call asks for the ladder"
     assert all("--plan --json" in call for call in calls)
     assert {row["status"] for row in rows} <= {"planned", "refused"}
     assert all(row["process_bytes"] == row["allocated_bytes"] == "" for row in rows)

@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from program import (PROGRAM, TINY, VOCABULARY, call, fail, language, listing, steps_saved, succeed, with_defaults,
+from program import (PROGRAM, TINY, VOCABULARY, call, fail, language, listing, steps_saved, with_defaults,
                      write_shard)
 
 

@@ -12,10 +12,13 @@ METRIC_KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "step_ms", "tokens_p
 @pytest.mark.slow
 def test_the_command_of_the_readme_works_in_an_empty_folder(data, tmp_path):
     text = succeed("--optimizer", "flora", "--rank", 256, "--steps", 2, cwd=tmp_path, timeout=300)
-    for word in ("device", "model", "data", "memory", "output", "optimizer=flora", "rank=256", "step 1/2", "step 2/2",
+    for word in ("device", "model", "data", "memory", "output", "update      flora of rank 256, kappa 1000", "step 1/2", "step 2/2",
                  "checkpoint: "):
         assert word in text, text
     assert "nothing is compressed" not in text
+    # Only what was given or chosen for the device and the model: everything else is in metrics.jsonl.
+    (settings,) = [line for line in text.splitlines() if line.startswith("settings ")]
+    assert "dtype=fp32" in settings and "warmup_steps=1" in settings and "eps1" not in settings
     made = sorted(path.name for path in (tmp_path / "data").iterdir())
     assert "system_text_train_000000.bin" in made and "system_text_val_000000.bin" in made
     (run,) = (tmp_path / "runs").iterdir()

@@ -197,17 +197,33 @@ def test_a_plan_for_a_gpu_that_is_not_here(data):
     assert "a device that is not here" in fail(*flags, "--memory-budget", "auto", code=2, env=NO_GPU)
 
 
-def test_each_technique_saves(data):
-    rows = json.loads(call("plan", "--device", "cuda", "--json", "--model", "gpt3:c4096", "--micro-batch", 1,
-                           "--seq-len", 1024, env=NO_GPU).stdout)["techniques"]
-    assert [row["name"].split(",")[0] for row in rows] == [
-        "AdamW in bf16", "+ activation checkpointing", "+ fused backward", "+ Flora",
-        "+ embedding's gradient in blocks", "+ 8-bit states and weights", "+ streaming (bf16 weights)"]
+@pytest.mark.parametrize("shapes", [
+    ["--device", "cuda", "--model", "gpt3:c4096", "--micro-batch", 1, "--seq-len", 1024],
+    ["--device", "cpu", "--model", "mini", "--micro-batch", 2, "--seq-len", 96, "--threads", 2, "--head-chunk", 48],
+])
+def test_each_technique_saves_and_its_flags_give_its_bytes(data, shapes):
+    def planned(*flags):
+        return json.loads(call("plan", "--json", *shapes, *flags, env=NO_GPU).stdout)
+
+    rank = 256 if "cuda" in shapes else 16
+    rows = planned("--rank", rank, "--layers-in-flight", 3, "--offload", "state")["techniques"]
+    assert [row["name"] for row in rows] == [
+        "AdamW: bf16 weights, fp32 master weights and states", "+ activation checkpointing", "+ fused backward",
+        "+ bf16 momentum, no master weights", f"+ Flora, rank {rank}", "+ the embedding's gradient in blocks",
+        "+ 8-bit weights and states", "+ weights, states and activations streamed"]
     sizes = [row["device_bytes"] for row in rows]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    flags = ""
     for row in rows:
-        assert sum(row["categories"].values()) == row["device_bytes"]
+        flags = f"{flags} {row['adds']}".strip()
+        assert row["flags"] == flags
+        typed = planned(*flags.split())
+        assert all(typed[key] == row[key] for key in ("device_bytes", "host_bytes", "categories")), row["name"]
+    assert "--layers-in-flight 3" in flags
     assert rows[-1]["host_bytes"] > rows[0]["host_bytes"]
+    # What the run itself would be changes no row.
+    other = planned("--optimizer", "adamw", "--dtype", "fp32", "--tokens-per-step", 96 * 1024)["techniques"]
+    assert [row["device_bytes"] for row in other[:4]] == sizes[:4]
 
 
 @pytest.mark.parametrize("budget, parameters", [("24GiB", 10.5e9), ("80GiB", 38e9)])

@@ -194,6 +194,19 @@ def refused(data, tmp_path, *flags, code, **variables):
                 *flags, code=code, env=with_environment(**variables))
 
 
+@pytest.mark.parametrize("width, heads, demand", [(100, 2, "a multiple of 8"), (16392, 8, "at most 16384"),
+                                                   (1024, 2, "at most 256")])
+def test_a_model_that_only_the_cpu_computes(data, tmp_path, width, heads, demand):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({"vocab_size": 257, "n_positions": 32, "n_embd": width, "n_layer": 1, "n_head": heads}))
+    for flags in (["--device", "cuda"], ["--device", "cuda", "--plan"]):
+        message = refused(data, tmp_path, *flags, "--model", path, code=2)
+        assert demand in message and "--device cpu" in message
+    if width == 100:
+        succeed("--data", data / "text_train_*.bin", *TINY, "--model", path, "--steps", 1, "--device", "cpu", "--out",
+                tmp_path / "run")
+
+
 @on_shim
 def test_no_gpu(data, tmp_path):
     message = refused(data, tmp_path, "--device", "cuda", code=2, CUDA_ON_CPU_DEVICES=0)

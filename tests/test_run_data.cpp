@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "data/shard_writer.h"
+#include "data/shard.h"
 #include "tests/temporary_directory.h"
 
 namespace {

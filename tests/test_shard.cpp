@@ -9,7 +9,6 @@
 #include <numeric>
 #include <vector>
 
-#include "data/shard_writer.h"
 #include "tests/temporary_directory.h"
 
 namespace {

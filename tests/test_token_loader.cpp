@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "data/data_order.h"
-#include "data/shard_writer.h"
+#include "data/shard.h"
 #include "tests/temporary_directory.h"
 
 namespace {

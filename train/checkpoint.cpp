@@ -17,17 +17,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-std::string dtype_code(DType dtype) {
-  switch (dtype) {
-    case DType::kF32: return "F32";
-    case DType::kBF16: return "BF16";
-    case DType::kI8: return "I8";
-    case DType::kU8: return "U8";
-    case DType::kI32: return "I32";
-  }
-  return "";
-}
-
 // A tensor of optimizer.safetensors: its place is asked for when its layer has been acquired.
 struct SavedTensor {
   std::string name;
@@ -90,7 +79,7 @@ FileSummary save_optimizer(const std::string& path, Engine& engine) {
   const std::vector<SavedTensor> tensors = optimizer_tensors(engine);
   std::vector<TensorEntry> entries;
   for (const SavedTensor& saved : tensors) {
-    entries.push_back({saved.name, dtype_code(saved.shape.dtype), shape_of(saved.shape), nullptr});
+    entries.push_back({saved.name, safetensors_name(saved.shape.dtype), shape_of(saved.shape), nullptr});
   }
   SafetensorsWriter writer(path, entries);
   for_each_tensor(engine, tensors, Access::kRead,
@@ -104,7 +93,7 @@ void load_optimizer(const std::string& path, Engine& engine) {
   for_each_tensor(engine, tensors, Access::kUpdate, [&](const SavedTensor& saved, const Tensor& tensor) {
     const TensorEntry* entry = reader.find(saved.name);
     if (!entry) throw std::runtime_error(path + ": has no tensor '" + saved.name + "'");
-    if (entry->dtype != dtype_code(saved.shape.dtype) || entry->shape != shape_of(saved.shape)) {
+    if (entry->dtype != safetensors_name(saved.shape.dtype) || entry->shape != shape_of(saved.shape)) {
       throw std::runtime_error(path + ": tensor '" + saved.name + "' has another type or shape than this run's");
     }
     engine.backend().copy(tensor.data, entry->data, tensor.bytes());

@@ -63,7 +63,7 @@ class Engine {
   // clipping under fused updates every micro-batch is asked for twice (first all, then all again).
   template <typename NextBatch>
   StepResult step(uint32_t t, float lr, NextBatch&& next_batch) {
-    StepContext context{t, lr, config_.gradients.micro_batches, scalars_};
+    StepContext context{t, lr, scalars_};
     if (gradients_->needs_norm_pass()) {
       context.norm_pass = true;
       pass(context, next_batch);
@@ -101,7 +101,7 @@ class Engine {
       model_.load(batch);
       graphs_.run(graph_key(i > 0 ? 1 : 0, i + 1 == count ? 1 : 0), [&] {
         gradients_->begin_micro_batch(i, i + 1 == count);
-        model_.train_loaded(*gradients_, loss_, i > 0, 1.0f / static_cast<float>(count), scalars_);
+        model_.train(*gradients_, loss_, i > 0, 1.0f / static_cast<float>(count), scalars_);
       });
     }
     graphs_.run(graph_key(2, 0), [&] { gradients_->end_step(); });

@@ -41,3 +41,7 @@ std::string message_of(const std::exception& error);
 
 // Gives `link` the new target in one step (a new symbolic link renamed over the old one).
 void replace_symlink(const std::string& link, const std::string& target);
+
+// A mapped file that becomes shorter, or whose disk fails, is a signal at the next look at it (SIGBUS) instead of an
+// error of a call. From here on such a signal ends the program with exit code 1 and a line that names the file.
+void explain_mapping_faults();

@@ -10,6 +10,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include "kernels/profiler.h"
+
 struct StepMetrics {
   uint32_t step = 0;
   int64_t tokens = 0;  // seen since the start of the run
@@ -53,3 +55,6 @@ class Progress {
 
 std::string format_duration(double seconds);
 std::string format_bytes(size_t bytes);  // "1.50 GiB"
+
+// Time, rate and share of every operation since the profiler was cleared, most expensive first.
+std::string profile_table(const Profiler& profiler, double total_seconds);

@@ -11,6 +11,7 @@
 #include "train/metrics.h"
 #include "train/plan_report.h"
 #include "train/run_data.h"
+#include "train/techniques.h"
 
 namespace {
 
@@ -85,7 +86,7 @@ class LargestModels {
     const Rates rates = nominal_rates(config, backend_.name());
     const std::optional<Candidate> least =
         smallest(candidates(config, space_, rates, backend_), budget_.limit, backend_);
-    return least && fits({least->device_bytes, least->host_bytes}, budget_.limit) ? least : std::nullopt;
+    return least && fits(least->bytes(), budget_.limit) ? least : std::nullopt;
   }
 
   void keep_larger(std::optional<FittingModel>& kept, const std::string& name, const Gpt2Config& model,

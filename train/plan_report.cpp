@@ -5,8 +5,6 @@
 #include <nlohmann/json.hpp>
 
 #include "train/metrics.h"
-#include "train/options.h"
-#include "train/planner.h"
 
 namespace {
 
@@ -21,6 +19,8 @@ std::string phase_names(uint32_t phases) {
   return names;
 }
 
+}  // namespace
+
 nlohmann::ordered_json categories_json(const std::vector<size_t>& categories) {
   nlohmann::ordered_json json = nlohmann::ordered_json::object();
   for (int i = 0; i < kCategoryCount; ++i) {
@@ -28,27 +28,6 @@ nlohmann::ordered_json categories_json(const std::vector<size_t>& categories) {
   }
   return json;
 }
-
-// AdamW with all gradients, activations and states, in the run's dtype, without master weights.
-EngineConfig usual_config(const RunSetup& setup, DType dtype) {
-  EngineConfig config = setup.engine;
-  config.shapes.recompute = Recompute::kNone;
-  config.weight_dtype = config.optimizer.state_dtype = dtype;
-  config.master_weights = false;
-  config.optimizer.kind = OptimizerKind::kAdamW;
-  config.optimizer.rank = 0;
-  config.optimizer.beta1 = 0.9f;
-  config.gradients.kind = GradientMode::kDense;
-  config.gradients.micro_batches = 1;
-  config.gradients.gradient_dtype = dtype;
-  config.gradients.accumulation_rank = 0;
-  config.gradients.clip_norm = 1;
-  config.gradients.blocks = GradientBlocks::kWhole;
-  config.offload = Offload{};
-  return config;
-}
-
-}  // namespace
 
 std::string plan_table(const MemoryPlan& plan) {
   constexpr size_t kLargest = 12;
@@ -94,70 +73,6 @@ nlohmann::ordered_json plan_json(const MemoryPlan& plan) {
                                    {"offset", allocation.offset},
                                    {"phases", phase_names(allocation.phases)},
                                    {"host", allocation.host}});
-  }
-  return json;
-}
-
-std::vector<Technique> plan_techniques(const RunSetup& setup, Backend& backend) {
-  const DType dtype = setup.options.dtype;
-  EngineConfig config = usual_config(setup, dtype);
-  std::vector<Technique> rows;
-  const auto add = [&](const std::string& name) {
-    const MemoryPlan plan = Engine(config, backend).plan();
-    rows.push_back({name, plan.device_bytes(), plan.host_bytes(), plan.bytes_by_category()});
-  };
-  add(std::string("AdamW in ") + dtype_name(dtype));
-  config.shapes.recompute = Recompute::kBlock;
-  add("+ activation checkpointing");
-  config.gradients.kind = GradientMode::kFused;
-  config.gradients.clip_norm = 0;
-  add("+ fused backward");
-  config.optimizer.kind = OptimizerKind::kFlora;
-  config.optimizer.rank = setup.options.engine.optimizer.rank;
-  add("+ Flora, rank " + std::to_string(setup.options.engine.optimizer.rank));
-  if (gradient_blocks_possible(config)) {
-    config.gradients.blocks = GradientBlocks::kEmbedding;
-    add("+ embedding's gradient in blocks");
-  }
-  config.optimizer.state_dtype = config.weight_dtype = DType::kI8;
-  add("+ 8-bit states and weights");
-  config.weight_dtype = dtype;
-  config.offload = {.activations = true, .state = true, .weights = true};
-  add(std::string("+ streaming (") + dtype_name(dtype) + " weights)");
-  return rows;
-}
-
-std::string techniques_table(const std::vector<Technique>& techniques) {
-  char line[256];
-  std::string text = "one technique after another, at these shapes, each with those above it\n";
-  snprintf(line, sizeof line, "  %-34s %11s", "", "device");
-  text += line;
-  for (int i = 0; i < kCategoryCount; ++i) {
-    snprintf(line, sizeof line, " %15s", category_name(static_cast<Category>(i)));
-    text += line;
-  }
-  snprintf(line, sizeof line, " %11s\n", "host");
-  text += line;
-  for (const Technique& technique : techniques) {
-    snprintf(line, sizeof line, "  %-34s %11s", technique.name.c_str(), format_bytes(technique.device_bytes).c_str());
-    text += line;
-    for (const size_t bytes : technique.categories) {
-      snprintf(line, sizeof line, " %15s", format_bytes(bytes).c_str());
-      text += line;
-    }
-    snprintf(line, sizeof line, " %11s\n", format_bytes(technique.host_bytes).c_str());
-    text += line;
-  }
-  return text;
-}
-
-nlohmann::ordered_json techniques_json(const std::vector<Technique>& techniques) {
-  nlohmann::ordered_json json = nlohmann::ordered_json::array();
-  for (const Technique& technique : techniques) {
-    json.push_back({{"name", technique.name},
-                    {"device_bytes", technique.device_bytes},
-                    {"host_bytes", technique.host_bytes},
-                    {"categories", categories_json(technique.categories)}});
   }
   return json;
 }

@@ -87,6 +87,13 @@ std::map<Group, const EngineConfig*> least_of_groups(const std::vector<Candidate
   return least;
 }
 
+Candidate with_bytes(Candidate candidate, Backend& backend) {
+  const MemoryPlan plan = Engine(candidate.config, backend).plan();
+  candidate.device_bytes = plan.device_bytes();
+  candidate.host_bytes = plan.host_bytes();
+  return candidate;
+}
+
 }  // namespace
 
 MemoryLimit available_memory_limit(const Backend& backend) {
@@ -194,11 +201,8 @@ std::vector<Candidate> fitting(const std::vector<Candidate>& candidates, const M
     if (found.size() == count) break;
     const std::vector<Group> its = groups(candidate.config);
     if (std::any_of(its.begin(), its.end(), [&](const Group& group) { return rejected(least.at(group)); })) continue;
-    const MemoryPlan plan = Engine(candidate.config, backend).plan();
-    if (!fits({plan.device_bytes(), plan.host_bytes()}, limit)) continue;
-    found.push_back(candidate);
-    found.back().device_bytes = plan.device_bytes();
-    found.back().host_bytes = plan.host_bytes();
+    const Candidate planned = with_bytes(candidate, backend);
+    if (fits(planned.bytes(), limit)) found.push_back(planned);
   }
   return found;
 }
@@ -212,8 +216,7 @@ std::optional<Candidate> smallest(const std::vector<Candidate>& candidates, cons
   };
   for (const auto& [group, config] : least_of_groups(candidates)) {
     if (std::get<1>(group) != 0) continue;  // a part of a family
-    const MemoryPlan plan = Engine(*config, backend).plan();
-    const Candidate candidate{.config = *config, .device_bytes = plan.device_bytes(), .host_bytes = plan.host_bytes()};
+    const Candidate candidate = with_bytes({.config = *config}, backend);
     if (!best || rank(candidate) < rank(*best)) best = candidate;
   }
   return best;

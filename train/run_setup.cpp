@@ -201,6 +201,10 @@ RunSetup resolve(const RunRequest& request, Undecided undecided) {
                      " tokens) is larger than the model's (" + std::to_string(config.vocabulary) +
                      "): " + options.model);
   }
+  if (!cpu) {
+    const std::string problem = cuda_refuses(config.channels, config.heads);
+    if (!problem.empty()) throw UsageError(options.model + " has " + problem + "; --device cpu takes any number");
+  }
   if (config.trained_positions == 0) config.trained_positions = trained_by_older_version(setup.source);
   choose_defaults(options, cpu, config, preset_model, request.training, undecided);
   const ActivationShapes& shapes = options.engine.shapes;

@@ -53,6 +53,9 @@ int64_t default_micro_batch(const std::string& device);
 // end-of-text tokens where the model does not say them. Throws UsageError, std::runtime_error.
 void find_tokenizer(RunSetup& setup);
 
+// Throws UsageError for a --prompt without a tokenizer.
+void check_prompt(const RunSetup& setup);
+
 // Relative paths of data, tokenizer and model made absolute, so that a run goes on from any working directory. Globs
 // stay globs.
 Options with_absolute_paths(const Options& options);

@@ -86,3 +86,9 @@ void find_tokenizer(RunSetup& setup) {
   const bool theirs = setup.source.kind == ModelSource::Kind::kDirectory && fs::exists(generation);
   setup.checkpoint_files["generation_config.json"] = theirs ? read_file(generation) : generation_config_json(model);
 }
+
+void check_prompt(const RunSetup& setup) {
+  if (setup.tokenizer || setup.options.prompt.empty()) return;
+  throw UsageError("--prompt needs a tokenizer: --tokenizer FILE (tokenizer.bin, made by data/prepare.py)" +
+                   (setup.tokenizer_warning.empty() ? "" : "; " + setup.tokenizer_warning));
+}

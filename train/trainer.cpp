@@ -187,55 +187,20 @@ std::string Trainer::data_summary() const {
   return text;
 }
 
-std::string Trainer::compression_warning() const {
-  const EngineConfig& engine = setup_.engine;
-  const auto above = [](int64_t rank) {
-    return "nothing is compressed: rank " + std::to_string(rank) + " is above every matrix of this model";
-  };
-  if (engine.optimizer.rank > 0 && engine_.optimizer().compressed_parameters().empty()) {
-    if (!engine.optimizer.factored) return "nothing is compressed: --no-factored keeps the momentum in full";
-    return engine.optimizer.beta1 > 0 ? above(engine.optimizer.rank)
-                                      : "nothing is compressed: with --beta1 0 there is no momentum";
-  }
-  const GradientConfig& gradients = engine.gradients;
-  if (gradients.accumulation_rank > 0) {
-    const std::vector<Parameter> parameters = gpt2_parameters(engine.model);
-    const bool any = std::any_of(parameters.begin(), parameters.end(), [&](const Parameter& parameter) {
-      return is_compressed(parameter, gradients.accumulation_rank, gradients.compress_embeddings, gradients.projection);
-    });
-    if (!any) return above(gradients.accumulation_rank);
-  }
-  return "";
-}
-
-std::string Trainer::transfer_warning() const {
-  const OptimizerConfig& optimizer = setup_.engine.optimizer;
-  const double growth = transfer_growth(optimizer, gpt2_parameters(setup_.engine.model));
-  if (growth < 1) return "";
-  char text[256];
-  snprintf(text, sizeof text,
-           "--transfer reencode with --rank %lld, --kappa %lld and --beta1 %g can multiply the momentum by about %.3g "
-           "every %lld steps, without bound; --transfer rescale or restart, or a larger --kappa, cannot",
-           static_cast<long long>(optimizer.rank), static_cast<long long>(optimizer.kappa),
-           static_cast<double>(optimizer.beta1), growth, static_cast<long long>(optimizer.kappa));
-  return text;
-}
-
 StepResult Trainer::train_step(uint32_t t) {
   const ActivationShapes& shapes = engine_.config().shapes;
   const bool two_passes = engine_.gradients().needs_norm_pass();
   const DataPosition start = loader_.position();
   int passes = 0;
-  return engine_.step(t, learning_rate(setup_.options.schedule, t, static_cast<uint32_t>(setup_.options.steps)),
-                      [&](int i) {
-                        try {
-                          if (two_passes && i == 0 && passes++ == 1)
-                            loader_.seek(start);  // the same micro-batches once more
-                          return host_batch(loader_.next(), shapes.batch, shapes.sequence, true);
-                        } catch (const std::runtime_error& error) {
-                          throw DataError(error.what());
-                        }
-                      });
+  const float lr = learning_rate(setup_.options.schedule, t, static_cast<uint32_t>(setup_.options.steps));
+  return engine_.step(t, lr, [&](int i) {
+    try {
+      if (two_passes && i == 0 && passes++ == 1) loader_.seek(start);  // the same micro-batches once more
+      return host_batch(loader_.next(), shapes.batch, shapes.sequence, true);
+    } catch (const std::runtime_error& error) {
+      throw DataError(error.what());
+    }
+  });
 }
 
 bool Trainer::finite_or_skipped(uint32_t t, const StepResult& result) {
@@ -269,8 +234,8 @@ StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double second
   const Options& o = setup_.options;
   StepMetrics m;
   m.step = t;
-  m.tokens = loader_.position().sequence *
-             o.engine.shapes.sequence;  // the tokens of a step may have been others before a resume
+  // The tokens of a step may have been others before a resume.
+  m.tokens = loader_.position().sequence * o.engine.shapes.sequence;
   m.loss = result.loss;
   m.grad_norm = result.grad_norm;
   m.lr = result.lr;

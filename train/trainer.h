@@ -29,10 +29,6 @@ class Trainer {
   const std::vector<std::string>& data_warnings() const { return data_warnings_; }
   // Why there is no validation although there are shards for it, else empty.
   const std::string& validation_problem() const { return validation_problem_; }
-  // One line when compression was asked for and nothing is compressed, else empty.
-  std::string compression_warning() const;
-  // One line when the momentum can grow without bound, else empty.
-  std::string transfer_warning() const;
 
  private:
   StepResult train_step(uint32_t t);
@@ -74,6 +70,3 @@ double validation_loss(Engine& engine, TokenLoader& loader, int64_t sequences, i
 
 // Training shards in their random order, or validation shards (--val-data) from first to last.
 TokenLoader open_loader(const Options& options, const std::string& pattern, int64_t vocabulary, bool shuffle);
-
-// Time, rate and share of every operation since the profiler was cleared.
-std::string profile_table(const Profiler& profiler, double total_seconds);

@@ -182,8 +182,6 @@ void load_directory(const std::string& directory, bool tied_head, ParameterStore
   }
 }
 
-std::string dtype_code(DType dtype) { return dtype == DType::kF32 ? "F32" : "BF16"; }
-
 std::string file_name(const Parameter& parameter) {
   return parameter.name == "lm_head.weight" ? parameter.name : "transformer." + parameter.name;
 }
@@ -194,7 +192,7 @@ FileSummary write_shard(const std::string& path, const std::vector<const Paramet
   for (const Parameter* parameter : parameters) {
     std::vector<int64_t> shape = {parameter->cols};
     if (parameter->matrix) shape.insert(shape.begin(), parameter->rows);
-    entries.push_back({file_name(*parameter), dtype_code(store.dtype(*parameter)), shape, nullptr});
+    entries.push_back({file_name(*parameter), safetensors_name(store.dtype(*parameter)), shape, nullptr});
   }
   SafetensorsWriter writer(path, entries);
   HeldLayer<ParameterStore> held(store);

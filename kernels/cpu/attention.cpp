@@ -5,7 +5,6 @@
 // scratch (which also widens bf16, and lets sgemm read with a short stride), walks over tiles of queries, and
 // multiplies each with the keys up to the tile's end. The T x T scores never exist beyond one tile of rows. Results are
 // summed in fp32 and rounded once.
-#include "kernels/cpu/attention.h"
 
 #include <cmath>
 

@@ -16,9 +16,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cpu/attention.h"
-#include "kernels/cpu/blas_core.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/library_settings.h"
 #include "kernels/cpu/machine.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/dispatch.h"

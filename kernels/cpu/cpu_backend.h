@@ -109,3 +109,13 @@ class CpuBackend : public Backend {
   bool blas_is_mapped_ = false;  // each thread has its buffer
   std::unordered_map<void*, size_t> device_blocks_, host_blocks_;
 };
+
+// What files of this folder share beside the operations themselves.
+
+// Floats of attention's scratch per thread: one head's Q, K, V, their gradients and that of the output, and two tiles
+// of T scores.
+int64_t attention_scratch_floats(int64_t sequence, int64_t channels, int64_t heads);
+
+// What add() does: out = a + b for `count` elements from (row, column) on, on the calling thread. The LayerNorm that
+// adds its residual first calls it, too, so that both round the same way. fp32 or bf16, mixed; out may be a or b.
+void add_row(const Tensor& out, const Tensor& a, const Tensor& b, int64_t row, int64_t column, int64_t count);

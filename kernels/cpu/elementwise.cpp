@@ -3,7 +3,6 @@
 #include <array>
 #include <cmath>
 
-#include "kernels/cpu/add_rows.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/operands.h"

@@ -4,7 +4,6 @@
 // of rows.
 #include <cmath>
 
-#include "kernels/cpu/add_rows.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/operands.h"

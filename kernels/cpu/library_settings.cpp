@@ -1,11 +1,31 @@
-// library_settings.cpp: see library_settings.h.
+// library_settings.cpp: see library_settings.h. The OpenBLAS functions are weak symbols: another CBLAS links as well.
 #include "kernels/cpu/library_settings.h"
 
 #include <unistd.h>
 
 #include <cstdlib>
 
-#include "kernels/cpu/blas_core.h"
+extern "C" {
+char* openblas_get_corename(void) __attribute__((weak));
+void openblas_set_num_threads(int threads) __attribute__((weak));
+}
+
+void use_one_blas_thread() {
+  if (openblas_set_num_threads) openblas_set_num_threads(1);
+}
+
+bool blas_misses_avx2() {
+#if defined(__x86_64__)
+  return openblas_get_corename && std::string(openblas_get_corename()) == "Prescott" &&
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+std::string blas_description() {
+  return openblas_get_corename ? std::string("OpenBLAS ") + openblas_get_corename() : "CBLAS";
+}
 
 void choose_library_settings(char** argv) {
   bool again = false;

@@ -16,6 +16,7 @@
 #include "kernels/cuda/attention_plain.cuh"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda_workspace.h"
 #include "kernels/dispatch.h"
 #include "kernels/operands.h"
 
@@ -26,7 +27,7 @@ constexpr int kDeltaThreads = 256, kDeltaLanes = 8;
 // delta[b,h,t] = dout[b,t,h,:] . out[b,t,h,:]. Memory-bound: two reads. Eight lanes have one head of one token; with
 // kVector (both bf16, aligned) they read 16 bytes each at a time.
 template <bool kVector>
-__global__ void attention_delta_kernel(float* delta, AnyFloats dout, AnyFloats out, AttentionSizes sizes,
+__global__ void attention_delta_kernel(float* delta, AnyView dout, AnyView out, AttentionSizes sizes,
                                        int64_t token_heads) {
   const int lane = static_cast<int>(threadIdx.x) % kDeltaLanes;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * (kDeltaThreads / kDeltaLanes) + threadIdx.x / kDeltaLanes;
@@ -43,7 +44,7 @@ __global__ void attention_delta_kernel(float* delta, AnyFloats dout, AnyFloats o
       }
     } else {
       for (int j = lane; j < sizes.head_dim; j += kDeltaLanes) {
-        sum = fmaf(dout.read(first + j), out.read(first + j), sum);
+        sum = fmaf(dout.load_one(0, first + j), out.load_one(0, first + j), sum);
       }
     }
   }
@@ -57,7 +58,7 @@ __global__ void attention_delta_kernel(float* delta, AnyFloats dout, AnyFloats o
 
 // What 32-bit positions inside the kernels, and the tiles of the plain ones, allow.
 void check_limits(const AttentionShape& s) {
-  require(s.head_dim <= kPlainMaxHeadDim, "attention: heads of at most 256");
+  require(s.head_dim <= kMostHeadChannels, "attention: heads of at most 256");
   require(s.batch * s.sequence < (1 << 30) && s.channels < (1 << 29), "attention: too many tokens or channels");
 }
 
@@ -90,12 +91,8 @@ LaunchShape mma_shape(const AttentionSizes& sizes, int rows, cudaStream_t stream
           .stream = stream};
 }
 
-AnyFloats any_floats(const Tensor& t) { return {t.data, t.dtype == DType::kBF16}; }
-
-// bf16 rows that can be read 16 bytes at a time: every head starts at a multiple of 8 elements.
-bool vectorizable(const Tensor& t, int head_dim) {
-  return t.dtype == DType::kBF16 && head_dim % 8 == 0 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
-}
+// Rows that can be read 16 bytes at a time, head by head.
+bool has_bf16_octets(const Tensor& t, int head_dim) { return t.dtype == DType::kBF16 && head_dim % kOctet == 0; }
 
 // Where a family of kernels for a newer architecture (wgmma and TMA on sm_90) would come in.
 enum class Family { kPlain, kMma };
@@ -103,7 +100,7 @@ enum class Family { kPlain, kMma };
 Family choose_family(int architecture, int head_dim, std::initializer_list<Tensor> tensors) {
   const bool has_tiles = head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128;
   const bool fits =
-      std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& t) { return vectorizable(t, head_dim); });
+      std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& t) { return has_bf16_octets(t, head_dim); });
   return architecture >= 80 && has_tiles && fits ? Family::kMma : Family::kPlain;
 }
 
@@ -124,7 +121,7 @@ template <typename F>
 void dispatch_plain(int head_dim, F&& f) {
   if (head_dim <= 64) return f.template operator()<64>();
   if (head_dim <= 128) return f.template operator()<128>();
-  return f.template operator()<kPlainMaxHeadDim>();
+  return f.template operator()<kMostHeadChannels>();
 }
 
 }  // namespace
@@ -134,6 +131,7 @@ void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int head
   check_limits(s);
   const Timed timed(*this, "attention_forward", 2 * s.score_flops(), static_cast<double>(qkv.bytes() + out.bytes()));
   if (s.token_heads() == 0) return;
+  require_octet_rows(out, qkv);
   const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
   if (choose_family(architecture_, sizes.head_dim, {out, qkv}) == Family::kMma) {
     dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
@@ -150,7 +148,7 @@ void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int head
             .block = kPlainThreads,
             .shared_bytes = PlainTiles<kDim>::kForwardBytes,
             .stream = stream_},
-           any_floats(out), lse.as<float>(), any_floats(qkv), sizes);
+           any_view(out), lse.as<float>(), any_view(qkv), sizes);
   });
 }
 
@@ -160,14 +158,15 @@ void CudaBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tenso
   const Timed timed(*this, "attention_backward", 5 * s.score_flops(),
                     static_cast<double>(qkv.bytes() + dqkv.bytes() + out.bytes() + dout.bytes()));
   if (s.token_heads() == 0) return;
+  require_octet_rows(dqkv, dout, out, qkv);
   const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
   float* const delta = scratch<float>(static_cast<size_t>(s.token_heads()) * sizeof(float));
 
   const int64_t delta_blocks = (s.token_heads() * kDeltaLanes + kDeltaThreads - 1) / kDeltaThreads;
-  const bool vector_delta = vectorizable(dout, sizes.head_dim) && vectorizable(out, sizes.head_dim);
+  const bool vector_delta = has_bf16_octets(dout, sizes.head_dim) && has_bf16_octets(out, sizes.head_dim);
   launch("attention_delta", vector_delta ? attention_delta_kernel<true> : attention_delta_kernel<false>,
          {.grid = static_cast<unsigned>(delta_blocks), .block = kDeltaThreads, .stream = stream_}, delta,
-         any_floats(dout), any_floats(out), sizes, s.token_heads());
+         any_view(dout), any_view(out), sizes, s.token_heads());
 
   if (choose_family(architecture_, sizes.head_dim, {dqkv, dout, qkv}) == Family::kMma) {
     dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
@@ -187,9 +186,9 @@ void CudaBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tenso
                                .block = kPlainThreads,
                                .shared_bytes = PlainTiles<kDim>::kBackwardBytes,
                                .stream = stream_};
-    launch("attention_backward_queries", attention_backward_queries_plain_kernel<kDim>, shape, any_floats(dqkv),
-           any_floats(dout), lse.as<const float>(), delta, any_floats(qkv), sizes);
-    launch("attention_backward_keys", attention_backward_keys_plain_kernel<kDim>, shape, any_floats(dqkv),
-           any_floats(dout), lse.as<const float>(), delta, any_floats(qkv), sizes);
+    launch("attention_backward_queries", attention_backward_plain_kernel<kDim, false>, shape, any_view(dqkv),
+           any_view(dout), lse.as<const float>(), delta, any_view(qkv), sizes);
+    launch("attention_backward_keys", attention_backward_plain_kernel<kDim, true>, shape, any_view(dqkv),
+           any_view(dout), lse.as<const float>(), delta, any_view(qkv), sizes);
   });
 }

@@ -14,12 +14,11 @@
 #include <cmath>
 
 #include "kernels/cuda/attention_tiles.h"
-#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/views.cuh"
 
 inline constexpr int kPlainSide = 16;
 inline constexpr int kPlainThreads = kPlainSide * kPlainSide;
-inline constexpr int kPlainMaxHeadDim = 256;
 
 // kDim: the head dimension rounded up to 64, 128 or 256; channels past the head's are zeros.
 template <int kDim>
@@ -33,36 +32,22 @@ struct PlainTiles {
   static_assert(kForwardBytes <= kLeastSharedMemory && kBackwardBytes <= kLeastSharedMemory);
 };
 
-struct AnyFloats {
-  void* data = nullptr;
-  bool is_bf16 = false;
-
-  __device__ float read(int64_t i) const {
-    return is_bf16 ? to_float(static_cast<const bf16*>(data)[i]) : static_cast<const float*>(data)[i];
-  }
-  __device__ void write(int64_t i, float value) const {
-    if (is_bf16)
-      static_cast<bf16*>(data)[i] = from_float<bf16>(value);
-    else
-      static_cast<float*>(data)[i] = value;
-  }
-};
-
 // Rows [0, kTile) of a head into shared memory; zeros from row `rows` and channel `head_dim` on.
 template <int kTile, int kDim>
-__device__ inline void plain_load(float* tile, const AnyFloats& source, int64_t offset, int stride, int rows,
+__device__ inline void plain_load(float* tile, const AnyView& source, int64_t offset, int stride, int rows,
                                   int head_dim) {
   for (int i = static_cast<int>(threadIdx.x); i < kTile * kDim; i += kPlainThreads) {
     const int row = i / kDim, channel = i % kDim;
-    tile[row * (kDim + 4) + channel] =
-        row < rows && channel < head_dim ? source.read(offset + static_cast<int64_t>(row) * stride + channel) : 0.0f;
+    tile[row * (kDim + 4) + channel] = row < rows && channel < head_dim
+                                           ? source.load_one(0, offset + static_cast<int64_t>(row) * stride + channel)
+                                           : 0.0f;
   }
 }
 
 // Row y R + i, channel 4 x + 64 c + e of a tile is sums[i][4 c + e] of thread (y, x).
 template <int R, int kDim>
-__device__ inline void plain_store(const AnyFloats& target, int64_t offset, int stride, int rows, int head_dim,
-                                   const float (&sums)[R][kDim / kPlainSide], const float (&factor)[R]) {
+__device__ inline void plain_store(const AnyView& target, int64_t offset, int stride, int rows, int head_dim,
+                                   const float (&sums)[R][kDim / kPlainSide], float factor) {
   const int y = static_cast<int>(threadIdx.x) / kPlainSide, x = static_cast<int>(threadIdx.x) % kPlainSide;
 #pragma unroll
   for (int i = 0; i < R; ++i) {
@@ -71,7 +56,7 @@ __device__ inline void plain_store(const AnyFloats& target, int64_t offset, int 
     for (int j = 0; j < kDim / kPlainSide; ++j) {
       const int channel = 4 * x + 64 * (j / 4) + j % 4;
       if (row < rows && channel < head_dim)
-        target.write(offset + static_cast<int64_t>(row) * stride + channel, sums[i][j] * factor[i]);
+        target.store_one(0, offset + static_cast<int64_t>(row) * stride + channel, sums[i][j] * factor);
     }
   }
 }
@@ -154,8 +139,7 @@ __device__ inline float plain_row_max(float value) {
 }
 
 template <int kDim>
-__global__ __launch_bounds__(kPlainThreads, 2) void attention_forward_plain_kernel(AnyFloats out, float* lse,
-                                                                                   AnyFloats qkv,
+__global__ __launch_bounds__(kPlainThreads, 2) void attention_forward_plain_kernel(AnyView out, float* lse, AnyView qkv,
                                                                                    AttentionSizes sizes) {
   constexpr int kTile = PlainTiles<kDim>::kForward, R = kTile / kPlainSide;
   const AttentionTile at =
@@ -208,138 +192,78 @@ __global__ __launch_bounds__(kPlainThreads, 2) void attention_forward_plain_kern
     plain_add_weighted_rows<R, kDim>(sums, weights, keys_or_values);
   }
 
-  float inverse[R];
 #pragma unroll
   for (int i = 0; i < R; ++i) {
-    const float sum = plain_row_sum(normalizer[i]);
-    inverse[i] = 1.0f / sum;
+    const float sum = plain_row_sum(normalizer[i]), inverse = 1.0f / sum;
     const int query = first_query + y * R + i;
     if (x == 0 && query < sizes.sequence) lse[at.row(sizes, query)] = maximum[i] + logf(sum);
+#pragma unroll
+    for (int j = 0; j < kDim / kPlainSide; ++j) sums[i][j] *= inverse;
   }
   plain_store<R, kDim>(out, at.channel(sizes, first_query), sizes.channels, sizes.sequence - first_query,
-                       sizes.head_dim, sums, inverse);
+                       sizes.head_dim, sums, 1.0f);
 }
 
-// P and dS of a tile from the scores, dP, and of each query the log-sum-exp and delta = dO . out.
-__device__ inline void plain_softmax_backward(float& p, float& ds, float scale, float lse, float delta, bool visible) {
-  p = visible ? expf(p * scale - lse) : 0.0f;
-  ds = p * (ds - delta);
-}
-
-// dK and dV of a tile of keys, summed over the tiles of queries from the diagonal on. Everything is transposed: the
-// block's rows are keys.
-template <int kDim>
-__global__ __launch_bounds__(kPlainThreads,
-                             2) void attention_backward_keys_plain_kernel(AnyFloats dqkv, AnyFloats dout,
-                                                                          const float* lse, const float* delta,
-                                                                          AnyFloats qkv, AttentionSizes sizes) {
-  constexpr int kTile = PlainTiles<kDim>::kBackward, R = kTile / kPlainSide;
-  const AttentionTile at =
-      attention_tile(sizes, static_cast<int>(blockIdx.x), attention_tiles(sizes.sequence, kTile), false);
+// The gradients of a tile of rows, of keys (dK and dV, summed over the tiles of queries from the diagonal on) or of
+// queries (dQ, over the tiles of keys up to the diagonal). `own` are the block's rows, `other` what it walks over: two
+// tiles each, K and V or Q and dO. P and dS come from the products of the first ones and of the second ones.
+template <int kDim, bool kOfKeys>
+__global__ __launch_bounds__(kPlainThreads, 2) void attention_backward_plain_kernel(AnyView dqkv, AnyView dout,
+                                                                                    const float* lse,
+                                                                                    const float* delta, AnyView qkv,
+                                                                                    AttentionSizes sizes) {
+  constexpr int kTile = PlainTiles<kDim>::kBackward, R = kTile / kPlainSide, kTileFloats = kTile * (kDim + 4);
+  const int tiles = attention_tiles(sizes.sequence, kTile);
+  const AttentionTile at = attention_tile(sizes, static_cast<int>(blockIdx.x), tiles, !kOfKeys);
   const int y = static_cast<int>(threadIdx.x) / kPlainSide, x = static_cast<int>(threadIdx.x) % kPlainSide;
-  const int stride = 3 * sizes.channels;
-  const int first_key = at.tile * kTile;
-  float* const queries = shared_memory<float>();
-  float* const keys = queries + kTile * (kDim + 4);
-  float* const values = keys + kTile * (kDim + 4);
-  float* const douts = values + kTile * (kDim + 4);
-  float* const weights = douts + kTile * (kDim + 4);
-  const int64_t key_offset = at.packed(sizes, first_key) + sizes.channels;
-  const int key_rows = sizes.sequence - first_key;
-  plain_load<kTile, kDim>(keys, qkv, key_offset, stride, key_rows, sizes.head_dim);
-  plain_load<kTile, kDim>(values, qkv, key_offset + sizes.channels, stride, key_rows, sizes.head_dim);
-
-  float dkey[R][kDim / kPlainSide] = {}, dvalue[R][kDim / kPlainSide] = {};
-  for (int first_query = first_key; first_query < sizes.sequence; first_query += kTile) {
-    const int rows = sizes.sequence - first_query;
-    __syncthreads();  // the last tile of queries has been used
-    plain_load<kTile, kDim>(queries, qkv, at.packed(sizes, first_query), stride, rows, sizes.head_dim);
-    plain_load<kTile, kDim>(douts, dout, at.channel(sizes, first_query), sizes.channels, rows, sizes.head_dim);
-    __syncthreads();
-    float p[R][R], ds[R][R];
-    plain_dot_rows<R, kDim>(p, keys, queries, sizes.head_dim);
-    plain_dot_rows<R, kDim>(ds, values, douts, sizes.head_dim);
-#pragma unroll
-    for (int j = 0; j < R; ++j) {
-      const int query = first_query + x + kPlainSide * j;
-      const bool exists = query < sizes.sequence;
-      const float query_lse = exists ? lse[at.row(sizes, query)] : 0.0f,
-                  query_delta = exists ? delta[at.row(sizes, query)] : 0.0f;
-#pragma unroll
-      for (int i = 0; i < R; ++i) {
-        const bool visible = first_key + y * R + i <= query;
-        plain_softmax_backward(p[i][j], ds[i][j], sizes.scale, query_lse, query_delta, visible);
-      }
+  const int stride = 3 * sizes.channels, first_own = at.tile * kTile, own_rows = sizes.sequence - first_own;
+  float* const own = shared_memory<float>();
+  float* const other = own + 2 * kTileFloats;
+  float* const weights = other + 2 * kTileFloats;
+  const auto load = [&](float* pair, int first, bool keys) {
+    const int rows = sizes.sequence - first;
+    const int64_t offset = at.packed(sizes, first) + (keys ? sizes.channels : 0);
+    plain_load<kTile, kDim>(pair, qkv, offset, stride, rows, sizes.head_dim);
+    if (keys) {
+      plain_load<kTile, kDim>(pair + kTileFloats, qkv, offset + sizes.channels, stride, rows, sizes.head_dim);
+    } else {
+      plain_load<kTile, kDim>(pair + kTileFloats, dout, at.channel(sizes, first), sizes.channels, rows, sizes.head_dim);
     }
-    plain_store_weights<R>(weights, p);
-    __syncthreads();
-    plain_add_weighted_rows<R, kDim>(dvalue, weights, douts);
-    __syncthreads();
-    plain_store_weights<R>(weights, ds);
-    __syncthreads();
-    plain_add_weighted_rows<R, kDim>(dkey, weights, queries);
-  }
+  };
+  load(own, first_own, kOfKeys);
 
-  float ones[R], scales[R];
-#pragma unroll
-  for (int i = 0; i < R; ++i) ones[i] = 1.0f, scales[i] = sizes.scale;
-  plain_store<R, kDim>(dqkv, key_offset, stride, key_rows, sizes.head_dim, dkey, scales);
-  plain_store<R, kDim>(dqkv, key_offset + sizes.channels, stride, key_rows, sizes.head_dim, dvalue, ones);
-}
-
-// dQ of a tile of queries, summed over the tiles of keys up to the diagonal.
-template <int kDim>
-__global__ __launch_bounds__(kPlainThreads,
-                             2) void attention_backward_queries_plain_kernel(AnyFloats dqkv, AnyFloats dout,
-                                                                             const float* lse, const float* delta,
-                                                                             AnyFloats qkv, AttentionSizes sizes) {
-  constexpr int kTile = PlainTiles<kDim>::kBackward, R = kTile / kPlainSide;
-  const AttentionTile at =
-      attention_tile(sizes, static_cast<int>(blockIdx.x), attention_tiles(sizes.sequence, kTile), true);
-  const int y = static_cast<int>(threadIdx.x) / kPlainSide, x = static_cast<int>(threadIdx.x) % kPlainSide;
-  const int stride = 3 * sizes.channels;
-  const int first_query = at.tile * kTile, query_rows = sizes.sequence - first_query;
-  float* const queries = shared_memory<float>();
-  float* const keys = queries + kTile * (kDim + 4);
-  float* const values = keys + kTile * (kDim + 4);
-  float* const douts = values + kTile * (kDim + 4);
-  float* const weights = douts + kTile * (kDim + 4);
-  plain_load<kTile, kDim>(queries, qkv, at.packed(sizes, first_query), stride, query_rows, sizes.head_dim);
-  plain_load<kTile, kDim>(douts, dout, at.channel(sizes, first_query), sizes.channels, query_rows, sizes.head_dim);
-  float query_lse[R], query_delta[R];
-#pragma unroll
-  for (int i = 0; i < R; ++i) {
-    const bool exists = y * R + i < query_rows;
-    query_lse[i] = exists ? lse[at.row(sizes, first_query + y * R + i)] : 0.0f;
-    query_delta[i] = exists ? delta[at.row(sizes, first_query + y * R + i)] : 0.0f;
-  }
-
-  float dquery[R][kDim / kPlainSide] = {};
-  for (int first_key = 0; first_key <= first_query; first_key += kTile) {
-    const int64_t offset = at.packed(sizes, first_key) + sizes.channels;
-    const int rows = sizes.sequence - first_key;
-    __syncthreads();  // the last tile of keys has been used
-    plain_load<kTile, kDim>(keys, qkv, offset, stride, rows, sizes.head_dim);
-    plain_load<kTile, kDim>(values, qkv, offset + sizes.channels, stride, rows, sizes.head_dim);
+  float sums[R][kDim / kPlainSide] = {}, dvalue[R][kDim / kPlainSide] = {};  // of dK or dQ; of dV
+  const int end = kOfKeys ? sizes.sequence : first_own + 1;
+  for (int first = kOfKeys ? first_own : 0; first < end; first += kTile) {
+    __syncthreads();  // the last tile has been used
+    load(other, first, !kOfKeys);
     __syncthreads();
     float p[R][R], ds[R][R];
-    plain_dot_rows<R, kDim>(p, queries, keys, sizes.head_dim);
-    plain_dot_rows<R, kDim>(ds, douts, values, sizes.head_dim);
+    plain_dot_rows<R, kDim>(p, own, other, sizes.head_dim);
+    plain_dot_rows<R, kDim>(ds, own + kTileFloats, other + kTileFloats, sizes.head_dim);
 #pragma unroll
     for (int i = 0; i < R; ++i) {
 #pragma unroll
       for (int j = 0; j < R; ++j) {
-        const bool visible = first_key + x + kPlainSide * j <= first_query + y * R + i;
-        plain_softmax_backward(p[i][j], ds[i][j], sizes.scale, query_lse[i], query_delta[i], visible);
+        const int own_row = first_own + y * R + i, other_row = first + x + kPlainSide * j;
+        const int query = kOfKeys ? other_row : own_row, key = kOfKeys ? own_row : other_row;
+        const bool visible = key <= query && query < sizes.sequence;
+        p[i][j] = visible ? expf(p[i][j] * sizes.scale - lse[at.row(sizes, query)]) : 0.0f;
+        ds[i][j] = visible ? p[i][j] * (ds[i][j] - delta[at.row(sizes, query)]) : 0.0f;
       }
+    }
+    if (kOfKeys) {
+      plain_store_weights<R>(weights, p);
+      __syncthreads();
+      plain_add_weighted_rows<R, kDim>(dvalue, weights, other + kTileFloats);
+      __syncthreads();
     }
     plain_store_weights<R>(weights, ds);
     __syncthreads();
-    plain_add_weighted_rows<R, kDim>(dquery, weights, keys);
+    plain_add_weighted_rows<R, kDim>(sums, weights, other);
   }
 
-  float scales[R];
-#pragma unroll
-  for (int i = 0; i < R; ++i) scales[i] = sizes.scale;
-  plain_store<R, kDim>(dqkv, at.packed(sizes, first_query), stride, query_rows, sizes.head_dim, dquery, scales);
+  const int64_t offset = at.packed(sizes, first_own) + (kOfKeys ? sizes.channels : 0);
+  plain_store<R, kDim>(dqkv, offset, stride, own_rows, sizes.head_dim, sums, sizes.scale);
+  if (kOfKeys) plain_store<R, kDim>(dqkv, offset + sizes.channels, stride, own_rows, sizes.head_dim, dvalue, 1.0f);
 }

@@ -59,10 +59,12 @@ __device__ inline void replace_padding(float (&values)[kCount], int used, float 
   for (int i = 0; i < kCount; ++i) values[i] = i < used ? values[i] : replacement;
 }
 
-// View: VectorView (rows of whole, aligned vectors) or AnyView; T: type of the logits.
-template <typename T, typename View>
-__global__ void __launch_bounds__(kThreads, 2) classifier_kernel(View logits, Rows p) {
-  constexpr int kWidth = View::kWidth;
+template <typename T>
+using Logits = VectorView<T, Pack<T>::kSize>;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) classifier_kernel(Logits<T> logits, Rows p) {
+  constexpr int kWidth = Logits<T>::kWidth;
   const int64_t row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   const int groups = p.cols / kWidth, used_groups = (p.vocabulary + kWidth - 1) / kWidth;
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 2) classifier_kernel(View logits, Ro
     if (thread == 0 && p.lse) p.lse[row] = 0;
     return;
   }
-  using Raw = typename View::Raw;
+  using Raw = typename Logits<T>::Raw;
   float* const reduce = shared_memory<float>();
   T* const kept = reinterpret_cast<T*>(shared_memory<char>() + kReduceBytes);
   const float target_logit = logits.load_one(row, target);  // before the gradient takes its place
@@ -91,11 +93,9 @@ __global__ void __launch_bounds__(kThreads, 2) classifier_kernel(View logits, Ro
     for (int u = 0; u < kUnroll; ++u) {
       const int i = first + u * kThreads;
       if (i >= used_groups) continue;
-      if constexpr (kWidth > 1) {
-        if (p.keep) store_vector(kept + i * kWidth, raw[u]);
-      }
+      if (p.keep) store_vector(kept + i * kWidth, raw[u]);
       float values[kWidth];
-      View::unpack(raw[u], values);
+      unpack(raw[u], values);
       replace_padding(values, p.vocabulary - i * kWidth, -INFINITY);
       add_logits<T>(running, values);
     }
@@ -113,18 +113,14 @@ __global__ void __launch_bounds__(kThreads, 2) classifier_kernel(View logits, Ro
     for (int u = 0; u < kUnroll; ++u) {
       const int i = first + u * kThreads;
       if (i >= used_groups) continue;
-      if constexpr (kWidth > 1) {
-        raw[u] = p.keep ? load_vector<kWidth>(kept + i * kWidth) : logits.load(row, i * kWidth);
-      } else {
-        raw[u] = logits.load(row, i);
-      }
+      raw[u] = p.keep ? load_vector<kWidth>(kept + i * kWidth) : logits.load(row, i * kWidth);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = first + u * kThreads;
       if (i >= groups) continue;
       float values[kWidth] = {};
-      if (i < used_groups) View::unpack(raw[u], values);
+      if (i < used_groups) unpack(raw[u], values);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) values[j] = exponential<T>(values[j] - maximum) * factor;
       replace_padding(values, p.vocabulary - i * kWidth, 0.0f);
@@ -142,23 +138,24 @@ struct Columns {
   const int32_t* targets;
   const float* lse;
   uint32_t row_groups, total_groups;  // vectors of a row and of all rows
-  int first, vocabulary;
+  int cols, first, vocabulary;
   float scale;
+  bool octet_rows;  // which the last block of a vocabulary may not have
 };
 
 // One read, one write: a thread has kGradientUnroll vectors on their way, a whole grid apart.
-template <typename T, typename View>
-__global__ void __launch_bounds__(kGradientThreads) classifier_gradient_kernel(View logits, Columns p) {
-  constexpr int kWidth = View::kWidth;
+template <typename T>
+__global__ void __launch_bounds__(kGradientThreads) classifier_gradient_kernel(Logits<T> logits, Columns p) {
+  constexpr int kWidth = Logits<T>::kWidth;
   const uint32_t thread = blockIdx.x * kGradientThreads + threadIdx.x, threads = gridDim.x * kGradientThreads;
   uint32_t rows[kGradientUnroll], columns[kGradientUnroll];
-  typename View::Raw raw[kGradientUnroll];
+  typename Logits<T>::Raw raw[kGradientUnroll];
 #pragma unroll
   for (int u = 0; u < kGradientUnroll; ++u) {
     const uint32_t group = thread + u * threads;
     rows[u] = group / p.row_groups;
     columns[u] = (group - rows[u] * p.row_groups) * kWidth;
-    if (group < p.total_groups) raw[u] = logits.load(rows[u], columns[u]);
+    if (p.octet_rows && group < p.total_groups) raw[u] = logits.load(rows[u], columns[u]);
   }
 #pragma unroll
   for (int u = 0; u < kGradientUnroll; ++u) {
@@ -166,13 +163,22 @@ __global__ void __launch_bounds__(kGradientThreads) classifier_gradient_kernel(V
     const int32_t target = p.targets[rows[u]];
     const float lse = p.lse[rows[u]];
     const int column = p.first + static_cast<int>(columns[u]);
-    float values[kWidth];
-    View::unpack(raw[u], values);
+    const int left = p.cols - static_cast<int>(columns[u]);
+    float values[kWidth] = {};
+    if (p.octet_rows) {
+      unpack(raw[u], values);
+    } else {
+      for (int j = 0; j < kWidth && j < left; ++j) values[j] = logits.load_one(rows[u], columns[u] + j);
+    }
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
       values[j] = p.scale * (exponential<T>(values[j] - lse) - (column + j == target ? 1.0f : 0.0f));
     replace_padding(values, target < 0 ? 0 : p.vocabulary - column, 0.0f);
-    logits.store(rows[u], columns[u], values);
+    if (p.octet_rows) {
+      logits.store(rows[u], columns[u], values);
+    } else {
+      for (int j = 0; j < kWidth && j < left; ++j) logits.store_one(rows[u], columns[u] + j, values[j]);
+    }
   }
 }
 
@@ -185,24 +191,19 @@ void CudaBackend::classifier(Tensor losses, Tensor logits, Tensor targets, int64
   require(cols < INT_MAX / 2, "classifier: too many columns");
   const Timed timed(*this, "classifier", 0, static_cast<double>(logits.bytes()) * (write_gradient ? 2 : 1));
   if (rows == 0) return;
+  require_octet_rows(logits);
   const size_t row_bytes = static_cast<size_t>(cols) * dtype_size(logits.dtype);
   dispatch(logits.dtype, [&]<typename T>() {
-    const bool vectors = rows_are_aligned(logits) && cols % Pack<T>::kSize == 0;
     // Data center Hopper and Blackwell; elsewhere an SM has less, and what it has serves better as a cache.
     const size_t room = architecture_ >= 90 && architecture_ < 120 ? kHalfAnSm : 0;
-    const bool keep = vectors && write_gradient && kReduceBytes + row_bytes <= room;
+    const bool keep = write_gradient && kReduceBytes + row_bytes <= room;
     const Rows p = {targets.as<const int32_t>(),  losses.as<float>(), lse.as<float>(), static_cast<int>(cols),
                     static_cast<int>(vocabulary), gradient_scale,     write_gradient,  keep};
     const LaunchShape shape = {.grid = dim3(static_cast<unsigned>(rows)),
                                .block = dim3(kThreads),
                                .shared_bytes = kReduceBytes + (keep ? row_bytes : 0),
                                .stream = stream_};
-    if (vectors) {
-      launch("classifier", classifier_kernel<T, VectorView<T, Pack<T>::kSize>>, shape,
-             vector_view<T, Pack<T>::kSize>(logits), p);
-    } else {
-      launch("classifier", classifier_kernel<T, AnyView>, shape, any_view(logits), p);
-    }
+    launch("classifier", classifier_kernel<T>, shape, vector_view<T, Pack<T>::kSize>(logits), p);
   });
 }
 
@@ -215,26 +216,16 @@ void CudaBackend::classifier_gradient(Tensor logits, Tensor targets, Tensor lse,
   const Timed timed(*this, "classifier_gradient", 0, 2.0 * static_cast<double>(logits.bytes()));
   if (logits.elements() == 0) return;
   dispatch(logits.dtype, [&]<typename T>() {
-    const auto launch_gradient = [&]<typename View>(View view) {
-      const int64_t row_groups = cols / View::kWidth, groups = rows * row_groups;
-      constexpr int64_t kBlockGroups = kGradientThreads * kGradientUnroll;
-      const Columns p = {targets.as<const int32_t>(),
-                         lse.as<const float>(),
-                         static_cast<uint32_t>(row_groups),
-                         static_cast<uint32_t>(groups),
-                         static_cast<int>(first),
-                         static_cast<int>(vocabulary),
-                         gradient_scale};
-      launch("classifier_gradient", classifier_gradient_kernel<T, View>,
-             {.grid = dim3(static_cast<unsigned>((groups + kBlockGroups - 1) / kBlockGroups)),
-              .block = dim3(kGradientThreads),
-              .stream = stream_},
-             view, p);
-    };
-    if (rows_are_aligned(logits) && cols % Pack<T>::kSize == 0) {
-      launch_gradient(vector_view<T, Pack<T>::kSize>(logits));
-    } else {
-      launch_gradient(any_view(logits));
-    }
+    constexpr int64_t kWidth = Logits<T>::kWidth;
+    const int64_t row_groups = (cols + kWidth - 1) / kWidth, groups = rows * row_groups;
+    constexpr int64_t kBlockGroups = kGradientThreads * kGradientUnroll;
+    const Columns p = {targets.as<const int32_t>(),   lse.as<const float>(),  static_cast<uint32_t>(row_groups),
+                       static_cast<uint32_t>(groups), static_cast<int>(cols), static_cast<int>(first),
+                       static_cast<int>(vocabulary),  gradient_scale,         has_octet_rows(logits)};
+    launch("classifier_gradient", classifier_gradient_kernel<T>,
+           {.grid = dim3(static_cast<unsigned>((groups + kBlockGroups - 1) / kBlockGroups)),
+            .block = dim3(kGradientThreads),
+            .stream = stream_},
+           vector_view<T, Pack<T>::kSize>(logits), p);
   });
 }

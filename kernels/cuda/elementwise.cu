@@ -18,12 +18,6 @@ struct Add {
   __device__ float operator()(float x, float y) const { return x + y; }
 };
 
-struct Constant {
-  float value;
-  __device__ bool start() { return true; }
-  __device__ float operator()(float, float) const { return value; }
-};
-
 struct Scale {
   const float* source;
   float factor = 1.0f;

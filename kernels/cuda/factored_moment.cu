@@ -7,7 +7,7 @@
 
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/state_blocks.cuh"
+#include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/views.cuh"
 #include "kernels/cuda_workspace.h"
 #include "kernels/operands.h"
@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int kTileCols = SquaresTiling::kCols;
-static_assert(kTileCols == kRun * kWarp);
+static_assert(kTileCols == kOctet * kWarp);
 constexpr int kRowsAtOnce = 4;  // of a warp: their loads are under way together
 constexpr int kTileThreads = 256;
 constexpr int kTileWarps = kTileThreads / kWarp;
@@ -23,8 +23,6 @@ static_assert(kTileThreads == kTileCols && kTileWarps * kRowsAtOnce == SquaresTi
 constexpr int kSharedPitch = kWarp + 4;
 constexpr int kFinishRows = SquaresTiling::kFinishRows;  // rows a thread block of finish_kernel() takes
 constexpr int kFinishCols = 32, kFinishGroups = 8;       // or columns, and threads that share a column
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sums over a warp of kRowsAtOnce numbers a lane at once: afterwards lane l has the sum of sums[row_of_lane_sum(l)].
 // Two numbers change places instead of one being copied, so that four sums cost 6 shuffles, not 20.
@@ -41,71 +39,53 @@ __device__ inline float warp_sums(const float (&sums)[kRowsAtOnce]) {
 }
 __device__ inline int row_of_lane_sum() { return static_cast<int>(threadIdx.x % kWarp) / 8; }
 
-// Eight elements from `column` on of kRowsAtOnce rows from `row` on; zeros where the tile or the matrix ends.
-template <typename T>
-__device__ inline void load_rows(float (&x)[kRowsAtOnce][kRun], const T* grad, int64_t stride, int64_t row, int64_t end,
-                                 int64_t column, int64_t cols, bool aligned) {
-  constexpr int kPack = Pack<T>::kSize, kPacks = kRun / kPack;
-  const T* const first = grad + row * stride + column;
-  if (aligned && column + kRun <= cols && row + kRowsAtOnce <= end) {
-    Pack<T> packs[kRowsAtOnce][kPacks];  // all loads before the first use
-#pragma unroll
-    for (int k = 0; k < kRowsAtOnce; ++k) {
-#pragma unroll
-      for (int part = 0; part < kPacks; ++part) packs[k][part] = load128(first + k * stride + part * kPack);
-    }
-#pragma unroll
-    for (int k = 0; k < kRowsAtOnce; ++k) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) x[k][i] = to_float(packs[k][i / kPack].v[i % kPack]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kRowsAtOnce; ++k) {
-#pragma unroll
-    for (int i = 0; i < kRun; ++i)
-      x[k][i] = row + k < end && column + i < cols ? to_float(first[k * stride + i]) : 0.0f;
-  }
-}
-
 // Sums of squares of one tile: row_sums[tile][row], column_sums[chunk][column of the range].
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads)
-    squares_kernel(const T* grad, int64_t stride, bool aligned, SquaresTiling tiling, int64_t first_tile, int64_t range,
+    squares_kernel(VectorView<T, kOctet> grad, bool octet_rows, SquaresTiling tiling, int64_t first_tile, int64_t range,
                    float* row_sums, float* column_sums, const StepScalars* scalars) {
   if (scalars && scalars->gate == 0) return;
-  float* const shared = shared_memory<float>();  // [kTileWarps][kRun][kSharedPitch]
+  float* const shared = shared_memory<float>();  // [kTileWarps][kOctet][kSharedPitch]
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t tile = blockIdx.x, chunk = blockIdx.y;
-  const int64_t column = (first_tile + tile) * kTileCols + lane * kRun;
+  const int64_t column = (first_tile + tile) * kTileCols + lane * kOctet;
   const int64_t begin = chunk * tiling.chunk;
   const int64_t end = begin + tiling.chunk < tiling.rows ? begin + tiling.chunk : tiling.rows;
-  float columns[kRun] = {};
+  float columns[kOctet] = {};
   for (int64_t row = begin + warp * kRowsAtOnce; row < end; row += kTileWarps * kRowsAtOnce) {
-    float x[kRowsAtOnce][kRun], sums[kRowsAtOnce];
-    load_rows(x, grad, stride, row, end, column, tiling.cols, aligned);
+    Vector<T, kOctet> raw[kRowsAtOnce];
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
-      sums[k] = 0.0f;
+      if (octet_rows && row + k < end && column < tiling.cols) raw[k] = grad.load_again(row + k, column);
+    }
+    float sums[kRowsAtOnce] = {};
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        sums[k] = fmaf(x[k][i], x[k][i], sums[k]);
-        columns[i] = fmaf(x[k][i], x[k][i], columns[i]);
+    for (int k = 0; k < kRowsAtOnce; ++k) {
+      if (row + k >= end || column >= tiling.cols) continue;
+      float x[kOctet] = {};
+      if (octet_rows) {
+        unpack(raw[k], x);
+      } else {
+        for (int i = 0; i < kOctet && column + i < tiling.cols; ++i) x[i] = grad.load_one(row + k, column + i);
+      }
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {
+        sums[k] = fmaf(x[i], x[i], sums[k]);
+        columns[i] = fmaf(x[i], x[i], columns[i]);
       }
     }
     const float sum = warp_sums(sums);
     const int64_t sum_row = row + row_of_lane_sum();
     if (lane % 8 == 0 && sum_row < end) row_sums[tile * tiling.rows + sum_row] = sum;
   }
-  // Element i of a lane goes to row i of kRun: neither these stores nor the loads after them meet in a bank.
+  // Element i of a lane goes to row i of kOctet: neither these stores nor the loads after them meet in a bank.
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) shared[(warp * kRun + i) * kSharedPitch + lane] = columns[i];
+  for (int i = 0; i < kOctet; ++i) shared[(warp * kOctet + i) * kSharedPitch + lane] = columns[i];
   __syncthreads();
   float total = 0.0f;
-  const int from = static_cast<int>(threadIdx.x % kRun * kSharedPitch + threadIdx.x / kRun);
+  const int from = static_cast<int>(threadIdx.x % kOctet * kSharedPitch + threadIdx.x / kOctet);
 #pragma unroll
-  for (int k = 0; k < kTileWarps; ++k) total += shared[k * kRun * kSharedPitch + from];
+  for (int k = 0; k < kTileWarps; ++k) total += shared[k * kOctet * kSharedPitch + from];
   column_sums[(chunk * range + tile) * kTileCols + threadIdx.x] = total;
 }
 
@@ -233,16 +213,15 @@ void launch_squares(cudaStream_t stream, Factored factored, const Tensor& grad, 
   float* const column_sums = row_sums + range * tiling.rows;
   factored.row_sums = row_sums;
   factored.column_sums = column_sums;
-  const bool aligned = rows_are_aligned(grad);
   for (int64_t tile = 0; tile < tiling.tiles; tile += range) {
     const int64_t here = std::min(range, tiling.tiles - tile);
     dispatch(grad.dtype, [&]<typename T>() {
       launch("squares", squares_kernel<T>,
              {.grid = dim3(static_cast<unsigned>(here), static_cast<unsigned>(tiling.chunks)),
               .block = kTileThreads,
-              .shared_bytes = kTileWarps * kRun * kSharedPitch * sizeof(float),
+              .shared_bytes = kTileWarps * kOctet * kSharedPitch * sizeof(float),
               .stream = stream},
-             grad.as<T>(), grad.leading_dimension(), aligned, tiling, tile, here, row_sums, column_sums, scalars);
+             vector_view<T, kOctet>(grad), has_octet_rows(grad), tiling, tile, here, row_sums, column_sums, scalars);
     });
     const int64_t column_blocks = here * kTileCols / kFinishCols;
     launch("finish_factored", finish_kernel,

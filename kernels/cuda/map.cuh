@@ -10,6 +10,12 @@
 
 inline constexpr int kMapThreads = 256, kMapUnroll = 4, kMapTile = kMapThreads * kMapUnroll;
 
+struct Constant {
+  float value;
+  __device__ bool start() { return true; }
+  __device__ float operator()(float, float) const { return value; }
+};
+
 // op.start(): once per thread, reads what the operation takes from device memory; false when there is nothing to do.
 // op(x, y): the new element from those of a and b (0 for an operand that is missing).
 template <typename Op, typename Out, typename A, typename B>
@@ -53,19 +59,11 @@ void launch_map(const char* name, cudaStream_t stream, Op op, Out out, A a, B b,
          extent);
 }
 
-// Numbers per vector: 16 bytes of the narrowest of the types.
-template <typename... Ts>
-inline constexpr int kVectorWidth = ((sizeof(Ts) == 4) && ...) ? 4 : 8;
-
 // out = op(a, b)
 template <typename Op>
 void map(const char* name, cudaStream_t stream, Op op, const Tensor& out, const Tensor& a, const Tensor& b) {
   const Extent extent = common_extent(out, a, b);
   if (extent.rows == 0) return;
-  if (!extent.aligned) {
-    launch_map(name, stream, op, any_view(out), any_view(a), any_view(b), extent);
-    return;
-  }
   dispatch(out.dtype, [&]<typename O>() {
     dispatch(a.dtype, b.dtype, [&]<typename A, typename B>() {
       constexpr int kWidth = kVectorWidth<O, A, B>;
@@ -80,10 +78,6 @@ template <typename Op>
 void map(const char* name, cudaStream_t stream, Op op, const Tensor& out, const Tensor& a) {
   const Extent extent = common_extent(out, a);
   if (extent.rows == 0) return;
-  if (!extent.aligned) {
-    launch_map(name, stream, op, any_view(out), any_view(a), NoView{}, extent);
-    return;
-  }
   dispatch(out.dtype, a.dtype, [&]<typename O, typename A>() {
     constexpr int kWidth = kVectorWidth<O, A>;
     launch_map(name, stream, op, vector_view<O, kWidth>(out), vector_view<A, kWidth>(a), NoView{}, extent);
@@ -95,10 +89,6 @@ template <typename Op>
 void map_in_place(const char* name, cudaStream_t stream, Op op, const Tensor& x) {
   const Extent extent = common_extent(x);
   if (extent.rows == 0) return;
-  if (!extent.aligned) {
-    launch_map(name, stream, op, any_view(x), any_view(x), NoView{}, extent);
-    return;
-  }
   dispatch(x.dtype, [&]<typename T>() {
     const auto view = vector_view<T, kVectorWidth<T>>(x);
     launch_map(name, stream, op, view, view, NoView{}, extent);
@@ -110,10 +100,6 @@ template <typename Op>
 void map_constant(const char* name, cudaStream_t stream, Op op, const Tensor& x) {
   const Extent extent = common_extent(x);
   if (extent.rows == 0) return;
-  if (!extent.aligned) {
-    launch_map(name, stream, op, any_view(x), NoView{}, NoView{}, extent);
-    return;
-  }
   dispatch(x.dtype, [&]<typename T>() {
     launch_map(name, stream, op, vector_view<T, kVectorWidth<T>>(x), NoView{}, NoView{}, extent);
   });

@@ -19,13 +19,13 @@ struct Destination {
   BlockTensor weight, master;
   RandomStream stream;
 
-  __device__ void put(const Run& run, const float (&x)[kRun], uint32_t step) const {
+  __device__ void put(const Octet& octet, const float (&x)[kOctet], uint32_t step) const {
     if (!master.data) {
-      store_stochastic(weight, run, x, stream, step);
+      store_stochastic(weight, octet, x, stream, step);
       return;
     }
-    store(master, run, x);
-    store(weight, run, x);
+    store(master, octet, x);
+    store(weight, octet, x);
   }
 };
 
@@ -37,25 +37,25 @@ Destination destination(const Tensor& weight, const Tensor& master, const Random
 __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
     accumulate_kernel(BlockTensor accumulator, BlockTensor in, int64_t elements, RandomStream stream,
                       const uint32_t* counter) {
-  Run run[kBlocksPerWarp];
-  RawRun old[kBlocksPerWarp], added[kBlocksPerWarp];
+  Octet octet[kBlocksPerWarp];
+  RawOctet old[kBlocksPerWarp], added[kBlocksPerWarp];
 #pragma unroll
   for (int k = 0; k < kBlocksPerWarp; ++k) {
-    run[k] = run_of_lane(block_of_warp(kBlocksPerWarp, k), elements);
-    if (run[k].block * kQuantBlock >= elements) continue;
-    old[k] = fetch(accumulator, run[k]);
-    added[k] = fetch(in, run[k]);
+    octet[k] = octet_of_lane(block_of_warp(kBlocksPerWarp, k), elements);
+    if (octet[k].block * kQuantBlock >= elements) continue;
+    old[k] = fetch(accumulator, octet[k]);
+    added[k] = fetch(in, octet[k]);
   }
   const uint32_t step = *counter;
 #pragma unroll
   for (int k = 0; k < kBlocksPerWarp; ++k) {
-    if (run[k].block * kQuantBlock >= elements) return;
-    float sum[kRun], x[kRun];
+    if (octet[k].block * kQuantBlock >= elements) return;
+    float sum[kOctet], x[kOctet];
     decode(sum, old[k], accumulator.dtype);
     decode(x, added[k], in.dtype);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) sum[i] = sum[i] + x[i];
-    store_stochastic(accumulator, run[k], sum, stream, step);
+    for (int i = 0; i < kOctet; ++i) sum[i] = sum[i] + x[i];
+    store_stochastic(accumulator, octet[k], sum, stream, step);
   }
 }
 
@@ -63,14 +63,14 @@ __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
     apply_update_kernel(Destination destination, BlockTensor update, int64_t elements, ApplyOptions options,
                         const float* update_squares, const float* weight_squares, float parameter_elements,
                         const StepScalars* scalars) {
-  Run run[kBlocksPerWarp];
-  RawRun weights[kBlocksPerWarp], updates[kBlocksPerWarp];
+  Octet octet[kBlocksPerWarp];
+  RawOctet weights[kBlocksPerWarp], updates[kBlocksPerWarp];
 #pragma unroll
   for (int k = 0; k < kBlocksPerWarp; ++k) {
-    run[k] = run_of_lane(block_of_warp(kBlocksPerWarp, k), elements);
-    if (run[k].block * kQuantBlock >= elements) continue;
-    weights[k] = fetch(destination.source, run[k]);
-    updates[k] = fetch(update, run[k]);
+    octet[k] = octet_of_lane(block_of_warp(kBlocksPerWarp, k), elements);
+    if (octet[k].block * kQuantBlock >= elements) continue;
+    weights[k] = fetch(destination.source, octet[k]);
+    updates[k] = fetch(update, octet[k]);
   }
   if (scalars->gate == 0) return;
   float lr = scalars->lr, shrink = 1.0f;
@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
   const uint32_t step = scalars->step;
 #pragma unroll
   for (int k = 0; k < kBlocksPerWarp; ++k) {
-    if (run[k].block * kQuantBlock >= elements) return;
-    float w[kRun], d[kRun];
+    if (octet[k].block * kQuantBlock >= elements) return;
+    float w[kOctet], d[kOctet];
     decode(w, weights[k], destination.source.dtype);
     decode(d, updates[k], update.dtype);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) w[i] = w[i] - lr * (decay * w[i] + shrink * d[i]);
-    destination.put(run[k], w, step);
+    for (int i = 0; i < kOctet; ++i) w[i] = w[i] - lr * (decay * w[i] + shrink * d[i]);
+    destination.put(octet[k], w, step);
   }
 }
 
@@ -94,58 +94,58 @@ __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
 __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
     adamw_update_kernel(Destination destination, BlockTensor m, BlockTensor v, BlockTensor grad, int64_t elements,
                         AdamWOptions options, const StepScalars* scalars) {
-  const Run run = run_of_lane(block_of_warp(), elements);
-  if (run.block * kQuantBlock >= elements) return;
-  const RawRun raw_g = fetch(grad, run), raw_v = fetch(v, run), raw_w = fetch(destination.source, run);
-  RawRun raw_m = raw_g;
-  if (m.data) raw_m = fetch(m, run);
+  const Octet octet = octet_of_lane(block_of_warp(), elements);
+  if (octet.block * kQuantBlock >= elements) return;
+  const RawOctet raw_g = fetch(grad, octet), raw_v = fetch(v, octet), raw_w = fetch(destination.source, octet);
+  RawOctet raw_m = raw_g;
+  if (m.data) raw_m = fetch(m, octet);
   if (scalars->gate == 0) return;
   const float beta1 = options.beta1, rest1 = 1.0f - beta1;
   const float beta2 = options.beta2, rest2 = 1.0f - beta2;
   const float correct1 = 1.0f / scalars->bias_correction1, correct2 = 1.0f / scalars->bias_correction2;
   const float lr = scalars->lr, eps = options.eps, decay = options.weight_decay;
 
-  float g[kRun], mean[kRun], square[kRun], w[kRun];
+  float g[kOctet], mean[kOctet], square[kOctet], w[kOctet];
   decode(g, raw_g, grad.dtype);
   decode(mean, raw_m, m.data ? m.dtype : grad.dtype);
   decode(square, raw_v, v.dtype);
   decode(w, raw_w, destination.source.dtype);
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) {
+  for (int i = 0; i < kOctet; ++i) {
     mean[i] = beta1 * mean[i] + rest1 * g[i];
     square[i] = beta2 * square[i] + rest2 * (g[i] * g[i]);
     const float step = correct1 * mean[i] / (sqrtf(correct2 * square[i]) + eps);
     w[i] = w[i] - lr * (step + decay * w[i]);
   }
-  if (m.data) store(m, run, mean);
-  store(v, run, square);
-  destination.put(run, w, scalars->step);
+  if (m.data) store(m, octet, mean);
+  store(v, octet, square);
+  destination.put(octet, w, scalars->step);
 }
 
 // Without a momentum m.data is null.
 __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
     sgd_update_kernel(Destination destination, BlockTensor m, BlockTensor grad, int64_t elements, SgdOptions options,
                       const StepScalars* scalars) {
-  const Run run = run_of_lane(block_of_warp(), elements);
-  if (run.block * kQuantBlock >= elements) return;
-  const RawRun raw_g = fetch(grad, run), raw_w = fetch(destination.source, run);
-  RawRun raw_m = raw_g;
-  if (m.data) raw_m = fetch(m, run);
+  const Octet octet = octet_of_lane(block_of_warp(), elements);
+  if (octet.block * kQuantBlock >= elements) return;
+  const RawOctet raw_g = fetch(grad, octet), raw_w = fetch(destination.source, octet);
+  RawOctet raw_m = raw_g;
+  if (m.data) raw_m = fetch(m, octet);
   if (scalars->gate == 0) return;
   const float lr = scalars->lr, beta1 = options.beta1, decay = options.weight_decay;
-  float w[kRun], u[kRun];
+  float w[kOctet], u[kOctet];
   decode(u, raw_g, grad.dtype);
   if (m.data) {
-    float old[kRun];
+    float old[kOctet];
     decode(old, raw_m, m.dtype);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) u[i] = beta1 * old[i] + u[i];
-    store(m, run, u);
+    for (int i = 0; i < kOctet; ++i) u[i] = beta1 * old[i] + u[i];
+    store(m, octet, u);
   }
   decode(w, raw_w, destination.source.dtype);
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) w[i] = w[i] - lr * (decay * w[i] + u[i]);
-  destination.put(run, w, scalars->step);
+  for (int i = 0; i < kOctet; ++i) w[i] = w[i] - lr * (decay * w[i] + u[i]);
+  destination.put(octet, w, scalars->step);
 }
 
 }  // namespace

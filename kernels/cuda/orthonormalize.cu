@@ -28,8 +28,6 @@ constexpr size_t kTileBytes = kTileSize * sizeof(double);
 constexpr int kPanelCols = 8;                     // columns of P that a thread block solves, or fewer
 constexpr size_t kPanelBytes = size_t{80} << 10;  // shared memory for them
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What the launches hand on beside the factor: the inverses of its diagonal tiles, and whether a pivot was too small.
 struct FactorScratch {
   double* inverses;  // [r / 32 rounded up][32][32]

@@ -9,11 +9,11 @@
 namespace {
 
 __global__ void __launch_bounds__(kStateThreads) copy_blocks_kernel(BlockTensor out, BlockTensor in, int64_t elements) {
-  const Run run = run_of_lane(block_of_warp(), elements);
-  if (run.block * kQuantBlock >= elements) return;
-  float x[kRun];
-  decode(x, fetch(in, run), in.dtype);
-  store(out, run, x);
+  const Octet octet = octet_of_lane(block_of_warp(), elements);
+  if (octet.block * kQuantBlock >= elements) return;
+  float x[kOctet];
+  decode(x, fetch(in, octet), in.dtype);
+  store(out, octet, x);
 }
 
 void copy_blocks(const char* name, const Tensor& out, const Tensor& in, cudaStream_t stream) {

@@ -12,8 +12,8 @@ namespace {
 
 // Normal numbers first .. first + 7 of the stream. Where `first` lies inside a Philox block a third block is needed;
 // all lanes of a warp agree on that.
-__device__ inline void normal_run(float (&x)[kRun], const RandomStream& stream, uint32_t step, uint64_t first) {
-  float all[kRun + 4] = {};
+__device__ inline void normal_octet(float (&x)[kOctet], const RandomStream& stream, uint32_t step, uint64_t first) {
+  float all[kOctet + 4] = {};
   const uint32_t skip = static_cast<uint32_t>(first % 4);
 #pragma unroll
   for (int block = 0; block < 3; ++block) {
@@ -24,12 +24,12 @@ __device__ inline void normal_run(float (&x)[kRun], const RandomStream& stream, 
   }
   if (skip != 0) {
 #pragma unroll
-    for (int i = 0; i < kRun + 2; ++i) all[i] = skip & 2 ? all[i + 2] : all[i];
+    for (int i = 0; i < kOctet + 2; ++i) all[i] = skip & 2 ? all[i + 2] : all[i];
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) all[i] = skip & 1 ? all[i + 1] : all[i];
+    for (int i = 0; i < kOctet; ++i) all[i] = skip & 1 ? all[i + 1] : all[i];
   }
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) x[i] = all[i];
+  for (int i = 0; i < kOctet; ++i) x[i] = all[i];
 }
 
 // Signs first .. first + 7 of the stream as bits 0 .. 7: 128 per Philox block.
@@ -42,31 +42,31 @@ __device__ inline uint32_t sign_bits(const RandomStream& stream, uint32_t step, 
     if (i == word) low = own.w[i];
     if (i == word + 1) high = own.w[i];
   }
-  if (word == 3 && skip > 32 - kRun) high = random_block(stream, step, first / 128 + 1).w[0];
+  if (word == 3 && skip > 32 - kOctet) high = random_block(stream, step, first / 128 + 1).w[0];
   return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32) | low) >> skip) & 0xffu;
 }
 
 __global__ void __launch_bounds__(kStateThreads)
     normals_kernel(BlockTensor out, int64_t elements, float mean, float stddev, RandomStream stream,
                    const uint32_t* index) {
-  const Run run = run_of_lane(block_of_warp(), elements);
-  if (run.block * kQuantBlock >= elements) return;
-  float x[kRun];
-  normal_run(x, stream, index ? *index : 0, stream.offset + static_cast<uint64_t>(run.first));
+  const Octet octet = octet_of_lane(block_of_warp(), elements);
+  if (octet.block * kQuantBlock >= elements) return;
+  float x[kOctet];
+  normal_octet(x, stream, index ? *index : 0, stream.offset + static_cast<uint64_t>(octet.first));
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) x[i] = mean + stddev * x[i];
-  store(out, run, x);
+  for (int i = 0; i < kOctet; ++i) x[i] = mean + stddev * x[i];
+  store(out, octet, x);
 }
 
 __global__ void __launch_bounds__(kStateThreads)
     signs_kernel(BlockTensor out, int64_t elements, float magnitude, RandomStream stream, const uint32_t* index) {
-  const Run run = run_of_lane(block_of_warp(), elements);
-  if (run.block * kQuantBlock >= elements) return;
-  const uint32_t plus = sign_bits(stream, *index, stream.offset + static_cast<uint64_t>(run.first));
-  float x[kRun];
+  const Octet octet = octet_of_lane(block_of_warp(), elements);
+  if (octet.block * kQuantBlock >= elements) return;
+  const uint32_t plus = sign_bits(stream, *index, stream.offset + static_cast<uint64_t>(octet.first));
+  float x[kOctet];
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) x[i] = (plus >> i) & 1u ? magnitude : -magnitude;
-  store(out, run, x);
+  for (int i = 0; i < kOctet; ++i) x[i] = (plus >> i) & 1u ? magnitude : -magnitude;
+  store(out, octet, x);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ constexpr int kSumRun = 16;  // rounds of loads that are added in fp32 before th
 
 constexpr int kColumnWarps = 8, kColumnUnroll = 4;
 constexpr int kColumnStep = kColumnWarps * kColumnUnroll;  // rows a block has under way
+constexpr int kColumnTile = kWarp * kOctet;
 
 constexpr int kPartialWarps = 16, kPartialUnroll = 8;
 
@@ -107,10 +108,6 @@ void launch_sum(cudaStream_t stream, View x, const Extent& extent, double* parti
 template <bool kSquare>
 void sum_elements(cudaStream_t stream, const Tensor& x, double* partials, const SumResult& result) {
   const Extent extent = common_extent(x);
-  if (!extent.aligned) {
-    launch_sum<kSquare>(stream, any_view(x), extent, partials, result);
-    return;
-  }
   dispatch(x.dtype, [&]<typename T>() {
     launch_sum<kSquare>(stream, vector_view<T, Pack<T>::kSize>(x), extent, partials, result);
   });
@@ -118,17 +115,16 @@ void sum_elements(cudaStream_t stream, const Tensor& x, double* partials, const 
 
 // ---- sums of columns
 
-// partials[chunk, column] = sum of a chunk's rows. Block (x, y): columns from x * 32 * kWidth on, chunk y.
-template <typename View>
+// partials[chunk, column] = sum of a chunk's rows. Block (x, y): columns from x * kColumnTile on, chunk y.
+template <typename T>
 __global__ void __launch_bounds__(kColumnWarps* kWarp)
-    column_sums_kernel(float* partials, View in, int64_t rows, int64_t cols, int64_t chunk) {
-  constexpr int kWidth = View::kWidth, kTile = kWarp * kWidth;
+    column_sums_kernel(float* partials, VectorView<T, kOctet> in, int64_t rows, int64_t cols, int64_t chunk) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile, column = tile + lane * kWidth;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kColumnTile, column = tile + lane * kOctet;
   const int64_t begin = static_cast<int64_t>(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
-  float sums[kWidth] = {};
+  float sums[kOctet] = {};
   for (int64_t row = begin + warp; row < end && column < cols; row += kColumnStep) {
-    typename View::Raw raw[kColumnUnroll];
+    Vector<T, kOctet> raw[kColumnUnroll];
 #pragma unroll
     for (int u = 0; u < kColumnUnroll; ++u) {
       if (row + u * kColumnWarps < end) raw[u] = in.load_again(row + u * kColumnWarps, column);
@@ -136,20 +132,20 @@ __global__ void __launch_bounds__(kColumnWarps* kWarp)
 #pragma unroll
     for (int u = 0; u < kColumnUnroll; ++u) {
       if (row + u * kColumnWarps >= end) continue;
-      float values[kWidth];
-      View::unpack(raw[u], values);
+      float values[kOctet];
+      unpack(raw[u], values);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sums[i] += values[i];
+      for (int i = 0; i < kOctet; ++i) sums[i] += values[i];
     }
   }
-  float* const shared = shared_memory<float>();  // [kColumnWarps, kTile]
+  float* const shared = shared_memory<float>();  // [kColumnWarps, kColumnTile]
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) shared[warp * kTile + lane * kWidth + i] = sums[i];
+  for (int i = 0; i < kOctet; ++i) shared[warp * kColumnTile + lane * kOctet + i] = sums[i];
   __syncthreads();
-  for (int j = static_cast<int>(threadIdx.x); j < kTile && tile + j < cols; j += kColumnWarps * kWarp) {
+  for (int j = static_cast<int>(threadIdx.x); j < kColumnTile && tile + j < cols; j += kColumnWarps * kWarp) {
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kColumnWarps; ++w) sum += shared[w * kTile + j];
+    for (int w = 0; w < kColumnWarps; ++w) sum += shared[w * kColumnTile + j];
     partials[blockIdx.y * cols + tile + j] = sum;
   }
 }
@@ -215,19 +211,17 @@ void CudaBackend::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
   const Timed timed(*this, "bias_backward", 0, static_cast<double>(dout.bytes()));
   const RowChunks chunks = row_chunks(rows, kMaxBiasChunks, kColumnStep);
   float* const partials = scratch<float>(static_cast<size_t>(chunks.count * cols) * sizeof(float));
-  const auto launch_columns = [&]<typename View>(View in) {
-    constexpr int64_t kTile = kWarp * View::kWidth;
-    launch("bias_backward", column_sums_kernel<View>,
-           {.grid = dim3(static_cast<unsigned>((cols + kTile - 1) / kTile), static_cast<unsigned>(chunks.count)),
-            .block = dim3(kColumnWarps * kWarp),
-            .shared_bytes = kColumnWarps * kTile * sizeof(float),
-            .stream = stream_},
-           partials, in, rows, cols, chunks.rows);
-  };
-  if (rows > 0 && has_octet_rows(dout)) {
-    dispatch(dout.dtype, [&]<typename T>() { launch_columns(vector_view<T, 8>(dout)); });
-  } else if (rows > 0) {
-    launch_columns(any_view(dout));
+  require_octet_rows(dout);
+  if (rows > 0) {
+    dispatch(dout.dtype, [&]<typename T>() {
+      launch("bias_backward", column_sums_kernel<T>,
+             {.grid = dim3(static_cast<unsigned>((cols + kColumnTile - 1) / kColumnTile),
+                           static_cast<unsigned>(chunks.count)),
+              .block = dim3(kColumnWarps * kWarp),
+              .shared_bytes = kColumnWarps * kColumnTile * sizeof(float),
+              .stream = stream_},
+             partials, vector_view<T, kOctet>(dout), rows, cols, chunks.rows);
+    });
   }
   add_column_partials("bias_backward: partials", stream_, dbias, {}, partials, chunks.count, accumulate);
 }

@@ -1,13 +1,18 @@
-// views.cuh: matrices as the memory-bound kernels see them: rows of fp32 or bf16 numbers, read and written as floats.
-// A kernel is written once against a view and compiled for two kinds of them: VectorView moves kWidth neighbouring
-// numbers with 16-byte accesses, AnyView one number of a type known at run time, for odd addresses, pitches and
-// mixtures of types. `load` only starts a load: kernels start several, then `unpack` them, so that the loads overlap.
+// views.cuh: rows of fp32 or bf16 numbers as the memory-bound kernels see them: read and written as floats, several
+// neighbours at a time with 16-byte accesses. Eight neighbours at an aligned address are an octet: 16 bytes of bf16.
+//
+// What the operations of a model demand: a row begins at a multiple of 16 bytes and has whole octets, which 8, 16, 24,
+// ... channels give (cuda_refuses() in backend.h tells a user of others). A contiguous tensor may also be one long row
+// of any length. So there is one kernel for each operation, and none for odd addresses. Operations of optimizers on a
+// matrix, whose columns may be a rank, take any length and read other rows number by number.
 #pragma once
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/dispatch.h"
 #include "kernels/operands.h"
 #include "kernels/tensor.h"
+
+inline constexpr int kOctet = 8;
 
 // kCount neighbouring numbers as they are in memory.
 template <typename T, int kCount>
@@ -79,6 +84,10 @@ __device__ inline void store_floats(T* address, const float (&values)[kCount]) {
   store_vector(address, vector);
 }
 
+// Numbers per vector: 16 bytes of the narrowest of the types.
+template <typename... Ts>
+inline constexpr int kVectorWidth = ((sizeof(Ts) == 4) && ...) ? 4 : 8;
+
 // ---- views
 
 template <typename T, int kCount>
@@ -106,13 +115,12 @@ struct VectorView {
   }
 };
 
+// Numbers of a type known at run time: for what is small or in a cache, because the types of the loads keep them from
+// overlapping.
 struct AnyView {
-  static constexpr int kWidth = 1;
-  using Raw = float;
-
-  void* data;
-  DType dtype;
-  int64_t pitch;
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t pitch = 0;
 
   __device__ float load_one(int64_t row, int64_t column) const {
     const int64_t at = row * pitch + column;
@@ -126,35 +134,23 @@ struct AnyView {
       static_cast<float*>(data)[at] = value;
     }
   }
-  __device__ Raw load(int64_t row, int64_t column) const { return load_one(row, column); }
-  __device__ Raw load_again(int64_t row, int64_t column) const { return load_one(row, column); }
-  __device__ static void unpack(Raw raw, float (&values)[1]) { values[0] = raw; }
-  __device__ void store(int64_t row, int64_t column, const float (&values)[1]) const {
-    store_one(row, column, values[0]);
+  __device__ void load_octet(int64_t row, int64_t column, float (&values)[kOctet]) const {
+    const int64_t at = row * pitch + column;
+    if (dtype == DType::kBF16) {
+      unpack(load_vector<kOctet>(static_cast<const bf16*>(data) + at), values);
+    } else {
+      unpack(load_vector<kOctet>(static_cast<const float*>(data) + at), values);
+    }
+  }
+  __device__ void store_octet(int64_t row, int64_t column, const float (&values)[kOctet]) const {
+    const int64_t at = row * pitch + column;
+    if (dtype == DType::kBF16) {
+      store_floats(static_cast<bf16*>(data) + at, values);
+    } else {
+      store_floats(static_cast<float*>(data) + at, values);
+    }
   }
 };
-
-// Octets, eight neighbouring numbers at an aligned address, of a type known at run time: for what is small or in a
-// cache, because the types of the loads keep them from overlapping.
-inline constexpr int kOctet = 8;
-
-__device__ inline void load_octet(const AnyView& view, int64_t row, int64_t column, float (&values)[kOctet]) {
-  const int64_t at = row * view.pitch + column;
-  if (view.dtype == DType::kBF16) {
-    unpack(load_vector<kOctet>(static_cast<const bf16*>(view.data) + at), values);
-  } else {
-    unpack(load_vector<kOctet>(static_cast<const float*>(view.data) + at), values);
-  }
-}
-
-__device__ inline void store_octet(const AnyView& view, int64_t row, int64_t column, const float (&values)[kOctet]) {
-  const int64_t at = row * view.pitch + column;
-  if (view.dtype == DType::kBF16) {
-    store_floats(static_cast<bf16*>(view.data) + at, values);
-  } else {
-    store_floats(static_cast<float*>(view.data) + at, values);
-  }
-}
 
 // Stands for an operand that an operation does not have.
 struct NoView {
@@ -179,20 +175,23 @@ VectorView<T, kCount> vector_view(const Tensor& t) {
   return {t.as<T>(), t.leading_dimension()};
 }
 
-// Every row starts at a multiple of 16 bytes.
-inline bool rows_are_aligned(const Tensor& t) {
+inline bool begins_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0; }
+
+inline bool has_octet_rows(const Tensor& t) {
   const size_t pitch = static_cast<size_t>(t.leading_dimension()) * dtype_size(t.dtype);
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (t.rows() <= 1 || pitch % 16 == 0);
+  return begins_aligned(t) && (t.rows() <= 1 || pitch % 16 == 0) && t.cols() % kOctet == 0;
 }
 
-// Rows of whole octets.
-inline bool has_octet_rows(const Tensor& t) { return rows_are_aligned(t) && t.cols() % kOctet == 0; }
+template <typename... Tensors>
+void require_octet_rows(const Tensors&... tensors) {
+  require((has_octet_rows(tensors) && ...),
+          "on a GPU rows begin at multiples of 16 bytes and have a multiple of 8 columns");
+}
 
 // How an elementwise operation walks over its tensors: contiguous ones as one long row, strided ones row by row. Blocks
 // take tiles of kTile neighbouring vectors of one row, so that only the tile's number has to be divided.
 struct Extent {
-  int64_t rows = 0, cols = 0;
-  bool aligned = false;  // VectorViews can be used; only a single row may have columns left over
+  int64_t rows = 0, cols = 0;  // only a single row may have columns left over behind its vectors
 
   int64_t tiles(int width, int tile) const { return rows * row_tiles(width, tile); }
   HOST_DEVICE int64_t row_tiles(int width, int tile) const { return (cols / width + tile - 1) / tile; }
@@ -216,10 +215,12 @@ Extent common_extent(const Tensor& first, const Tensors&... others) {
   require((has_uniform_rows(first) && ... && has_uniform_rows(others)),
           "elementwise: rows of a view must have one stride");
   if (first.elements() == 0) return {};
-  const auto starts_aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0; };
   if ((first.contiguous() && ... && others.contiguous())) {
-    return {1, first.elements(), (starts_aligned(first) && ... && starts_aligned(others))};
+    require((begins_aligned(first) && ... && begins_aligned(others)),
+            "on a GPU tensors begin at multiples of 16 bytes");
+    return {1, first.elements()};
   }
   require(((others.cols() == first.cols()) && ...), "elementwise: rows differ in length");
-  return {first.rows(), first.cols(), (has_octet_rows(first) && ... && has_octet_rows(others))};
+  require_octet_rows(first, others...);
+  return {first.rows(), first.cols()};
 }

@@ -12,10 +12,10 @@ constexpr uint32_t kInfinityBits = 0x7F800000u, kNotANumberBits = 0x7FC00000u;
 
 // The largest magnitude of a block; infinity when a number is not finite. Magnitudes are ordered as their bits are,
 // NaNs last. Elements that do not exist are zeros.
-__device__ inline float largest_magnitude(const float (&x)[kRun]) {
+__device__ inline float largest_magnitude(const float (&x)[kOctet]) {
   uint32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) {
+  for (int i = 0; i < kOctet; ++i) {
     const uint32_t magnitude = float_to_bits(x[i]) & 0x7FFFFFFFu;
     largest = magnitude > largest ? magnitude : largest;
   }
@@ -29,7 +29,7 @@ __device__ inline float largest_magnitude(const float (&x)[kRun]) {
 
 // The words of elements first .. first + 7, four to a Philox block. A tensor that starts inside of one needs a third
 // and a shift; indices stay known to the compiler, so that nothing spills.
-__device__ inline void random_words(uint32_t (&words)[kRun], const RandomStream& stream, uint32_t step,
+__device__ inline void random_words(uint32_t (&words)[kOctet], const RandomStream& stream, uint32_t step,
                                     uint64_t first) {
   const PhiloxWords low = random_block(stream, step, first / 4), high = random_block(stream, step, first / 4 + 1);
 #pragma unroll
@@ -37,36 +37,36 @@ __device__ inline void random_words(uint32_t (&words)[kRun], const RandomStream&
   const uint32_t skip = static_cast<uint32_t>(first % 4);
   if (skip == 0) return;
   const PhiloxWords last = random_block(stream, step, first / 4 + 2);
-  uint32_t all[kRun + 4];
+  uint32_t all[kOctet + 4];
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) all[i] = words[i];
+  for (int i = 0; i < kOctet; ++i) all[i] = words[i];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) all[i + kRun] = last.w[i];
+  for (int i = 0; i < 4; ++i) all[i + kOctet] = last.w[i];
 #pragma unroll
   for (int i = 0; i < 10; ++i) all[i] = skip & 2 ? all[i + 2] : all[i];
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) words[i] = skip & 1 ? all[i + 1] : all[i];
+  for (int i = 0; i < kOctet; ++i) words[i] = skip & 1 ? all[i + 1] : all[i];
 }
 
 __device__ inline float clamp_code(float code) { return fminf(fmaxf(code, -kMostWeightCode), kMostWeightCode); }
 
-__device__ inline void store_codes(const BlockTensor& t, const Run& run, const float (&codes)[kRun]) {
+__device__ inline void store_codes(const BlockTensor& t, const Octet& octet, const float (&codes)[kOctet]) {
   uint32_t words[2] = {0, 0};
 #pragma unroll
-  for (int i = 0; i < kRun; ++i)
+  for (int i = 0; i < kOctet; ++i)
     words[i / 4] |= (static_cast<uint32_t>(static_cast<int>(codes[i])) & 0xffu) << (i % 4 * 8);
-  store_codes(t, run, words);
+  store_codes(t, octet, words);
 }
 
 __global__ void __launch_bounds__(kStateThreads)
     quantize_weight_kernel(BlockTensor out, BlockTensor in, int64_t elements, RandomStream stream,
                            const StepScalars* scalars) {
-  const Run run = run_of_lane(block_of_warp(), elements);
-  if (run.block * kQuantBlock >= elements) return;
-  const RawRun raw = fetch(in, run);
-  const float old_scale = out.scales[run.block];
+  const Octet octet = octet_of_lane(block_of_warp(), elements);
+  if (octet.block * kQuantBlock >= elements) return;
+  const RawOctet raw = fetch(in, octet);
+  const float old_scale = out.scales[octet.block];
   if (scalars && scalars->gate == 0) return;
-  float x[kRun];
+  float x[kOctet];
   decode(x, raw, in.dtype);
   const float largest = largest_magnitude(x), bound = kMostWeightCode * old_scale;
   const bool is_finite = float_to_bits(largest) < kInfinityBits;
@@ -74,40 +74,40 @@ __global__ void __launch_bounds__(kStateThreads)
   const float fresh = is_finite ? kFreshWeightScale * largest : bits_to_float(kNotANumberBits),
               scale = stays ? old_scale : fresh;
   __syncwarp();  // every lane has read the old scale
-  if (threadIdx.x % kWarp == 0 && !stays) out.scales[run.block] = scale;
+  if (threadIdx.x % kWarp == 0 && !stays) out.scales[octet.block] = scale;
 
-  float codes[kRun] = {};
+  float codes[kOctet] = {};
   if (!(scale > 0.0f)) {  // NaN, or nothing but zeros: all codes say the same
-    store_codes(out, run, codes);
+    store_codes(out, octet, codes);
     return;
   }
   if (!scalars) {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) codes[i] = rintf(clamp_code(x[i] / scale));
+    for (int i = 0; i < kOctet; ++i) codes[i] = rintf(clamp_code(x[i] / scale));
   } else {
     // floor(x / scale + u) without rounding the sum: u >= 1 - fraction.
-    uint32_t words[kRun];
-    random_words(words, stream, scalars->step, stream.offset + static_cast<uint64_t>(run.first));
+    uint32_t words[kOctet];
+    random_words(words, stream, scalars->step, stream.offset + static_cast<uint64_t>(octet.first));
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) {
+    for (int i = 0; i < kOctet; ++i) {
       const float quotient = x[i] / scale, whole = floorf(quotient);
       const float up = uniform_from_word(words[i]) >= 1.0f - (quotient - whole) ? 1.0f : 0.0f;
       codes[i] = clamp_code(whole + up);
     }
   }
-  store_codes(out, run, codes);
+  store_codes(out, octet, codes);
 }
 
 __global__ void __launch_bounds__(kStateThreads)
     dequantize_weight_kernel(BlockTensor out, BlockTensor in, int64_t elements) {
-  const Run run = run_of_lane(block_of_warp(), elements);
-  if (run.block * kQuantBlock >= elements) return;
-  const RawRun raw = fetch(in, run);
-  float x[kRun];
+  const Octet octet = octet_of_lane(block_of_warp(), elements);
+  if (octet.block * kQuantBlock >= elements) return;
+  const RawOctet raw = fetch(in, octet);
+  float x[kOctet];
 #pragma unroll
-  for (int i = 0; i < kRun; ++i)
+  for (int i = 0; i < kOctet; ++i)
     x[i] = raw.scale * static_cast<float>(static_cast<int8_t>((raw.words[i / 4] >> (i % 4 * 8)) & 0xffu));
-  store(out, run, x);
+  store(out, octet, x);
 }
 
 }  // namespace

@@ -220,18 +220,20 @@ def model_of(flags):
 
 
 def techniques_table(entries, dry_run, sizes):
-    """Techniques that save memory. Time is that of Flora's row; losses are compared with those of the same gradient
-    blocks and dtypes (the same bits) or with Flora's row (relative difference)."""
+    """Techniques that save memory, each with those above it. Time is compared with Flora's row, losses with those of the
+    same gradient blocks and dtypes (the same bits) or with Flora's row (relative difference)."""
     table = Table(entries, dry_run, [f"technique ({model_of(sizes.streaming_model)}, micro-batch 1)", "planned",
                                      "allocated", "host", "driver - planned", "s/step", "time / Flora",
                                      "losses the same bits", "losses, relative difference"])
-    for item, technique in techniques.TECHNIQUES.items():
+    rows = {item: entry for item, entry in entries.items() if item.startswith(techniques.PREFIX)}
+    first = next((entry["values"]["step_seconds"] for entry in rows.values() if entry["values"].get("first")), None)
+    for item in rows:
         def cells(v):
             distance = v["relative_difference"]
             return [gib(v["planned_bytes"]), gib(v["allocated_bytes"]), gib(v["host_bytes"]), gib(beside_plan(v)),
-                    number(v["step_seconds"]), ratio(v["time_ratio"]), yes_or_no(v["equal"]),
+                    number(v["step_seconds"]), ratio(first and v["step_seconds"] / first), yes_or_no(v["equal"]),
                     "-" if distance is None else f"{distance:.1e}"]
-        table.add(item, cells, technique.title)
+        table.add(item, cells, item.removeprefix(techniques.PREFIX))
     return table
 
 

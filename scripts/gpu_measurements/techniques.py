@@ -1,5 +1,6 @@
 """techniques.py: the techniques that save memory, one added at a time on one model, in part `memory`: what each takes,
-planned, allocated, on the host and as the driver says; what it costs in time; and what it does to the losses.
+planned, allocated, on the host and as the driver says; what it costs in time; and what it does to the losses. The
+ladder is the program's (`plan --json`); three rows more have one kind of offload each.
 
 Those that only move bytes between device and host must not change a bit of the losses; gradients in blocks round sums
 in another order, and 8-bit weights and states round more, so that their distance is reported.
@@ -7,52 +8,46 @@ in another order, and 8-bit weights and states round more, so that their distanc
 from dataclasses import dataclass
 
 from . import training
-from .session import Item
+from .session import Item, ItemFailed
 
-FIRST = "technique flora"  # whose time and losses the others are compared with
+PREFIX = "technique "
 FLORA = ["--optimizer", "flora", "--gradients", "fused"]
-ALL_BLOCKS = [*FLORA, "--gradient-blocks", "all"]
-EIGHT_BIT = ["--weight-dtype", "int8", "--state-dtype", "int8"]
 STREAMING = ["--offload", "weights,activations"]
 
 
 @dataclass(frozen=True)
 class Technique:
-    title: str
+    name: str  # of its item
     flags: list
+    first: bool = False  # Flora alone, whose time and losses the others are compared with
     same_bits: str = ""  # the item whose losses these must be, bit for bit
-    near: bool = False  # losses near those of FIRST: the distance is reported
+    near: bool = False  # losses near those of the first: the distance is reported
 
 
-TECHNIQUES = {
-    "technique adamw": Technique("AdamW, dense, recompute block",
-                                 ["--optimizer", "adamw", "--gradients", "dense"]),
-    FIRST: Technique("Flora, fused, recompute block", FLORA),
-    "technique embedding blocks": Technique("+ gradient blocks: embedding", [*FLORA, "--gradient-blocks", "embedding"],
-                                            near=True),
-    "technique all blocks": Technique("+ gradient blocks: all", ALL_BLOCKS, near=True),
-    "technique 8-bit": Technique("+ 8-bit weights and states", [*ALL_BLOCKS, *EIGHT_BIT], near=True),
-    "technique offload activations": Technique(
-        "bf16, gradient blocks: all, + offload activations", [*ALL_BLOCKS, "--offload", "activations"],
-        same_bits="technique all blocks"),
-    "technique offload state": Technique(
-        "bf16, gradient blocks: all, + offload state", [*ALL_BLOCKS, "--offload", "state"],
-        same_bits="technique all blocks"),
-    "technique streaming": Technique(
-        "bf16, gradient blocks: all, + offload weights,activations (states, too)", [*ALL_BLOCKS, *STREAMING],
-        same_bits="technique all blocks"),
-    "technique 8-bit streaming": Technique(
-        "8 bits, gradient blocks: all, + offload weights,activations (states, too)",
-        [*ALL_BLOCKS, *EIGHT_BIT, *STREAMING], same_bits="technique 8-bit"),
-}
+def ladder(rows):
+    """The rows of a plan's techniques: which adds Flora, what must keep the bits of the row above."""
+    found, after_flora = [], False
+    for row in rows:
+        name, adds, flags = PREFIX + row["name"], row["adds"].split(), row["flags"].split()
+        same = found[-1].name if found and adds[0] == "--offload" else ""
+        first = not after_flora and "flora" in adds
+        found.append(Technique(name, flags, first, same, near=after_flora and not same))
+        after_flora = after_flora or first
+    return found
+
+
+def with_single_offloads(found):
+    """Behind the ladder: what it has before 8-bit weights, with each kind of offload by itself."""
+    base = [row for row in found if "int8" not in row.flags][-1]
+    return found + [Technique(f"{base.name}, + offload {what}", [*base.flags, "--offload", what], same_bits=base.name)
+                    for what in ("activations", "state", "weights,activations")]
 
 
 def model_flags(session, optimizer_flags):
     """The model of techniques and streaming with block recompute in bf16; matmul algorithms by rule and not by time, so
     that the same step has the same bits. The first step has the full learning rate already."""
-    rank = ["--rank", session.sizes.rank] if "flora" in optimizer_flags else []
     return [*session.sizes.streaming_model, "--dtype", "bf16", "--recompute", "block", "--no-autotune",
-            "--warmup-steps", 1, *optimizer_flags, *rank]
+            "--warmup-steps", 1, *optimizer_flags, "--rank", session.sizes.rank]
 
 
 def measured_before(session, item):
@@ -69,20 +64,17 @@ def first_difference(losses, expected):
     return ""
 
 
-def one(session, name):
-    technique, (warmup, counted) = TECHNIQUES[name], session.sizes.technique_steps
-    flags = [*model_flags(session, technique.flags), "--micro-batch", 1]
+def one(session, technique, first):
+    warmup, counted = session.sizes.technique_steps
+    flags = [*session.sizes.streaming_model, "--micro-batch", 1, "--no-autotune", "--warmup-steps", 1, *technique.flags]
     planned = training.fitting_plan(session, flags)
     run, driver = training.train_beside_driver(session, flags, warmup + counted)
     values = training.memory_values(planned, run, driver)
     losses, seconds = list(run.losses().values()), training.speed(run, warmup)["step_seconds"]
-    first = measured_before(session, FIRST)
-    values.update(step_seconds=seconds, losses=losses, equal=None, relative_difference=None,
-                  time_ratio=seconds / first["step_seconds"] if first else None)
-    if name == FIRST:
-        values["time_ratio"] = 1.0
-    if technique.near and first:
-        values["relative_difference"] = max(abs(a / b - 1) for a, b in zip(losses, first["losses"]))
+    reference = measured_before(session, first)
+    values.update(step_seconds=seconds, losses=losses, first=technique.first, equal=None, relative_difference=None)
+    if technique.near and reference:
+        values["relative_difference"] = max(abs(a / b - 1) for a, b in zip(losses, reference["losses"]))
     expected = technique.same_bits and measured_before(session, technique.same_bits)
     if expected:
         difference = first_difference(losses, expected["losses"])
@@ -92,6 +84,18 @@ def one(session, name):
     return values
 
 
+def all_of(session):
+    flags = [*session.sizes.streaming_model, "--micro-batch", 1, "--rank", session.sizes.rank]
+    return with_single_offloads(ladder(training.whole_plan(session, flags)["techniques"]))
+
+
 def items(session):
-    names = sorted(TECHNIQUES, key=lambda name: name != FIRST)
-    return [Item(name, session.sizes.streaming_start_seconds, lambda name=name: one(session, name)) for name in names]
+    try:
+        found = all_of(session)
+    except ItemFailed as reason:
+        def fail(why=str(reason)):
+            raise ItemFailed(why)
+        return [Item(f"{PREFIX}ladder", 0, fail)]
+    first = next(row.name for row in found if row.first)
+    return [Item(row.name, session.sizes.streaming_start_seconds, lambda row=row: one(session, row, first))
+            for row in found]

@@ -13,7 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels/cpu/blas_core.h"
+#include "kernels/cpu/library_settings.h"
 #include "tests/cuda_on_cpu/cublaslt_product.h"
 #include "tests/cuda_on_cpu/stream.h"
 

@@ -1,6 +1,6 @@
-// test_mapping_fault.cpp: a safetensors file that is cut after it was opened ends the program with a line that names
+// test_file_io.cpp: a safetensors file that is cut after it was opened ends the program with a line that names
 // it.
-#include "train/mapping_fault.h"
+#include "train/file_io.h"
 
 #include <gtest/gtest.h>
 
