@@ -170,6 +170,8 @@ TEST(Options, CommandsAndGivenFlags) {
   EXPECT_TRUE(options.was_given("rank"));
   EXPECT_TRUE(options.was_given("no-factored"));
   EXPECT_FALSE(options.was_given("kappa"));
+  EXPECT_TRUE(parse({"--no-factored=false"}).options.engine.optimizer.factored);
+  EXPECT_HAS(message_of([] { parse({"--tf32=maybe"}); }), "--tf32");
   EXPECT_EQ(options.engine.optimizer.rank, 8);
 }
 

@@ -111,6 +111,7 @@ std::string suggestion(std::string word, const std::vector<std::string>& names, 
 struct ToCommandLine {
   CLI::App& app;
   std::map<std::string, std::function<void(const std::string&)>> setters;  // by flag, from the text of a value
+  std::map<std::string, bool> switches;                                    // by flag, as CLI11 reads them
   std::string current_group;
   void group(const char* name) { current_group = name; }
 
@@ -123,9 +124,7 @@ struct ToCommandLine {
     setters[name] = set;
     CLI::Option* option;
     if constexpr (std::is_same_v<Values, Switch>) {
-      option = app.add_flag_function(
-          "--" + name, [&field, values](int64_t count) { field = (count > 0) == values.given; },
-          wrapped(std::string(help) + " [off]"));
+      option = app.add_flag("--" + name, switches[name], wrapped(std::string(help) + " [off]"));
     } else {
       std::string text = help;
       const bool chosen_later = text.find("default:") != std::string::npos;
@@ -140,7 +139,7 @@ struct ToCommandLine {
 
 class Parser {
  public:
-  explicit Parser(Options& options) : options_(options), visitor_{app_, {}, ""} {
+  explicit Parser(Options& options) : options_(options), visitor_{app_, {}, {}, ""} {
     app_.name("train_gpt2");
     app_.option_defaults()->always_capture_default(false);
     app_.get_formatter()->column_width(kNameColumn);
@@ -181,7 +180,10 @@ class Parser {
       throw UsageError(std::string(error.what()) + " (./train_gpt2 --help lists the flags)");
     }
     for (const std::string& name : names_) {
-      if (app_.get_option("--" + name)->count() > 0) options_.given.push_back(name);
+      if (app_.get_option("--" + name)->count() == 0) continue;
+      options_.given.push_back(name);
+      const auto found = visitor_.switches.find(name);
+      if (found != visitor_.switches.end()) visitor_.setters.at(name)(found->second ? "true" : "false");
     }
     if (app_.get_option("--config")->count() > 0) take_config_file();
     const Command found = command();
