@@ -9,12 +9,15 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 
 // How the bytes of a .bin file are to be understood.
 enum class DataFormat {
   kLlmc,     // 256 int32 header, then uint16 (magic 20240520, version 1) or uint32 (magic 20240801, version 7) tokens
   kNanogpt,  // no header, uint16 tokens; the vocabulary is taken to be GPT-2's
 };
+inline constexpr std::pair<DataFormat, const char*> kDataFormatNames[] = {{DataFormat::kLlmc, "auto"},
+                                                                          {DataFormat::kNanogpt, "nanogpt"}};
 
 inline constexpr int32_t kShardMagic = 20240520, kShardVersion = 1;
 inline constexpr int32_t kWideShardMagic = 20240801, kWideShardVersion = 7;  // uint32 tokens

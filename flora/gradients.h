@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "flora/optimizers.h"
@@ -50,6 +51,8 @@ class GradientSink {
 };
 
 enum class GradientMode : uint8_t { kDense, kFused, kCompressed };
+inline constexpr std::pair<GradientMode, const char*> kGradientModeNames[] = {
+    {GradientMode::kDense, "dense"}, {GradientMode::kFused, "fused"}, {GradientMode::kCompressed, "compressed"}};
 
 struct GradientConfig {
   GradientMode kind = GradientMode::kFused;

@@ -15,7 +15,14 @@
 #include "kernels/memory_plan.h"
 
 enum class OptimizerKind : uint8_t { kFlora, kAdamW, kAdafactor, kSgd };
+inline constexpr std::pair<OptimizerKind, const char*> kOptimizerNames[] = {{OptimizerKind::kFlora, "flora"},
+                                                                            {OptimizerKind::kAdamW, "adamw"},
+                                                                            {OptimizerKind::kAdafactor, "adafactor"},
+                                                                            {OptimizerKind::kSgd, "sgd"}};
+
 enum class TransferKind : uint8_t { kReencode, kRestart, kRescale };
+inline constexpr std::pair<TransferKind, const char*> kTransferNames[] = {
+    {TransferKind::kReencode, "reencode"}, {TransferKind::kRestart, "restart"}, {TransferKind::kRescale, "rescale"}};
 
 // Which gradients are computed and used in blocks of rows instead of as a whole. Only under fused updates with one
 // micro-batch.
@@ -24,6 +31,8 @@ enum class GradientBlocks : uint8_t {
   kEmbedding,  // long-lived ones: the token embedding's and the head's
   kAll,        // those of the blocks' matrices, too
 };
+inline constexpr std::pair<GradientBlocks, const char*> kGradientBlocksNames[] = {
+    {GradientBlocks::kWhole, "whole"}, {GradientBlocks::kEmbedding, "embedding"}, {GradientBlocks::kAll, "all"}};
 
 // Rows in a block of this parameter's gradient, 0 where it is not in blocks. A block has about as many elements as the
 // square of the parameter's smaller dimension, and begins where a block of 8-bit codes does.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 enum class ScheduleKind : uint8_t {
   kCosine,    // half a cosine from the peak to the final rate
@@ -10,6 +11,10 @@ enum class ScheduleKind : uint8_t {
   kConstant,  // the peak
   kWsd,       // warmup, stable, decay: the peak, then a cooldown of the form 1 - sqrt to the final rate
 };
+inline constexpr std::pair<ScheduleKind, const char*> kScheduleNames[] = {{ScheduleKind::kCosine, "cosine"},
+                                                                          {ScheduleKind::kLinear, "linear"},
+                                                                          {ScheduleKind::kConstant, "constant"},
+                                                                          {ScheduleKind::kWsd, "wsd"}};
 
 struct ScheduleConfig {
   ScheduleKind kind = ScheduleKind::kCosine;

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "kernels/philox.h"
 #include "kernels/profiler.h"
@@ -51,6 +52,10 @@ struct MatmulOptions {
 };
 
 enum class ProjectionKind : uint8_t { kGaussian, kRademacher, kOrthonormal };
+inline constexpr std::pair<ProjectionKind, const char*> kProjectionNames[] = {
+    {ProjectionKind::kGaussian, "gaussian"},
+    {ProjectionKind::kRademacher, "rademacher"},
+    {ProjectionKind::kOrthonormal, "orthonormal"}};
 
 struct AdamWOptions {
   float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.0f;

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/layer_stream.h"
@@ -23,6 +24,11 @@
 #include "model/config.h"
 
 enum class Recompute : uint8_t { kNone, kGelu, kNormsGelu, kAttention, kBlock };
+inline constexpr std::pair<Recompute, const char*> kRecomputeNames[] = {{Recompute::kNone, "none"},
+                                                                        {Recompute::kGelu, "gelu"},
+                                                                        {Recompute::kNormsGelu, "norms+gelu"},
+                                                                        {Recompute::kAttention, "attention"},
+                                                                        {Recompute::kBlock, "block"}};
 
 struct ActivationShapes {
   int64_t batch = 1, sequence = 1;  // the micro-batch: B sequences of T tokens

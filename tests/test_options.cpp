@@ -38,15 +38,18 @@ struct SetAll {
     EXPECT_TRUE(flags.insert(flag).second) << flag << " is there twice";
     EXPECT_GT(std::string(help).size(), 4u) << flag;
     ++count;
-    if constexpr (std::is_same_v<T, bool>) {
-      field = !field;
-    } else if constexpr (std::is_same_v<T, std::string>) {
-      field = values.empty() ? "a value" : values.back();
-    } else if (std::isfinite(values.below)) {
-      field = static_cast<T>(values.below == 0 ? -0.5 : 0.5);
-    } else {
-      field = static_cast<T>(field + static_cast<T>(3));
-    }
+    set(field, values);
+  }
+  static void set(bool& field, Switch) { field = !field; }
+  static void set(std::string& field, Text) { field = "a value"; }
+  static void set(Offload& field, OffloadList) { field = {.state = true, .weights = true}; }
+  template <typename T>
+  static void set(T& field, const Range& range) {
+    field = static_cast<T>(range.below == 0 ? -0.5 : range.below == 1 ? 0.5 : static_cast<double>(field) + 3);
+  }
+  template <typename T, size_t N>
+  static void set(T& field, const std::pair<T, const char*> (&names)[N]) {
+    field = names[N - 1].first;
   }
 };
 
@@ -71,27 +74,30 @@ TEST(Options, JsonRoundTrip) {
 
 TEST(Options, NumbersComeBackExactly) {
   Options options;
-  options.lr = 0.1 + 0.2;
-  options.eps1 = 1e-30;
+  options.schedule.peak = 0.1f + 0.2f;
+  options.temperature = 0.1 + 0.2;
+  options.engine.optimizer.eps1 = 1e-30f;
   options.seed = (int64_t{1} << 62) + 1;
   Options restored;
   restore_options(restored, nlohmann::json::parse(options_to_json(options).dump()));
-  EXPECT_EQ(restored.lr, options.lr);
-  EXPECT_EQ(restored.eps1, options.eps1);
+  EXPECT_EQ(restored.schedule.peak, options.schedule.peak);
+  EXPECT_EQ(restored.temperature, options.temperature);
+  EXPECT_EQ(restored.engine.optimizer.eps1, options.engine.optimizer.eps1);
   EXPECT_EQ(restored.seed, options.seed);
 }
 
 TEST(Options, WhatWasGivenIsKeptOrContradicts) {
   Options saved;
-  saved.rank = 64, saved.steps = 100, saved.recompute = "block", saved.lr = 1e-3;
+  saved.engine.optimizer.rank = 64, saved.steps = 100, saved.schedule.peak = 1e-3f;
+  saved.engine.shapes.recompute = Recompute::kBlock;
   const nlohmann::json json = options_to_json(saved);
 
   Options now = parse({"--steps", "200", "--recompute", "gelu", "--rank", "64"}).options;
   EXPECT_EQ(restore_options(now, json).changes, std::vector<std::string>{"steps was 100, is now 200"});
   EXPECT_EQ(now.steps, 200);
-  EXPECT_EQ(now.recompute, "gelu");
-  EXPECT_EQ(now.rank, 64);
-  EXPECT_EQ(now.lr, 1e-3);
+  EXPECT_EQ(now.engine.shapes.recompute, Recompute::kGelu);
+  EXPECT_EQ(now.engine.optimizer.rank, 64);
+  EXPECT_EQ(now.schedule.peak, 1e-3f);
 
   now = parse({"--rank", "32"}).options;
   const std::string message = message_of([&] { restore_options(now, json); });
@@ -104,7 +110,8 @@ TEST(Options, WhatWasGivenIsKeptOrContradicts) {
 
 TEST(Options, WhatChangesTheTrainingIsSaid) {
   Options saved;
-  saved.lr = 1e-3, saved.micro_batch = 4, saved.tokens_per_step = 1024, saved.weight_decay = 0.1;
+  saved.schedule.peak = 1e-3f, saved.tokens_per_step = 1024;
+  saved.engine.shapes.batch = 4, saved.engine.optimizer.weight_decay = 0.1f;
   const nlohmann::json json = options_to_json(saved);
   Options now = parse({"--lr", "5e-4", "--schedule", "linear", "--micro-batch", "2", "--tokens-per-step", "1024",
                        "--weight-decay", "0"})
@@ -113,10 +120,10 @@ TEST(Options, WhatChangesTheTrainingIsSaid) {
   EXPECT_EQ(changes, (std::vector<std::string>{"micro-batch was 4, is now 2", "lr was 0.001, is now 0.0005",
                                                "schedule was \"cosine\", is now \"linear\"",
                                                "weight-decay was 0.1, is now 0.0"}));
-  EXPECT_EQ(now.lr, 5e-4);
-  EXPECT_EQ(now.schedule, "linear");
-  EXPECT_EQ(now.micro_batch, 2);
-  EXPECT_EQ(now.weight_decay, 0);
+  EXPECT_EQ(now.schedule.peak, 5e-4f);
+  EXPECT_EQ(now.schedule.kind, ScheduleKind::kLinear);
+  EXPECT_EQ(now.engine.shapes.batch, 2);
+  EXPECT_EQ(now.engine.optimizer.weight_decay, 0);
   for (const char* flag : {"--seq-len", "--seed", "--kappa", "--head-chunk"}) {
     Options other = parse({flag, "77"}).options;
     EXPECT_HAS(message_of([&] { restore_options(other, json); }), "cannot change on resume");
@@ -146,7 +153,7 @@ TEST(Options, WhatIsNotSavedIsSaid) {
   json.erase("checkpoint_every");
   Options now = parse({"--checkpoint-every", "7"}).options;
   EXPECT_EQ(restore_options(now, json).missing, std::vector<std::string>{"kappa"});
-  EXPECT_EQ(now.kappa, 1000);
+  EXPECT_EQ(now.engine.optimizer.kappa, 1000);
   EXPECT_EQ(now.checkpoint_every, 7);
   json["kappb"] = 5;  // a key with a flipped bit, or of a newer version
   EXPECT_HAS(message_of([&] { restore_options(now, json); }), "kappb");
@@ -163,7 +170,9 @@ TEST(Options, CommandsAndGivenFlags) {
   EXPECT_TRUE(options.was_given("rank"));
   EXPECT_TRUE(options.was_given("no-factored"));
   EXPECT_FALSE(options.was_given("kappa"));
-  EXPECT_EQ(options.rank, 8);
+  EXPECT_TRUE(parse({"--no-factored=false"}).options.engine.optimizer.factored);
+  EXPECT_HAS(message_of([] { parse({"--tf32=maybe"}); }), "--tf32");
+  EXPECT_EQ(options.engine.optimizer.rank, 8);
 }
 
 TEST(Options, CommandLineMistakesAreUsageErrors) {
@@ -220,8 +229,8 @@ TEST(Options, AnEmptyValueIsAMistake) {
 
 TEST(Options, NumbersAreTakenAsTheyAreOrRefused) {
   EXPECT_EQ(parse({"--seed", "9223372036854775807"}).options.seed, INT64_MAX);
-  EXPECT_EQ(parse({"--lr", "1e-3"}).options.lr, 1e-3);
-  EXPECT_EQ(parse({"--rank", "3", "--rank", "5"}).options.rank, 5);  // the last one
+  EXPECT_EQ(parse({"--lr", "1e-3"}).options.schedule.peak, 1e-3f);
+  EXPECT_EQ(parse({"--rank", "3", "--rank", "5"}).options.engine.optimizer.rank, 5);  // the last one
   for (const char* text : {"9223372036854775808", "18446744073709551616", "-9223372036854775809"}) {
     EXPECT_HAS(message_of([&] { parse({"--seed", text}); }), "out of range");
   }
@@ -243,12 +252,12 @@ TEST(Options, AConfigurationFileIsReadStrictly) {
       "\xef\xbb\xbf# a run\r\n\n  rank = 8 # small\r\nlr=3e-3\ntokens-per-step = 1_024\nno-factored = true\n"
       "tf32 = false\noptimizer = adamw\nprompt = \"a \\\"b\\\" # \\\\ \\n[c]\"\nout = 'C:\\x'\nseed = 5",
       {"--seed", "6"});
-  EXPECT_EQ(o.rank, 8);
-  EXPECT_EQ(o.lr, 3e-3);
+  EXPECT_EQ(o.engine.optimizer.rank, 8);
+  EXPECT_EQ(o.schedule.peak, 3e-3f);
   EXPECT_EQ(o.tokens_per_step, 1024);
-  EXPECT_TRUE(o.no_factored);
+  EXPECT_FALSE(o.engine.optimizer.factored);
   EXPECT_FALSE(o.tf32);
-  EXPECT_EQ(o.optimizer, "adamw");
+  EXPECT_EQ(o.engine.optimizer.kind, OptimizerKind::kAdamW);
   EXPECT_EQ(o.prompt, "a \"b\" # \\ \n[c]");
   EXPECT_EQ(o.out, "C:\\x");
   EXPECT_EQ(o.seed, 6);  // the command line goes first

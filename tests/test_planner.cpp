@@ -238,12 +238,12 @@ TEST(Planner, TheChoiceEndsInTheOptions) {
   choice.offload = {.activations = true, .state = true, .weights = true};
   const RunSetup chosen = with_settings(setup, choice);
   EXPECT_EQ(settings_flags(chosen.engine), settings_flags(choice));
-  EXPECT_EQ(chosen.options.micro_batch, 2);
+  EXPECT_EQ(chosen.options.engine.shapes.batch, 2);
   EXPECT_EQ(chosen.options.tokens_per_step, 64);
-  EXPECT_EQ(chosen.options.recompute, "attention");
-  EXPECT_EQ(chosen.options.gradient_blocks, "all");
-  EXPECT_EQ(chosen.options.offload, "activations,weights");
-  EXPECT_EQ(chosen.options.head_chunk, 24);
+  EXPECT_EQ(chosen.options.engine.shapes.recompute, Recompute::kAttention);
+  EXPECT_EQ(chosen.options.engine.gradients.blocks, GradientBlocks::kAll);
+  EXPECT_EQ(offload_name(chosen.options.engine.offload), "activations,weights");
+  EXPECT_EQ(chosen.options.engine.shapes.head_chunk, 24);
 }
 
 TEST(Budget, WhatTheRuntimeTakesIsSetAside) {

@@ -14,14 +14,14 @@ namespace {
 
 // Compression was asked for and nothing is compressed.
 std::string compression_warning(const RunSetup& setup, const Optimizer& optimizer) {
-  const Options& o = setup.options;
   const EngineConfig& engine = setup.engine;
   const auto above = [](int64_t rank) {
     return "nothing is compressed: rank " + std::to_string(rank) + " is above every matrix of this model";
   };
   if (engine.optimizer.rank > 0 && optimizer.compressed_parameters().empty()) {
-    if (o.no_factored) return "nothing is compressed: --no-factored keeps the momentum in full";
-    return o.beta1 > 0 ? above(o.rank) : "nothing is compressed: with --beta1 0 there is no momentum";
+    if (!engine.optimizer.factored) return "nothing is compressed: --no-factored keeps the momentum in full";
+    if (engine.optimizer.beta1 == 0) return "nothing is compressed: with --beta1 0 there is no momentum";
+    return above(engine.optimizer.rank);
   }
   const GradientConfig& gradients = engine.gradients;
   if (gradients.accumulation_rank > 0) {
@@ -36,15 +36,15 @@ std::string compression_warning(const RunSetup& setup, const Optimizer& optimize
 
 // The momentum can grow without bound.
 std::string transfer_warning(const RunSetup& setup) {
-  const Options& o = setup.options;
-  const double growth = transfer_growth(setup.engine.optimizer, gpt2_parameters(setup.engine.model));
+  const OptimizerConfig& optimizer = setup.engine.optimizer;
+  const double growth = transfer_growth(optimizer, gpt2_parameters(setup.engine.model));
   if (growth < 1) return "";
   char text[256];
   snprintf(text, sizeof text,
            "--transfer reencode with --rank %lld, --kappa %lld and --beta1 %g can multiply the momentum by about %.3g "
            "every %lld steps, without bound; --transfer rescale or restart, or a larger --kappa, cannot",
-           static_cast<long long>(o.rank), static_cast<long long>(o.kappa), o.beta1, growth,
-           static_cast<long long>(o.kappa));
+           static_cast<long long>(optimizer.rank), static_cast<long long>(optimizer.kappa),
+           static_cast<double>(optimizer.beta1), growth, static_cast<long long>(optimizer.kappa));
   return text;
 }
 
@@ -69,7 +69,8 @@ void print_settings(const RunSetup& setup) {
     std::replace(flag.begin(), flag.end(), '_', '-');
     const bool follows = key.ends_with("_dtype") && value == now["dtype"];
     const bool unused = key == "cooldown_steps" && now["schedule"] != "wsd";
-    const bool chosen = before[key] != value && !follows && !unused;
+    const bool was_open = setup.request.options.is_open(flag) && !setup.options.is_open(flag);
+    const bool chosen = (was_open || before[key] != value) && !follows && !unused;
     if (!said.contains(key) && (chosen || setup.options.was_given(flag))) settings += " " + key + "=" + text_of(value);
   }
   if (!settings.empty()) std::printf("settings   %s\n", settings.c_str());
@@ -94,8 +95,8 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
               none.empty() ? o.val_data.c_str() : "none");
   if (!none.empty()) std::printf("validation  none: %s (--val-data names shards)\n", none.c_str());
   std::printf("step        %lld tokens: %d micro-batches of %lld x %lld\n", static_cast<long long>(o.tokens_per_step),
-              setup.engine.gradients.micro_batches, static_cast<long long>(o.micro_batch),
-              static_cast<long long>(o.seq_len));
+              setup.engine.gradients.micro_batches, static_cast<long long>(setup.engine.shapes.batch),
+              static_cast<long long>(setup.engine.shapes.sequence));
   print_settings(setup);
   const MemoryPlan plan = trainer.engine().plan();
   std::printf("memory      %s on the device:", format_bytes(plan.device_bytes()).c_str());

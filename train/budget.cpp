@@ -76,11 +76,11 @@ Budget find_budget(const Options& options, Backend& backend, bool for_run) {
 RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice) {
   RunRequest request = setup.request;
   Options& o = request.options;
-  o.micro_batch = choice.shapes.batch;
-  o.head_chunk = choice.shapes.head_chunk;
-  o.recompute = recompute_name(choice.shapes.recompute);
-  o.gradient_blocks = gradient_blocks_name(choice.gradients.blocks);
-  o.offload = offload_name(choice.offload);
+  o.set("micro-batch", o.engine.shapes.batch, choice.shapes.batch);
+  o.set("head-chunk", o.engine.shapes.head_chunk, choice.shapes.head_chunk);
+  o.set("recompute", o.engine.shapes.recompute, choice.shapes.recompute);
+  o.set("gradient-blocks", o.engine.gradients.blocks, choice.gradients.blocks);
+  o.set("offload", o.engine.offload, choice.offload);
   return resolve(request);
 }
 

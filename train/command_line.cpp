@@ -4,7 +4,6 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <charconv>
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -14,18 +13,33 @@
 #include <type_traits>
 #include <utility>
 
-#include "data/unicode_classes.h"
 #include "train/config_file.h"
 #include "train/version.h"
 
 namespace {
 
-std::string shown(const std::string& value) { return value; }
-std::string shown(int64_t value) { return value == -1 ? "" : std::to_string(value); }
-std::string shown(double value) {
+// A default in --help; nothing for one that is chosen later.
+std::string shown(const nlohmann::ordered_json& value) {
+  if (value == -1) return "";
+  if (!value.is_number_float()) return value.is_string() ? value.get<std::string>() : value.dump();
   char text[32];
-  snprintf(text, sizeof text, "%g", value);
-  return value == -1 ? "" : text;
+  snprintf(text, sizeof text, "%g", value.get<double>());
+  return text;
+}
+
+// What stands for a value in --help.
+std::string type_of(const std::string& unit, bool whole, const Range&) {
+  return !unit.empty() ? unit : whole ? "INT" : "NUMBER";
+}
+template <typename T, size_t N>
+std::string type_of(const std::string&, bool, const std::pair<T, const char*> (&names)[N]) {
+  std::string all;
+  for (const auto& [value, name] : names) all += (all.empty() ? "" : "|") + std::string(name);
+  return all;
+}
+template <typename Values>
+std::string type_of(const std::string& unit, bool, const Values&) {
+  return unit;
 }
 
 constexpr size_t kNameColumn = 44, kTextColumn = 72;  // of --help
@@ -94,74 +108,30 @@ std::string suggestion(std::string word, const std::vector<std::string>& names, 
 
 [[noreturn]] void refuse(const std::string& flag, const std::string& why) { throw UsageError("--" + flag + " " + why); }
 
-template <typename T>
-T number_of(const std::string& flag, const std::string& text) {
-  const char* const end = text.data() + text.size();
-  T value{};
-  const auto [rest, error] = std::from_chars(text.data(), end, value);
-  if (text.empty()) refuse(flag, "needs a value");
-  if (error == std::errc::result_out_of_range && rest == end) refuse(flag, text + " is out of range");
-  if (error != std::errc() || rest != end) {
-    refuse(flag,
-           std::string("needs a ") + (std::is_same_v<T, double> ? "number" : "whole number") + ", not '" + text + "'");
-  }
-  return value;
-}
-
-bool is_utf8(const std::string& text) {
-  for (size_t i = 0; i < text.size();) {
-    const CodePoint point = decode_utf8(text, i);
-    if (point.code == kInvalidCode) return false;
-    i += point.bytes;
-  }
-  return true;
-}
-
 struct ToCommandLine {
   CLI::App& app;
   std::map<std::string, std::function<void(const std::string&)>> setters;  // by flag, from the text of a value
+  std::map<std::string, bool> switches;                                    // by flag, as CLI11 reads them
   std::string current_group;
   void group(const char* name) { current_group = name; }
 
   template <typename T, typename Values>
   void operator()(T& field, const char* flag, const char* unit, const char* help, const Values& values, OnResume) {
     const std::string name = flag;
-    std::function<void(const std::string&)>& set = setters[name];
+    const std::function<void(const std::string&)> set = [&field, name, values](const std::string& text) {
+      read(field, name, text, values);
+    };
+    setters[name] = set;
     CLI::Option* option;
-    if constexpr (std::is_same_v<T, bool>) {
-      set = [&field, name](const std::string& text) {
-        if (text != "true" && text != "false") refuse(name, "is true or false, not '" + text + "'");
-        field = text == "true";
-      };
-      option = app.add_flag("--" + name, field, wrapped(std::string(help) + " [off]"));
+    if constexpr (std::is_same_v<Values, Switch>) {
+      option = app.add_flag("--" + name, switches[name], wrapped(std::string(help) + " [off]"));
     } else {
-      set = [&field, name, values](const std::string& text) {
-        if constexpr (std::is_same_v<T, std::string>) {
-          // An empty prompt is one; all other strings name something.
-          if (text.empty() && name != "prompt") refuse(name, "needs a value");
-          if (!is_utf8(text)) refuse(name, "'" + text + "' is not UTF-8, as what is written into a run must be");
-          if (!values.empty() && std::find(values.begin(), values.end(), text) == values.end()) {
-            refuse(name, "'" + text + "' is none of " + CLI::detail::join(values, ", "));
-          }
-          field = text;
-        } else {
-          const T value = number_of<T>(name, text);
-          check_range(name, value, values);
-          field = value;
-        }
-      };
       std::string text = help;
       const bool chosen_later = text.find("default:") != std::string::npos;
-      const std::string value = shown(field);
+      const std::string value = shown(written(field, values));
       if (!chosen_later && !value.empty()) text += " [" + value + "]";
       option = app.add_option_function<std::string>("--" + name, set, wrapped(text));
-      std::string type = unit;
-      if constexpr (std::is_same_v<T, std::string>) {
-        if (!values.empty()) type = CLI::detail::join(values, "|");
-      } else if (type.empty()) {
-        type = std::is_same_v<T, int64_t> ? "INT" : "NUMBER";
-      }
-      option->type_name(type);
+      option->type_name(type_of(unit, std::is_integral_v<T>, values));
     }
     option->group(current_group)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   }
@@ -169,7 +139,7 @@ struct ToCommandLine {
 
 class Parser {
  public:
-  explicit Parser(Options& options) : options_(options), visitor_{app_, {}, ""} {
+  explicit Parser(Options& options) : options_(options), visitor_{app_, {}, {}, ""} {
     app_.name("train_gpt2");
     app_.option_defaults()->always_capture_default(false);
     app_.get_formatter()->column_width(kNameColumn);
@@ -210,7 +180,10 @@ class Parser {
       throw UsageError(std::string(error.what()) + " (./train_gpt2 --help lists the flags)");
     }
     for (const std::string& name : names_) {
-      if (app_.get_option("--" + name)->count() > 0) options_.given.push_back(name);
+      if (app_.get_option("--" + name)->count() == 0) continue;
+      options_.given.push_back(name);
+      const auto found = visitor_.switches.find(name);
+      if (found != visitor_.switches.end()) visitor_.setters.at(name)(found->second ? "true" : "false");
     }
     if (app_.get_option("--config")->count() > 0) take_config_file();
     const Command found = command();

@@ -28,7 +28,7 @@ std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, Run
   auto engine = std::make_unique<Engine>(setup.engine, backend);
   engine->allocate();
   load_weights(setup.source, engine->store(), backend);
-  const int64_t length = setup.options.seq_len, trained = setup.engine.model.usable_positions();
+  const int64_t length = setup.engine.shapes.sequence, trained = setup.engine.model.usable_positions();
   if (length > trained) {
     warn("--seq-len " + std::to_string(length) + " is longer than the " + std::to_string(trained) +
          " tokens that the model was trained at: its later positions are as they were initialized");
@@ -40,7 +40,7 @@ std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, Run
 
 void generate(Options options) {
   check_options(options);
-  options.micro_batch = 1;
+  options.set("micro-batch", options.engine.shapes.batch, 1);
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   RunSetup setup;
@@ -67,10 +67,10 @@ void evaluate(Options options) {
   warn(loader.left_out());
   int64_t tokens;
   const int64_t batches = std::max<int64_t>(options.eval_batches, 0);
-  const double loss = validation_loss(*engine, loader, batches * setup.options.micro_batch, tokens);
+  const double loss = validation_loss(*engine, loader, batches * setup.engine.shapes.batch, tokens);
   if (!std::isfinite(loss)) {
     throw std::runtime_error("the validation loss is not finite: " + options.model +
-                             " holds weights that are not, or overflows in " + setup.options.activation_dtype);
+                             " holds weights that are not, or overflows in " + dtype_name(setup.engine.shapes.dtype));
   }
   std::printf("validation loss %.6f (%lld tokens)\n", loss, static_cast<long long>(tokens));
 }

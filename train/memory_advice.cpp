@@ -11,28 +11,32 @@ namespace {
 struct Suggestion {
   RunRequest request;
   std::string flags;
+  bool fewer_tokens = false;  // a step may have fewer than were asked for
 
   Options& options() { return request.options; }
-  void set(const std::string& flag, std::string& option, const std::string& value) {
+  template <typename T, size_t N>
+  void set(const std::string& flag, T& option, T value, const std::pair<T, const char*> (&names)[N]) {
     if (option == value) return;
     option = value;
-    flags += " --" + flag + " " + value;
-    request.options.given.push_back(flag);
+    flags += " --" + flag + " " + name_of(names, value);
+    options().given.push_back(flag);
   }
 };
 
 void use_flora(Suggestion& s) {
   Options& o = s.options();
-  s.set("optimizer", o.optimizer, "flora");
-  if (!o.gradients.empty()) s.set("gradients", o.gradients, "fused");
-  s.set("master-weights", o.master_weights, "none");
+  s.set("optimizer", o.engine.optimizer.kind, OptimizerKind::kFlora, kOptimizerNames);
+  if (!o.is_open("gradients")) s.set("gradients", o.engine.gradients.kind, GradientMode::kFused, kGradientModeNames);
+  s.set("master-weights", o.engine.master_weights, false, kMasterWeightsNames);
 }
 
-void use_8bit_states(Suggestion& s) { s.set("state-dtype", s.options().state_dtype, "int8"); }
+void use_8bit_states(Suggestion& s) {
+  s.set("state-dtype", s.options().engine.optimizer.state_dtype, DType::kI8, kDtypeNames);
+}
 
 void use_8bit_weights(Suggestion& s) {
-  s.set("weight-dtype", s.options().weight_dtype, "int8");
-  s.set("master-weights", s.options().master_weights, "none");
+  s.set("weight-dtype", s.options().engine.weight_dtype, DType::kI8, kDtypeNames);
+  s.set("master-weights", s.options().engine.master_weights, false, kMasterWeightsNames);
 }
 
 std::string changed_settings(const EngineConfig& from, const EngineConfig& to) {
@@ -43,8 +47,9 @@ std::string changed_settings(const EngineConfig& from, const EngineConfig& to) {
   };
   add("micro-batch", from.shapes.batch, to.shapes.batch, std::to_string(to.shapes.batch));
   add("head-chunk", chunk, to.shapes.head_chunk, std::to_string(to.shapes.head_chunk));
-  add("recompute", from.shapes.recompute, to.shapes.recompute, recompute_name(to.shapes.recompute));
-  add("gradient-blocks", from.gradients.blocks, to.gradients.blocks, gradient_blocks_name(to.gradients.blocks));
+  add("recompute", from.shapes.recompute, to.shapes.recompute, name_of(kRecomputeNames, to.shapes.recompute));
+  add("gradient-blocks", from.gradients.blocks, to.gradients.blocks,
+      name_of(kGradientBlocksNames, to.gradients.blocks));
   add("offload", offload_name(from.offload), offload_name(to.offload), offload_name(to.offload));
   return flags;
 }
@@ -68,10 +73,7 @@ std::string words_for(const Suggestion& suggestion, const MemoryLimit& limit, Ba
   }
   if (found.empty()) return "";
   std::string text = "with" + suggestion.flags + changed_settings(setup.engine, found[0].config);
-  // A step of fewer tokens than were asked for is part of the suggestion.
-  const Options& asked = suggestion.request.options;
-  if (asked.tokens_per_step == 0 && asked.was_given("tokens-per-step"))
-    text += " --tokens-per-step " + std::to_string(tokens_per_step(found[0].config));
+  if (suggestion.fewer_tokens) text += " --tokens-per-step " + std::to_string(tokens_per_step(found[0].config));
   text += " it needs " + format_bytes(found[0].device_bytes);
   if (found[0].host_bytes > 0) text += " and " + format_bytes(found[0].host_bytes) + " of host memory";
   return text;
@@ -80,7 +82,7 @@ std::string words_for(const Suggestion& suggestion, const MemoryLimit& limit, Ba
 }  // namespace
 
 std::string advice_that_fits(const RunSetup& setup, const MemoryLimit& limit, Backend& backend) {
-  Suggestion suggestion{setup.request, ""};
+  Suggestion suggestion{setup.request, "", false};
   const bool resumed = !setup.request.checkpoint.empty();
   for (const auto change : {+[](Suggestion&) {}, use_flora, use_8bit_states, use_8bit_weights}) {
     Suggestion changed = suggestion;
@@ -93,8 +95,9 @@ std::string advice_that_fits(const RunSetup& setup, const MemoryLimit& limit, Ba
     suggestion = changed;
     std::string words = words_for(suggestion, limit, backend);
     if (words.empty() && resumed) return "no setting that may change on resume makes it fit";
-    if (words.empty() && changed.options().tokens_per_step > 0) {
-      changed.options().tokens_per_step = 0;
+    if (words.empty() && changed.options().was_given("tokens-per-step")) {
+      changed.fewer_tokens = true;
+      std::erase(changed.options().given, "tokens-per-step");
       words = words_for(changed, limit, backend);
     }
     if (!words.empty()) return words;

@@ -30,13 +30,10 @@ class LargestModels {
   LargestModels(const Options& options, Backend& backend)
       : options_(options), backend_(backend), budget_(find_budget(options, backend, false)) {
     Options base = options;
-    const auto otherwise = [&](const char* flag, auto& field, const auto& value) {
-      if (!options.was_given(flag)) field = value;
-    };
     base.model = "d12";
-    otherwise("seq-len", base.seq_len, int64_t{1024});
-    otherwise("micro-batch", base.micro_batch, int64_t{1});
-    otherwise("recompute", base.recompute, "block");
+    base.choose("seq-len", base.engine.shapes.sequence, 1024);
+    base.choose("micro-batch", base.engine.shapes.batch, 1);
+    base.choose("recompute", base.engine.shapes.recompute, Recompute::kBlock);
     base_ = resolve({base, backend.name(), 0, true, ""}, Undecided::kPlannersSettings).engine;
     space_.head_chunk = !options.was_given("head-chunk");
     space_.gradient_blocks = !options.was_given("gradient-blocks");

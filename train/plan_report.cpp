@@ -78,15 +78,15 @@ nlohmann::ordered_json plan_json(const MemoryPlan& plan) {
 }
 
 nlohmann::ordered_json settings_json(const RunSetup& setup) {
-  const Options& o = setup.options;
-  return {{"model", o.model},
+  const ActivationShapes& shapes = setup.engine.shapes;
+  return {{"model", setup.options.model},
           {"parameters", setup.engine.model.parameter_count()},
-          {"seq_len", o.seq_len},
-          {"micro_batch", o.micro_batch},
-          {"tokens_per_step", o.tokens_per_step},
-          {"recompute", o.recompute},
-          {"head_chunk", o.head_chunk},
-          {"gradient_blocks", o.gradient_blocks},
+          {"seq_len", shapes.sequence},
+          {"micro_batch", shapes.batch},
+          {"tokens_per_step", setup.options.tokens_per_step},
+          {"recompute", name_of(kRecomputeNames, shapes.recompute)},
+          {"head_chunk", shapes.head_chunk},
+          {"gradient_blocks", name_of(kGradientBlocksNames, setup.engine.gradients.blocks)},
           {"offload", offload_name(setup.engine.offload)},
-          {"layers_in_flight", o.layers_in_flight}};
+          {"layers_in_flight", setup.engine.offload.layers_in_flight}};
 }

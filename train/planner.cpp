@@ -110,12 +110,12 @@ SearchSpace search_space(const RunSetup& setup, bool given_too) {
   space.micro_batch = fresh && open("micro-batch");
   space.head_chunk = fresh && open("head-chunk");
   space.gradient_blocks = fresh && open("gradient-blocks");
-  if (asked.tokens_per_step > 0) {
-    space.sequences_per_step = asked.tokens_per_step / setup.options.seq_len;
+  if (!asked.is_open("tokens-per-step")) {
+    space.sequences_per_step = asked.tokens_per_step / setup.engine.shapes.sequence;
   } else {
     // A micro-batch that was given is never made larger: without --tokens-per-step it is the whole step.
     space.largest_micro_batch =
-        asked.was_given("micro-batch") ? setup.options.micro_batch : default_micro_batch(setup.request.device);
+        asked.was_given("micro-batch") ? setup.engine.shapes.batch : default_micro_batch(setup.request.device);
   }
   return space;
 }
@@ -146,9 +146,9 @@ bool gradient_blocks_possible(const EngineConfig& config) {
 
 std::string settings_flags(const EngineConfig& config) {
   return "--micro-batch " + std::to_string(config.shapes.batch) + " --recompute " +
-         recompute_name(config.shapes.recompute) + " --head-chunk " + std::to_string(config.shapes.head_chunk) +
-         " --gradient-blocks " + gradient_blocks_name(config.gradients.blocks) + " --offload " +
-         offload_name(config.offload);
+         name_of(kRecomputeNames, config.shapes.recompute) + " --head-chunk " +
+         std::to_string(config.shapes.head_chunk) + " --gradient-blocks " +
+         name_of(kGradientBlocksNames, config.gradients.blocks) + " --offload " + offload_name(config.offload);
 }
 
 std::vector<Candidate> candidates(const EngineConfig& start, const SearchSpace& space, const Rates& rates,

@@ -141,11 +141,12 @@ std::string resolve_evaluation_data(Options& options) {
   const nlohmann::json run = options_of_run(options.model);
   if (run.is_null())
     throw UsageError("eval needs --val-data: " + options.model + " does not say what it was trained on");
-  std::string val_data, format;
+  std::string val_data;
+  DataFormat format = options.data_format;
   try {
     val_data = run.value("val_data", "");
-    format = run.value("data_format", options.data_format);
-  } catch (const nlohmann::json::exception&) {
+    read(format, "data-format", run.value("data_format", name_of(kDataFormatNames, format)), kDataFormatNames);
+  } catch (const std::exception&) {
     throw std::runtime_error(options.model + "/trainer_state.json: damaged (val_data and data_format are texts)");
   }
   if (val_data.empty())
@@ -161,10 +162,9 @@ std::string resolve_evaluation_data(Options& options) {
 }
 
 int64_t data_vocabulary(const Options& options, const std::string& pattern, const std::string& flag) {
-  if (options.data_format == "nanogpt") return options.vocab_size;
+  if (options.data_format == DataFormat::kNanogpt) return options.vocab_size;
   Options probe = options;
-  probe.micro_batch = 1;
-  probe.seq_len = 1;
+  probe.engine.shapes.batch = probe.engine.shapes.sequence = 1;
   const int64_t declared = open_loader(probe, pattern, 0, flag == "--data").vocabulary();
   if (options.vocab_size == 0) return declared;
   if (options.vocab_size < declared) {
@@ -184,7 +184,7 @@ std::string vocabulary_warning(const RunSetup& setup, const std::string& pattern
              std::to_string(model) + ": is it of another tokenizer? " + pattern;
     }
   }
-  if (setup.options.data_format != "nanogpt" || setup.options.vocab_size > 0) return "";
+  if (setup.options.data_format != DataFormat::kNanogpt || setup.options.vocab_size > 0) return "";
   if (setup.source.kind != ModelSource::Kind::kPreset) return "";
   const fs::path pickle = fs::path(expand_globs(pattern).front()).parent_path() / "meta.pkl";
   if (!fs::exists(pickle)) return "";

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <map>
 #include <nlohmann/json.hpp>
 
 #include "data/token_loader.h"
@@ -18,150 +17,104 @@ namespace {
 constexpr int64_t kCpuMicroBatch = 4, kGpuMicroBatch = 16;
 constexpr int64_t kMostActivations = int64_t{1} << 50;  // elements of the residual stream, all layers
 
-DType dtype_of(const std::string& name) {
-  if (name == "bf16") return DType::kBF16;
-  if (name == "int8") return DType::kI8;
-  return DType::kF32;
-}
-
-template <typename T>
-T choice(const std::map<std::string, T>& names, const std::string& name) {
-  return names.at(name);
-}
-
 int64_t percent(int64_t steps, int64_t share) { return std::max<int64_t>(1, steps * share / 100); }
 
 // A micro-batch that divides the step, where the planner is going to choose another one.
 int64_t starting_micro_batch(const Options& o, int64_t largest) {
-  const int64_t sequences = o.tokens_per_step / o.seq_len;
+  const int64_t sequences = o.tokens_per_step / o.engine.shapes.sequence;
   if (sequences == 0) return largest;
   while (sequences % largest != 0) --largest;
   return largest;
 }
 
 void choose_micro_batch(Options& o, bool cpu, Undecided undecided) {
-  if (o.micro_batch == 0) o.micro_batch = cpu ? kCpuMicroBatch : kGpuMicroBatch;
-  const bool open = undecided == Undecided::kPlannersSettings && o.tokens_per_step > 0;
-  if (open && !o.was_given("micro-batch")) o.micro_batch = starting_micro_batch(o, o.micro_batch);
-  const int64_t micro_tokens = o.micro_batch * o.seq_len;
+  ActivationShapes& shapes = o.engine.shapes;
+  const bool divide = undecided == Undecided::kPlannersSettings && !o.is_open("tokens-per-step");
+  const bool given = o.was_given("micro-batch");
+  o.choose("micro-batch", shapes.batch, cpu ? kCpuMicroBatch : kGpuMicroBatch);
+  if (divide && !given) shapes.batch = starting_micro_batch(o, shapes.batch);
+  const int64_t micro_tokens = shapes.batch * shapes.sequence;
   if (micro_tokens > INT32_MAX) {
     throw UsageError("--micro-batch x --seq-len is " + std::to_string(micro_tokens) + " tokens, more than fit a pass");
   }
-  if (o.tokens_per_step == 0) o.tokens_per_step = micro_tokens;
+  o.choose("tokens-per-step", o.tokens_per_step, micro_tokens);
   if (o.tokens_per_step % micro_tokens != 0) {
     throw UsageError("--tokens-per-step " + std::to_string(o.tokens_per_step) +
                      " is not a multiple of micro-batch x seq-len = " + std::to_string(micro_tokens));
   }
-  if (o.head_chunk == 0) o.head_chunk = std::min<int64_t>(micro_tokens, 512);
-  o.head_chunk = std::min(o.head_chunk, micro_tokens);
+  o.choose("head-chunk", shapes.head_chunk, 512);
+  shapes.head_chunk = std::min(shapes.head_chunk, micro_tokens);
 }
 
 void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch, bool training, Undecided undecided) {
-  const bool adaptive = o.optimizer == "flora" || o.optimizer == "adafactor";
-  if (o.dtype.empty()) o.dtype = cpu ? "fp32" : "bf16";
-  for (std::string* dtype : {&o.weight_dtype, &o.activation_dtype, &o.gradient_dtype, &o.state_dtype}) {
-    if (dtype->empty()) *dtype = o.dtype;
-  }
-  if (o.seq_len == 0) {
-    const int64_t most = training ? config.positions : config.usable_positions();
-    o.seq_len = cpu && training ? std::min<int64_t>(256, most) : most;
-  }
-  if (o.seq_len > config.positions) {
+  ActivationShapes& shapes = o.engine.shapes;
+  OptimizerConfig& optimizer = o.engine.optimizer;
+  GradientConfig& gradients = o.engine.gradients;
+  const bool flora = optimizer.kind == OptimizerKind::kFlora, sgd = optimizer.kind == OptimizerKind::kSgd;
+  const bool adaptive = flora || optimizer.kind == OptimizerKind::kAdafactor;
+  o.choose("dtype", o.dtype, cpu ? DType::kF32 : DType::kBF16);
+  o.choose("weight-dtype", o.engine.weight_dtype, o.dtype);
+  o.choose("activation-dtype", shapes.dtype, o.dtype);
+  o.choose("gradient-dtype", gradients.gradient_dtype, o.dtype);
+  o.choose("state-dtype", optimizer.state_dtype, o.dtype);
+  const int64_t longest = training ? config.positions : config.usable_positions();
+  o.choose("seq-len", shapes.sequence, cpu && training ? std::min<int64_t>(256, longest) : longest);
+  if (shapes.sequence > config.positions) {
     if (!from_scratch) {
-      throw UsageError("--seq-len " + std::to_string(o.seq_len) + " is longer than the model's " +
+      throw UsageError("--seq-len " + std::to_string(shapes.sequence) + " is longer than the model's " +
                        std::to_string(config.positions) + " positions");
     }
-    config.positions = o.seq_len;
+    config.positions = shapes.sequence;
   }
   choose_micro_batch(o, cpu, undecided);
-  if (o.lr == 0) o.lr = adaptive ? 5e-4 : o.optimizer == "adamw" ? 6e-4 : 0.1;
-  if (o.weight_decay < 0) o.weight_decay = o.optimizer == "sgd" ? 0.0 : 0.1;
-  if (o.beta1 < 0) o.beta1 = o.optimizer == "sgd" ? 0.0 : 0.9;
-  if (o.warmup_steps < 0) o.warmup_steps = percent(o.steps, 5);
-  if (o.cooldown_steps < 0) o.cooldown_steps = percent(o.steps, 20);
-  if (o.gradients.empty()) o.gradients = o.optimizer == "flora" ? "fused" : "dense";
-  if (o.gradients == "compressed" && o.accumulation_rank == 0) o.accumulation_rank = o.rank;
-  if (o.clip_norm < 0) o.clip_norm = !adaptive && o.gradients == "dense" ? 1.0 : 0.0;
+  o.choose("lr", o.schedule.peak, adaptive ? 5e-4f : sgd ? 0.1f : 6e-4f);
+  o.choose("weight-decay", optimizer.weight_decay, sgd ? 0.0f : 0.1f);
+  o.choose("beta1", optimizer.beta1, sgd ? 0.0f : 0.9f);
+  o.choose("warmup-steps", o.schedule.warmup_steps, percent(o.steps, 5));
+  o.choose("cooldown-steps", o.schedule.cooldown_steps, percent(o.steps, 20));
+  o.choose("gradients", gradients.kind, flora ? GradientMode::kFused : GradientMode::kDense);
+  if (gradients.kind == GradientMode::kCompressed) {
+    o.choose("accumulation-rank", gradients.accumulation_rank, optimizer.rank);
+  }
+  o.choose("clip-norm", gradients.clip_norm, !adaptive && gradients.kind == GradientMode::kDense ? 1.0f : 0.0f);
 }
 
-EngineConfig engine_config(const Options& o, const Gpt2Config& model, bool training) {
-  EngineConfig engine;
+// The engine's configuration: what is said in the options once and used by several parts reaches them all. Chooses how
+// the momentum is transferred, which depends on all of it.
+EngineConfig engine_config(Options& o, const Gpt2Config& model, bool training) {
+  EngineConfig engine = o.engine;
   engine.model = model;
-  engine.shapes = {o.micro_batch, o.seq_len, o.head_chunk, dtype_of(o.activation_dtype), recompute_of(o.recompute),
-                   training};
-  engine.weight_dtype = dtype_of(o.weight_dtype);
-  engine.master_weights = o.master_weights == "fp32";
-
-  const auto projection = choice<ProjectionKind>({{"gaussian", ProjectionKind::kGaussian},
-                                                  {"rademacher", ProjectionKind::kRademacher},
-                                                  {"orthonormal", ProjectionKind::kOrthonormal}},
-                                                 o.projection);
-  OptimizerConfig& opt = engine.optimizer;
-  opt.kind = choice<OptimizerKind>({{"flora", OptimizerKind::kFlora},
-                                    {"adamw", OptimizerKind::kAdamW},
-                                    {"adafactor", OptimizerKind::kAdafactor},
-                                    {"sgd", OptimizerKind::kSgd}},
-                                   o.optimizer);
-  opt.seed = static_cast<uint64_t>(o.seed);
-  opt.beta1 = static_cast<float>(o.beta1);
-  opt.weight_decay = static_cast<float>(o.weight_decay);
-  opt.state_dtype = dtype_of(o.state_dtype);
-  opt.beta2 = static_cast<float>(o.beta2);
-  opt.eps = static_cast<float>(o.eps);
-  opt.rank = opt.kind == OptimizerKind::kFlora ? o.rank : 0;
-  opt.kappa = static_cast<uint32_t>(o.kappa);
-  opt.decay_rate = static_cast<float>(o.decay_rate);
-  opt.eps1 = static_cast<float>(o.eps1);
-  opt.eps2 = static_cast<float>(o.eps2);
-  opt.clip = static_cast<float>(o.update_clip);
-  opt.factored = !o.no_factored;
-  opt.scale_parameter = o.scale_parameter;
-  opt.relative_step = o.relative_step;
-  opt.warmup_init = o.warmup_init;
-  opt.compress_embeddings = o.compress_embeddings;
-  opt.projection = projection;
-  opt.transfer = o.transfer.empty() ? bounded_transfer(opt, gpt2_parameters(model)) : transfer_of(o.transfer);
+  engine.shapes.training = training;
+  OptimizerConfig& optimizer = engine.optimizer;
+  optimizer.seed = static_cast<uint64_t>(o.seed);
+  if (optimizer.kind != OptimizerKind::kFlora) optimizer.rank = 0;
+  if (o.is_open("transfer")) {
+    optimizer.transfer = TransferKind::kReencode;
+    o.set("transfer", o.engine.optimizer.transfer, bounded_transfer(optimizer, gpt2_parameters(model)));
+    optimizer.transfer = o.engine.optimizer.transfer;
+  }
   GradientConfig& gradients = engine.gradients;
-  gradients.kind = choice<GradientMode>(
-      {{"dense", GradientMode::kDense}, {"fused", GradientMode::kFused}, {"compressed", GradientMode::kCompressed}},
-      o.gradients);
-  gradients.micro_batches = static_cast<int>(o.tokens_per_step / (o.micro_batch * o.seq_len));
-  gradients.gradient_dtype = dtype_of(o.gradient_dtype);
-  gradients.accumulation_dtype = dtype_of(o.accumulation_dtype);
-  gradients.accumulation_rank = o.accumulation_rank;
-  gradients.projection = projection;
-  gradients.compress_embeddings = o.compress_embeddings;
-  gradients.clip_norm = static_cast<float>(o.clip_norm);
-  gradients.seed = opt.seed;
-  gradients.blocks = gradient_blocks_of(o.gradient_blocks);
-  engine.offload = offload_of(o.offload, o.layers_in_flight);
-  engine.graphs = !o.no_cuda_graph;
+  gradients.micro_batches = static_cast<int>(o.tokens_per_step / (engine.shapes.batch * engine.shapes.sequence));
+  gradients.projection = optimizer.projection;
+  gradients.compress_embeddings = optimizer.compress_embeddings;
+  gradients.seed = optimizer.seed;
   return engine;
 }
 
-void check_gradient_blocks(const Options& o, const GradientConfig& gradients, Undecided undecided) {
+void check_gradient_blocks(const Options& o, const EngineConfig& engine, Undecided undecided) {
+  const GradientConfig& gradients = engine.gradients;
   if (gradients.blocks == GradientBlocks::kWhole) return;
-  const std::string flag = "--gradient-blocks " + o.gradient_blocks;
-  if (gradients.kind != GradientMode::kFused) throw UsageError(flag + " contradicts --gradients " + o.gradients);
-  if (o.no_factored) throw UsageError(flag + " contradicts --no-factored: a full second moment sees a gradient once");
+  const std::string flag = "--gradient-blocks " + name_of(kGradientBlocksNames, gradients.blocks);
+  if (gradients.kind != GradientMode::kFused) {
+    throw UsageError(flag + " contradicts --gradients " + name_of(kGradientModeNames, gradients.kind));
+  }
+  if (!engine.optimizer.factored)
+    throw UsageError(flag + " contradicts --no-factored: a full second moment sees a gradient once");
   if (gradients.micro_batches > 1 && undecided == Undecided::kNothing) {
     throw UsageError(flag + " needs all of --tokens-per-step " + std::to_string(o.tokens_per_step) +
-                     " in one micro-batch, which has " + std::to_string(o.micro_batch * o.seq_len) + " tokens");
+                     " in one micro-batch, which has " + std::to_string(engine.shapes.batch * engine.shapes.sequence) +
+                     " tokens");
   }
-}
-
-ScheduleConfig schedule_config(const Options& o) {
-  ScheduleConfig schedule;
-  schedule.kind = choice<ScheduleKind>({{"cosine", ScheduleKind::kCosine},
-                                        {"linear", ScheduleKind::kLinear},
-                                        {"constant", ScheduleKind::kConstant},
-                                        {"wsd", ScheduleKind::kWsd}},
-                                       o.schedule);
-  schedule.peak = static_cast<float>(o.lr);
-  schedule.warmup_steps = static_cast<uint32_t>(o.warmup_steps);
-  schedule.final_fraction = static_cast<float>(o.final_lr);
-  schedule.cooldown_steps = static_cast<uint32_t>(o.cooldown_steps);
-  return schedule;
 }
 
 // What JSON can hold.
@@ -206,13 +159,14 @@ std::string absolute_file(const std::string& path) {
 
 std::unique_ptr<Backend> make_backend(Options& options, std::string& why) {
   why = "as asked for";
-  if (options.device != "cpu") {
+  if (options.device != DeviceKind::kCpu) {
     const std::string problem = cuda_unavailable();
     if (problem.empty()) {
-      if (options.device == "auto") why = "auto: a GPU is there";
-      return make_cuda_backend({.tf32 = options.tf32, .autotune = !options.no_autotune});
+      if (options.device == DeviceKind::kAuto) why = "auto: a GPU is there";
+      return make_cuda_backend({.tf32 = options.tf32, .autotune = options.autotune});
     }
-    if (options.device == "cuda") throw UsageError("--device cuda: " + problem + "; --device cpu works everywhere");
+    if (options.device == DeviceKind::kCuda)
+      throw UsageError("--device cuda: " + problem + "; --device cpu works everywhere");
     why = "auto: " + problem;
   }
   if (options.threads == 0) options.threads = usable_cores();
@@ -221,7 +175,7 @@ std::unique_ptr<Backend> make_backend(Options& options, std::string& why) {
 
 std::unique_ptr<Backend> make_backend_for_plan(Options& options, std::string& note) {
   note.clear();
-  const std::string problem = options.device == "cuda" ? cuda_unavailable() : "";
+  const std::string problem = options.device == DeviceKind::kCuda ? cuda_unavailable() : "";
   if (!problem.empty()) {
     note = "no GPU is used (" + problem + "): the plan is for a GPU that is not here";
     return make_planning_backend();
@@ -253,22 +207,21 @@ RunSetup resolve(const RunRequest& request, Undecided undecided) {
   }
   if (config.trained_positions == 0) config.trained_positions = trained_by_older_version(setup.source);
   choose_defaults(options, cpu, config, preset_model, request.training, undecided);
+  const ActivationShapes& shapes = options.engine.shapes;
   // Sizes of activations are sums of multiples of this.
-  const int64_t activations = options.micro_batch * options.seq_len * config.channels;  // at most 2^48
+  const int64_t activations = shapes.batch * shapes.sequence * config.channels;  // at most 2^48
   if (activations > kMostActivations / config.layers) {
-    throw UsageError("--micro-batch " + std::to_string(options.micro_batch) + " x --seq-len " +
-                     std::to_string(options.seq_len) + " of a model of " + std::to_string(config.layers) +
+    throw UsageError("--micro-batch " + std::to_string(shapes.batch) + " x --seq-len " +
+                     std::to_string(shapes.sequence) + " of a model of " + std::to_string(config.layers) +
                      " layers of " + std::to_string(config.channels) + " channels is more than any machine holds");
   }
   if (request.training) {
     const int64_t before = setup.source.has_weights ? config.usable_positions() : 0;
-    config.trained_positions = std::max(before, options.seq_len);
+    config.trained_positions = std::max(before, shapes.sequence);
   }
   check_options(options);  // what was chosen may contradict what was given
   setup.engine = engine_config(options, config, request.training);
-  options.transfer = transfer_name(setup.engine.optimizer.transfer);
-  check_gradient_blocks(options, setup.engine.gradients, undecided);
-  setup.schedule = schedule_config(options);
+  check_gradient_blocks(options, setup.engine, undecided);
   setup.options = options;
   return setup;
 }

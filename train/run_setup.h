@@ -7,11 +7,9 @@
 #include <string>
 
 #include "data/tokenizer.h"
-#include "flora/schedule.h"
 #include "kernels/backend.h"
 #include "train/engine.h"
 #include "train/options.h"
-#include "train/setting_names.h"
 #include "train/weights_io.h"
 
 // The device the options ask for; chooses options.threads. Throws UsageError when it cannot be had; `why` says in words
@@ -34,7 +32,6 @@ struct RunSetup {
   Options options;     // resolved: nothing is left to be chosen
   ModelSource source;  // where weights come from
   EngineConfig engine;
-  ScheduleConfig schedule;
   RunRequest request;  // what it was resolved from
 
   // Of find_tokenizer().

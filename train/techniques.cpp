@@ -55,15 +55,15 @@ std::vector<Technique> plan_techniques(const RunSetup& setup, Backend& backend) 
   std::vector<Technique> rows;
   std::string flags;
   for (const Rung& rung : kLadder) {
-    std::string adds = with_rank(rung.flags, setup.options.rank);
+    std::string adds = with_rank(rung.flags, setup.options.engine.optimizer.rank);
     if (adds.find("--offload") != std::string::npos && layers_in_flight != Offload{}.layers_in_flight)
       adds += " --layers-in-flight " + std::to_string(layers_in_flight);
     flags += (flags.empty() ? "" : " ") + adds;
     RunRequest request = setup.request;
     request.options = parsed(flags + same, setup.options.model);
     const MemoryPlan plan = Engine(resolve(request).engine, backend).plan();
-    rows.push_back({with_rank(rung.name, setup.options.rank), adds, flags, plan.device_bytes(), plan.host_bytes(),
-                    plan.bytes_by_category()});
+    rows.push_back({with_rank(rung.name, setup.options.engine.optimizer.rank), adds, flags, plan.device_bytes(),
+                    plan.host_bytes(), plan.bytes_by_category()});
   }
   return rows;
 }

@@ -46,13 +46,13 @@ TokenLoaderOptions loader_options(const Options& options, const std::string& pat
   TokenLoaderOptions loader;
   loader.pattern = pattern;
   loader.flag = shuffle ? "--data" : "--val-data";
-  loader.micro_batch = options.micro_batch;
-  loader.sequence_length = options.seq_len;
+  loader.micro_batch = options.engine.shapes.batch;
+  loader.sequence_length = options.engine.shapes.sequence;
   loader.vocabulary = vocabulary;
   loader.seed = static_cast<uint64_t>(options.seed);
   loader.shuffle = shuffle;
   loader.prefetch = shuffle;
-  loader.format = options.data_format == "nanogpt" ? DataFormat::kNanogpt : DataFormat::kLlmc;
+  loader.format = options.data_format;
   return loader;
 }
 
@@ -156,14 +156,15 @@ void Trainer::open_validation() {
   }
   // A token that the model does not have is found now, not at the first evaluation.
   const int64_t all = validation_->sequences_per_epoch(), used = validation_sequences();
-  for (int64_t left = used > 0 ? std::min(used, all) : all; left > 0; left -= o.micro_batch) validation_->next();
+  for (int64_t left = used > 0 ? std::min(used, all) : all; left > 0; left -= o.engine.shapes.batch)
+    validation_->next();
   validation_->rewind();
 }
 
 int64_t Trainer::validation_sequences() const {
   const Options& o = setup_.options;
   return o.eval_batches < 0 ? kDefaultEvalBatches * default_micro_batch(backend_.name())
-                            : o.eval_batches * o.micro_batch;
+                            : o.eval_batches * o.engine.shapes.batch;
 }
 
 nlohmann::ordered_json Trainer::metrics_header() const {
@@ -176,7 +177,7 @@ nlohmann::ordered_json Trainer::metrics_header() const {
 
 std::string Trainer::data_summary() const {
   const Options& o = setup_.options;
-  const int64_t before = loader_.position().sequence * o.seq_len,
+  const int64_t before = loader_.position().sequence * o.engine.shapes.sequence,
                 ahead = (o.steps - first_step_ + 1) * o.tokens_per_step;
   const double read = static_cast<double>(before + ahead) / static_cast<double>(loader_.tokens_per_epoch());
   char text[128];
@@ -191,7 +192,8 @@ StepResult Trainer::train_step(uint32_t t) {
   const bool two_passes = engine_.gradients().needs_norm_pass();
   const DataPosition start = loader_.position();
   int passes = 0;
-  return engine_.step(t, learning_rate(setup_.schedule, t, static_cast<uint32_t>(setup_.options.steps)), [&](int i) {
+  const float lr = learning_rate(setup_.options.schedule, t, static_cast<uint32_t>(setup_.options.steps));
+  return engine_.step(t, lr, [&](int i) {
     try {
       if (two_passes && i == 0 && passes++ == 1) loader_.seek(start);  // the same micro-batches once more
       return host_batch(loader_.next(), shapes.batch, shapes.sequence, true);
@@ -212,7 +214,8 @@ bool Trainer::finite_or_skipped(uint32_t t, const StepResult& result) {
   const std::string what = !finite_loss ? "loss" : !finite_norm ? "gradient norm" : "factor of a projection";
   // Under fused updates weights were already updated when a gradient turned out not to be finite.
   const bool undone =
-      !finite_loss || (!finite_norm && (o.gradients != "fused" || engine_.gradients().needs_norm_pass()));
+      !finite_loss ||
+      (!finite_norm && (o.engine.gradients.kind != GradientMode::kFused || engine_.gradients().needs_norm_pass()));
   std::string why = "step " + std::to_string(t) + ": the " + what + " is not finite";
   if (o.skip_nonfinite && undone) {
     ++skipped_;
@@ -231,13 +234,14 @@ StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double second
   const Options& o = setup_.options;
   StepMetrics m;
   m.step = t;
-  m.tokens = loader_.position().sequence * o.seq_len;  // the tokens of a step may have been others before a resume
+  // The tokens of a step may have been others before a resume.
+  m.tokens = loader_.position().sequence * o.engine.shapes.sequence;
   m.loss = result.loss;
   m.grad_norm = result.grad_norm;
   m.lr = result.lr;
   m.step_ms = 1e3 * seconds;
   m.tokens_per_second = static_cast<double>(o.tokens_per_step) / seconds;
-  m.mfu = m.tokens_per_second * setup_.engine.model.flops_per_token(o.seq_len) / peak_flops_;
+  m.mfu = m.tokens_per_second * setup_.engine.model.flops_per_token(o.engine.shapes.sequence) / peak_flops_;
   m.device_bytes = backend_.allocated_bytes();
   m.skipped = skipped_;
   const double share = mean_step_seconds_ == 0 ? 1.0 : 0.05;
