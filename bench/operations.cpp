@@ -4,7 +4,6 @@
 // [--benchmark_filter=REGEX]
 #include <benchmark/benchmark.h>
 
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>

@@ -6,7 +6,6 @@
 // exactly").
 #pragma once
 
-#include <memory>
 #include <string>
 #include <vector>
 

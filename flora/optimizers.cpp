@@ -8,7 +8,7 @@
 #include "flora/flora.h"
 
 int64_t gradient_block_rows(const Parameter& p, GradientBlocks blocks) {
-  constexpr int64_t kTileRows = 8;  // of the tensor cores
+  constexpr int64_t kTileRows = 8;  // whole octets where rows become columns of a product
   const bool wanted =
       p.long_lived ? blocks != GradientBlocks::kWhole : blocks == GradientBlocks::kAll && p.matrix && !p.embedding;
   if (!wanted) return 0;

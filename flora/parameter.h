@@ -23,8 +23,8 @@ struct Parameter {
   bool decay = false;       // weight decay applies
   bool embedding = false;   // a table indexed by ids (token or position embedding)
   bool quantized = false;   // stored as 8-bit codes
-  bool long_lived =
-      false;  // its gradient is summed from pieces while others come and go (embedding, head): fp32, own buffer
+  // Its gradient is summed from pieces while others come and go (embedding, head): fp32, a buffer of its own.
+  bool long_lived = false;
 
   int64_t elements() const { return rows * cols; }
   int64_t padded_elements() const { return padded_rows * cols; }

@@ -96,8 +96,8 @@ class Backend {
   virtual size_t host_memory_available() const = 0;  // bytes that allocate_host() can still give
   // What a user should know about memory that allocate_host() gave out, as one line; empty when all is well.
   virtual std::string host_memory_note() const { return ""; }
-  virtual double
-  measure_peak_flops() = 0;  // FLOP/s of a large fp32 (CPU) or bf16 (CUDA) matmul on random data, measured now
+  // FLOP/s of a large fp32 (CPU) or bf16 (CUDA) matmul on random data, measured now.
+  virtual double measure_peak_flops() = 0;
 
   // Device memory. allocate() throws std::runtime_error naming the bytes when the device has no more.
   virtual void* allocate(size_t bytes) = 0;
@@ -115,8 +115,8 @@ class Backend {
   // Asynchronous copies in any direction between host and device memory; fill sets every byte. Host memory that is not
   // allocate_host()'s has been read when copy() returns.
   virtual void copy(void* destination, const void* source, size_t bytes, Stream stream = Stream::kCompute) = 0;
-  virtual void fill(void* destination, int byte, size_t bytes, Stream stream = Stream::kCompute) = 0;
-  virtual void synchronize(Stream stream = Stream::kCompute) = 0;  // the host waits
+  virtual void fill(void* destination, int byte, size_t bytes) = 0;
+  virtual void synchronize() = 0;  // the host waits for the compute stream
   // Events order the streams: `stream` goes on only after what `event` recorded is done. Event ids are small integers.
   virtual int create_event() = 0;
   virtual void record(int event, Stream stream) = 0;
@@ -165,8 +165,7 @@ class Backend {
 
   // ---- the model
 
-  // out[b,t,:] =
-  // wte[tokens[b,t],:] + wpe[t,:].   out [B,T,C], tokens [B,T] int32, wte [>=V,C], wpe [>=T,C]
+  // out[b,t,:] = wte[tokens[b,t],:] + wpe[t,:]. out [B,T,C], tokens [B,T] int32, wte [>=V,C], wpe [>=T,C]
   virtual void embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor wpe) = 0;
   // dwte[id - first_row,:] (+)= sum of dout over the positions of id; dwpe[t,:] (+)= sum over b of dout[b,t,:]. Without
   // `accumulate` the rows that get no gradient are set to 0. dwte is rows first_row .. first_row + dwte.rows() - 1 of
@@ -212,8 +211,7 @@ class Backend {
 
   // ---- optimizers
 
-  // Everything
-  // below that changes weights or state does nothing when scalars->gate is 0. Formulas: docs/design.md.
+  // Everything below that changes weights or state does nothing when scalars->gate is 0. Formulas: docs/design.md.
 
   // projection [r, d] (fp32 or bf16): Gaussian N(0,1)/sqrt(r), Rademacher +-1/sqrt(r), or (orthonormal) plain N(0,1) to
   // be followed by orthonormalize_rows(); numbers of (key, *index), element k*d + j.
@@ -285,8 +283,8 @@ struct CpuOptions {
 std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options = {});
 
 // Stands for a CUDA device that is not here, to plan a run on it: name() and workspace_bytes() are the CUDA backend's,
-// memory_available() is 0 (unknown), runtime_bytes() an assumption (512 MiB for a context, 384 MiB for kernels and
-// graphs). Throws std::runtime_error when asked to allocate or to measure.
+// memory_available() is 0 (unknown), runtime_bytes() an assumption (cuda_workspace.h). Throws std::runtime_error when
+// asked to allocate or to measure.
 std::unique_ptr<Backend> make_planning_backend();
 
 struct CudaOptions {

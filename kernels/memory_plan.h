@@ -9,7 +9,6 @@
 #include <initializer_list>
 #include <string>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "kernels/tensor.h"

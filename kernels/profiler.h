@@ -42,7 +42,6 @@ class Profiler {
   };
 
   const std::map<std::string, Entry>& entries() const { return entries_; }
-  void clear() { entries_.clear(); }
 
  private:
   std::map<std::string, Entry> entries_;

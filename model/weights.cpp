@@ -1,5 +1,5 @@
-// weights.cpp: see weights.h. An 8-bit matrix is decoded each time it is used: three times per micro-batch
-// with block recomputation, a pass of 3 bytes per element each.
+// weights.cpp: see weights.h. An 8-bit matrix is decoded each time it is used: three times per micro-batch with
+// block recomputation, a pass of 3 bytes per element each.
 #include "model/weights.h"
 
 #include <algorithm>

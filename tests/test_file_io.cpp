@@ -1,5 +1,4 @@
-// test_file_io.cpp: a safetensors file that is cut after it was opened ends the program with a line that names
-// it.
+// test_file_io.cpp: a safetensors file that is cut after it was opened ends the program with a line that names it.
 #include "train/file_io.h"
 
 #include <gtest/gtest.h>

@@ -1,12 +1,10 @@
 // checkpoint.cpp: see checkpoint.h.
 #include "train/checkpoint.h"
 
-#include <cstdio>
 #include <filesystem>
 #include <functional>
 #include <vector>
 
-#include "data/json_text.h"
 #include "train/file_io.h"
 #include "train/run_folder.h"
 #include "train/safetensors.h"

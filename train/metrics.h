@@ -56,5 +56,5 @@ class Progress {
 std::string format_duration(double seconds);
 std::string format_bytes(size_t bytes);  // "1.50 GiB"
 
-// Time, rate and share of every operation since the profiler was cleared, most expensive first.
+// Time, rate and share of every operation that the profiler timed, most expensive first.
 std::string profile_table(const Profiler& profiler, double total_seconds);

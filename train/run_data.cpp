@@ -10,7 +10,6 @@
 
 #include "data/system_text.h"
 #include "data/token_loader.h"
-#include "train/file_io.h"
 #include "train/trainer.h"
 #include "train/trainer_state.h"
 

@@ -22,8 +22,7 @@ std::string resolve_evaluation_data(Options& options);
 std::vector<std::string> validation_patterns(const std::string& training_pattern);
 
 // The vocabulary of the shards: what they declare, or a larger one that --vocab-size gives; of headerless shards that
-// of
-// --vocab-size, or 0. Throws UsageError.
+// of --vocab-size, or 0. Throws UsageError.
 int64_t data_vocabulary(const Options& options, const std::string& pattern, const std::string& flag);
 
 // One line when the vocabularies of data and model make it likely that they do not belong together, or when a

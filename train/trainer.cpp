@@ -8,7 +8,6 @@
 #include <fstream>
 #include <stdexcept>
 
-#include "flora/flora.h"
 #include "train/file_io.h"
 #include "train/interrupt.h"
 #include "train/memory_advice.h"

@@ -222,13 +222,13 @@ void CpuBackend::copy(void* destination, const void* source, size_t bytes, Strea
   });
 }
 
-void CpuBackend::fill(void* destination, int byte, size_t bytes, Stream) {
+void CpuBackend::fill(void* destination, int byte, size_t bytes) {
   parallel_blocks(threads_, static_cast<int64_t>(bytes), int64_t{1} << 20, [&](int64_t begin, int64_t end) {
     std::memset(static_cast<char*>(destination) + begin, byte, end - begin);
   });
 }
 
-void CpuBackend::synchronize(Stream) {}
+void CpuBackend::synchronize() {}
 int CpuBackend::create_event() { return 0; }
 void CpuBackend::record(int, Stream) {}
 void CpuBackend::wait(int, Stream) {}

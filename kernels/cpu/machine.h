@@ -6,11 +6,11 @@
 
 inline constexpr int kMostThreads = 1024;  // above any machine's cores; each has a stack and buffers of its own
 
-// Of these two, `root` is the directory that has /proc and /sys/fs/cgroup below it.
-int usable_cores(
-    const std::string& root = "");  // OMP_NUM_THREADS, else affinity mask, and the control groups' CPU quotas if less
-size_t available_memory(
-    const std::string& root = "");  // bytes: MemAvailable, and what the control groups leave if less
+// OMP_NUM_THREADS, else the affinity mask, and the control groups' CPU quotas if less. `root` has /proc and
+// /sys/fs/cgroup below it.
+int usable_cores(const std::string& root = "");
+// Bytes: MemAvailable, and what the control groups leave if less.
+size_t available_memory(const std::string& root = "");
 
 // Bytes that this process may still map under its limits on address space and data (ulimit -v and -d); SIZE_MAX
 // without one. Such a limit counts what is mapped, not what is used.

@@ -58,7 +58,7 @@ __global__ void attention_delta_kernel(float* delta, AnyView dout, AnyView out, 
 
 // What 32-bit positions inside the kernels, and the tiles of the plain ones, allow.
 void check_limits(const AttentionShape& s) {
-  require(s.head_dim <= kMostHeadChannels, "attention: heads of at most 256");
+  require(s.head_dim <= kMostHeadChannels, "attention: heads are too wide");
   require(s.batch * s.sequence < (1 << 30) && s.channels < (1 << 29), "attention: too many tokens or channels");
 }
 

@@ -12,9 +12,9 @@
 // that is, in cycles of one of the SM's four quarters: tensor core 512 at its full rate (of which mma.sync reaches
 // part), exponentials 512 (16 per SM and cycle), issue 520, and shared memory 512, four warps taking turns. With 16
 // rows shared memory would take 1024 and be the limit. No unit has work for more than 520 cycles, and 220 TFLOP/s
-// (causality counted as half, a diagonal of 128 x 64 tiles costing 12% at T = 1024; 132 SMs at
-// 1.755 GHz) are 1,960 cycles a piece: what
-// matters is that different warps use different units at a time, two per quarter at 233 to 246 registers.
+// (causality counted as half, a diagonal of 128 x 64 tiles costing 12% at T = 1024; 132 SMs at 1.755 GHz) are 1,960
+// cycles a piece: what matters is that different warps use different units at a time, two per quarter at 233 to 246
+// registers.
 //
 // The running maximum is only followed when a score exceeds it by 2^8: any shift gives the same result as long as
 // nothing overflows (2^8 T does not), P has the same relative precision in bf16 whatever its size, and correcting the

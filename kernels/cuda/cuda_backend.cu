@@ -233,18 +233,18 @@ void CudaBackend::copy(void* destination, const void* source, size_t bytes, Stre
     check_cuda(cudaStreamSynchronize(stream_of(stream)), "copying");
 }
 
-void CudaBackend::fill(void* destination, int byte, size_t bytes, Stream stream) {
+void CudaBackend::fill(void* destination, int byte, size_t bytes) {
   if (bytes == 0) return;
   if (in_pageable_block(destination)) {
-    check_cuda(cudaStreamSynchronize(stream_of(stream)), "filling memory");
+    check_cuda(cudaStreamSynchronize(stream_), "filling memory");
     std::memset(destination, byte, bytes);
     return;
   }
-  check_cuda(cudaMemsetAsync(destination, byte, bytes, stream_of(stream)), "filling memory");
+  check_cuda(cudaMemsetAsync(destination, byte, bytes, stream_), "filling memory");
 }
 
-void CudaBackend::synchronize(Stream stream) {
-  const cudaError_t status = cudaStreamSynchronize(stream_of(stream));
+void CudaBackend::synchronize() {
+  const cudaError_t status = cudaStreamSynchronize(stream_);
   if (status == cudaSuccess) return;
   const std::string where = failed_operation_.empty()
                                 ? "noticed while waiting for the device; with the environment variable "
@@ -301,7 +301,7 @@ CudaBackend::Timed::Timed(CudaBackend& backend, const char* operation, double fl
     : backend_(backend), operation_(operation), idle_(backend), scope_(backend.profiler, operation, flops, bytes) {}
 
 CudaBackend::Timed::Idle::Idle(CudaBackend& backend) {
-  if (backend.profiler) backend.synchronize(Stream::kCompute);
+  if (backend.profiler) backend.synchronize();
 }
 
 // A destructor must not throw: the operation's name is kept for the next synchronize(), which does.

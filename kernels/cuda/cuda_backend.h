@@ -37,8 +37,8 @@ class CudaBackend final : public Backend {
   size_t workspace_bytes(const KernelShapes& shapes) const override;
   void set_workspace(void* memory, size_t bytes) override;
   void copy(void* destination, const void* source, size_t bytes, Stream stream) override;
-  void fill(void* destination, int byte, size_t bytes, Stream stream) override;
-  void synchronize(Stream stream) override;
+  void fill(void* destination, int byte, size_t bytes) override;
+  void synchronize() override;
   int create_event() override;
   void record(int event, Stream stream) override;
   void wait(int event, Stream stream) override;

@@ -24,6 +24,7 @@ constexpr int64_t kSmallestChunk = 16;
 
 static_assert(kMostNormChannels == kForwardWarps * kWarp * kMostOctets * kOctet);
 static_assert(kMostNormChannels == 2 * kMostThreads * kOctet);
+static_assert(kChannelMultiple == kOctet);
 
 // ---- forward
 

@@ -50,13 +50,6 @@ __device__ inline void store128(T* address, const Pack<T>& pack) {
   *reinterpret_cast<uint4*>(address) = words;
 }
 
-template <typename T>
-__device__ inline void store128_streaming(T* address, const Pack<T>& pack) {
-  uint4 words;
-  memcpy(&words, &pack, sizeof words);
-  __stcs(reinterpret_cast<uint4*>(address), words);
-}
-
 // ---- arithmetic
 
 // Two floats rounded to nearest even, `low` in the lower half of the word.

@@ -1,6 +1,6 @@
 // stream.h: the work that the host has given to the device and that has not run yet. Nothing runs when it is enqueued:
 // a stream is a queue, and its head runs when a host synchronisation needs it, or earlier or later as the seed decides
-// and events allow. For the CUDA runtime of the shim, and for libraries that enqueue work of their own (cublasLt.cpp).
+// and events allow. For the CUDA runtime of the shim, and for libraries that enqueue work of their own (cublaslt.cpp).
 #pragma once
 
 #include <cuda_runtime.h>

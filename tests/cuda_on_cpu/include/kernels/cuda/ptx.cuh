@@ -54,11 +54,6 @@ inline void store128(T* address, const Pack<T>& pack, CUDA_ON_CPU_SITE) {
   memcpy(address, &pack, sizeof pack);
 }
 
-template <typename T>
-inline void store128_streaming(T* address, const Pack<T>& pack, CUDA_ON_CPU_SITE) {
-  store128(address, pack, site);
-}
-
 inline uint32_t pack_bf16(float low, float high) {
   return from_float<bf16>(low).bits | static_cast<uint32_t>(from_float<bf16>(high).bits) << 16;
 }
