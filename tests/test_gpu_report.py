@@ -460,7 +460,7 @@ def test_a_page_of_a_real_run_names_what_was_not_measured():
     page = render.page({"machine": MACHINE, "dry_run": False, "parts": {}}, REAL, "test-gpu")
     assert "DRY RUN" not in page
     for row in ("AdamW, dense, 16K", "Flora, compressed accumulation, 0.5M", "llm.c, AdamW, fp32 states, 16K",
-                "adafactor 774M", "largest flora", "resumed == whole, fp32", "+ gradient blocks: all", "micro-batch 16",
+                "adafactor 774M", "largest flora", "resumed == whole, fp32", "micro-batch 16",
                 "24GiB", "flora 8-bit"):
         assert f"| {row} | not measured |" in page
     for model in ("124M", "355M", "774M", "1558M", "6.7B"):

@@ -83,7 +83,7 @@ def test_checkpoints_are_kept_as_asked(train):
 def test_help_shows_every_flag_with_its_group_and_unit(data):
     text = succeed("--help")
     source = (ROOT / "train" / "options.h").read_text()
-    flags = re.findall(r'\bv\(o\.\w+, "([\w-]+)", "([^"]*)"', source)
+    flags = re.findall(r'\bv\([\w.]+, "([\w-]+)", "([^"]*)"', source)
     groups = re.findall(r'v\.group\("(\w+)"\)', source)
     assert len(flags) > 60 and len(groups) == 7
     for flag, unit in flags:
