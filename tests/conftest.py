@@ -1,5 +1,13 @@
 """conftest.py: pytest's settings for this folder, and the data that tests of the program train on."""
+import signal
+
 import pytest
+
+# Under nohup, or in the background of a script, some signals are ignored, and programs started here would inherit that.
+# A handler goes with exec: they have the default.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 def pytest_configure(config):

@@ -303,9 +303,7 @@ def test_a_signal_leaves_no_temporary_shards(tmp_path, number, code):
     out = tmp_path / "out"
     command = [sys.executable, str(DATA / "prepare.py"), str(tmp_path / "a.txt"), "--out", str(out), "--tokenizer", "bytes",
                "--workers", "2"]
-    # Under nohup, or in the background of a script, a signal is ignored, which a program inherits.
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not out.exists() or not list(out.iterdir()):
         assert process.poll() is None
         time.sleep(0.01)
