@@ -8,9 +8,6 @@
 namespace {
 
 constexpr int64_t kHeadChunks[] = {128, 512, 2048};
-constexpr Recompute kLevels[] = {Recompute::kNone, Recompute::kGelu, Recompute::kNormsGelu, Recompute::kAttention,
-                                 Recompute::kBlock};
-constexpr GradientBlocks kBlocks[] = {GradientBlocks::kWhole, GradientBlocks::kEmbedding, GradientBlocks::kAll};
 constexpr int64_t kMostTokens = INT32_MAX;  // of a pass
 
 std::vector<int64_t> micro_batches(const EngineConfig& start, const SearchSpace& space) {
@@ -161,11 +158,11 @@ std::vector<Candidate> candidates(const EngineConfig& start, const SearchSpace& 
     if (space.micro_batch)
       config.gradients.micro_batches =
           space.sequences_per_step > 0 ? static_cast<int>(space.sequences_per_step / batch) : 1;
-    for (const GradientBlocks blocks : kBlocks) {
+    for (const auto& [blocks, blocks_name] : kGradientBlocksNames) {
       if (!space.gradient_blocks && blocks != start.gradients.blocks) continue;
       config.gradients.blocks = blocks;
       if (blocks != GradientBlocks::kWhole && !gradient_blocks_possible(config)) continue;
-      for (const Recompute level : kLevels) {
+      for (const auto& [level, level_name] : kRecomputeNames) {
         if (!space.recompute && level != start.shapes.recompute) continue;
         config.shapes.recompute = level;
         for (const int64_t chunk : head_chunks(start, space, batch * start.shapes.sequence)) {
