@@ -68,14 +68,7 @@ std::vector<fs::path> list_files(const SystemTextSource& source) {
   return files;
 }
 
-bool is_text(std::string_view text) {
-  for (size_t i = 0; i < text.size();) {
-    const CodePoint character = decode_utf8(text, i);
-    if (character.code == kInvalidCode || character.code == 0) return false;
-    i += character.bytes;
-  }
-  return true;
-}
+bool is_text(std::string_view text) { return is_utf8(text) && text.find('\0') == text.npos; }
 
 // Remembers the lines of the documents kept so far.
 class SeenLines {

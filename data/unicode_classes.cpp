@@ -209,6 +209,15 @@ CodePoint decode_utf8(std::string_view text, size_t position) {
   return {.code = code, .bytes = length};
 }
 
+bool is_utf8(std::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    const CodePoint point = decode_utf8(text, i);
+    if (point.code == kInvalidCode) return false;
+    i += point.bytes;
+  }
+  return true;
+}
+
 CharacterClass character_class(char32_t code) {
   if (code < 0x80) {
     if ((code >= 'a' && code <= 'z') || (code >= 'A' && code <= 'Z')) return CharacterClass::kLetter;

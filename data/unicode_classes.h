@@ -18,5 +18,8 @@ struct CodePoint {
 // The character at byte `position` < text.size(). Overlong forms, surrogates and truncated sequences are invalid.
 CodePoint decode_utf8(std::string_view text, size_t position);
 
+// Whether all of a text is valid UTF-8.
+bool is_utf8(std::string_view text);
+
 // Unicode's \p{L}, \p{N}, \s, or none of them. kInvalidCode is kOther.
 CharacterClass character_class(char32_t code);

@@ -11,15 +11,6 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& flag, const std::string& why) { throw UsageError("--" + flag + " " + why); }
 
-bool is_utf8(const std::string& text) {
-  for (size_t i = 0; i < text.size();) {
-    const CodePoint point = decode_utf8(text, i);
-    if (point.code == kInvalidCode) return false;
-    i += point.bytes;
-  }
-  return true;
-}
-
 template <typename T>
 T number_of(const std::string& flag, const std::string& text) {
   const char* const end = text.data() + text.size();

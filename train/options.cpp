@@ -9,17 +9,12 @@
 
 namespace {
 
-std::string underscored(std::string flag) {
-  std::replace(flag.begin(), flag.end(), '-', '_');
-  return flag;
-}
-
 struct ToJson {
   nlohmann::ordered_json json = nlohmann::ordered_json::object();
   void group(const char*) {}
   template <typename T, typename Values>
   void operator()(T& field, const char* flag, const char*, const char*, const Values& values, OnResume) {
-    json[underscored(flag)] = written(field, values);
+    json[json_key(flag)] = written(field, values);
   }
 };
 
@@ -31,7 +26,7 @@ struct FromJson {
   void group(const char*) {}
   template <typename T, typename Values>
   void operator()(T& field, const char* flag, const char*, const char*, const Values& values, OnResume on_resume) {
-    const std::string key = underscored(flag);
+    const std::string key = json_key(flag);
     keys.push_back(key);
     const bool given = options.was_given(flag);
     if (!saved.contains(key)) {
@@ -70,6 +65,11 @@ struct FromJson {
 };
 
 }  // namespace
+
+std::string json_key(std::string flag) {
+  std::replace(flag.begin(), flag.end(), '-', '_');
+  return flag;
+}
 
 bool Options::was_given(const std::string& flag) const {
   return std::find(given.begin(), given.end(), flag) != given.end();

@@ -14,8 +14,9 @@
 #include "train/engine.h"
 #include "train/option_values.h"
 
-inline constexpr std::pair<DType, const char*> kDtypeNames[] = {
-    {DType::kBF16, "bf16"}, {DType::kF32, "fp32"}, {DType::kI8, "int8"}};
+constexpr std::pair<DType, const char*> named(DType dtype) { return {dtype, kDTypes[static_cast<size_t>(dtype)].name}; }
+inline constexpr std::pair<DType, const char*> kDtypeNames[] = {named(DType::kBF16), named(DType::kF32),
+                                                                named(DType::kI8)};
 inline constexpr std::pair<DType, const char*> kFloatDtypeNames[] = {kDtypeNames[0], kDtypeNames[1]};
 inline constexpr std::pair<bool, const char*> kMasterWeightsNames[] = {{false, "none"}, {true, "fp32"}};
 
@@ -87,7 +88,10 @@ enum class OnResume : uint8_t { kMayChange, kMayChangeTraining, kFixed };
 template <typename Visitor>
 void describe(Options& o, Visitor& v);
 
-// All options as one JSON object, keyed by flag without the dashes.
+// A flag as a key: "micro_batch" for "micro-batch".
+std::string json_key(std::string flag);
+
+// All options as one JSON object, by json_key() of their flags.
 nlohmann::ordered_json options_to_json(const Options& options);
 
 struct Restored {

@@ -126,9 +126,7 @@ class LargestModels {
                                                  "memory-budget",   "json",      "plan"};
     for (const std::string& flag : options_.given) {
       if (std::find(said_below.begin(), said_below.end(), flag) != said_below.end()) continue;
-      std::string key = flag;
-      std::replace(key.begin(), key.end(), '-', '_');
-      const nlohmann::ordered_json& value = values.at(key);
+      const nlohmann::ordered_json& value = values.at(json_key(flag));
       flags += " --" + flag;
       if (!value.is_boolean()) flags += " " + (value.is_string() ? value.get<std::string>() : value.dump());
     }

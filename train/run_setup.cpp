@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/token_loader.h"
+#include "data/unicode_classes.h"
 #include "flora/flora.h"
 #include "kernels/cpu/machine.h"
 #include "train/trainer_state.h"
@@ -117,16 +118,6 @@ void check_gradient_blocks(const Options& o, const EngineConfig& engine, Undecid
   }
 }
 
-// What JSON can hold.
-bool is_utf8(const std::string& text) {
-  try {
-    static_cast<void>(nlohmann::json(text).dump());
-    return true;
-  } catch (const nlohmann::json::exception&) {
-    return false;
-  }
-}
-
 // Checkpoints that do not say trained_positions in config.json have it among their options; 0 when there are none.
 int64_t trained_by_older_version(const ModelSource& source) {
   if (source.kind != ModelSource::Kind::kDirectory || !fs::exists(fs::path(source.path) / kStateFile)) return 0;
@@ -136,7 +127,8 @@ int64_t trained_by_older_version(const ModelSource& source) {
   return *length < source.config.positions ? length->get<int64_t>() : 0;
 }
 
-// A list of globs as --data takes it, from the root. Nothing changes in a directory whose name is no text.
+// A list of globs as --data takes it, from the root. Nothing changes in a directory whose name JSON cannot
+// hold.
 std::string absolute_globs(const std::string& patterns) {
   std::error_code error;
   const std::string directory = fs::current_path(error);

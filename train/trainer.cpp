@@ -66,12 +66,6 @@ size_t peak_resident_bytes() {
   return 0;
 }
 
-}  // namespace
-
-TokenLoader open_loader(const Options& options, const std::string& pattern, int64_t vocabulary, bool shuffle) {
-  return TokenLoader(loader_options(options, pattern, vocabulary, shuffle));
-}
-
 HostBatch host_batch(const MicroBatch& batch, int64_t sequences, int64_t length, bool training) {
   HostBatch host{sequences, length, batch.inputs.data(), batch.targets.data()};
   if (training) {
@@ -80,6 +74,12 @@ HostBatch host_batch(const MicroBatch& batch, int64_t sequences, int64_t length,
     host.group_positions = batch.group_positions.data();
   }
   return host;
+}
+
+}  // namespace
+
+TokenLoader open_loader(const Options& options, const std::string& pattern, int64_t vocabulary, bool shuffle) {
+  return TokenLoader(loader_options(options, pattern, vocabulary, shuffle));
 }
 
 double validation_loss(Engine& engine, TokenLoader& loader, int64_t sequences, int64_t& tokens) {

@@ -62,8 +62,6 @@ class Trainer {
   std::string last_checkpoint_;
 };
 
-HostBatch host_batch(const MicroBatch& batch, int64_t sequences, int64_t length, bool training);
-
 // Mean loss per token over the first `sequences` windows of the validation shards (0: all of them), each once, whatever
 // the micro-batch; the last one may be smaller.
 double validation_loss(Engine& engine, TokenLoader& loader, int64_t sequences, int64_t& tokens);
