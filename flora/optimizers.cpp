@@ -18,6 +18,10 @@ int64_t gradient_block_rows(const Parameter& p, GradientBlocks blocks) {
   return !p.long_lived && rows >= p.rows ? 0 : std::min(rows, p.rows);
 }
 
+double half_life_decay(const OptimizerConfig& config) {
+  return std::exp2(-static_cast<double>(config.tokens_per_step) / static_cast<double>(config.half_life));
+}
+
 Optimizer::Optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
     : config_(config),
       backend_(backend),
@@ -95,9 +99,10 @@ class AdamW final : public Optimizer {
 
   void begin_step(uint32_t step, StepScalars& scalars) override {
     const double t = step;
-    scalars.beta2 = config_.beta2;
+    const double beta2 = config_.half_life > 0 ? half_life_decay(config_) : static_cast<double>(config_.beta2);
+    scalars.beta2 = static_cast<float>(beta2);
     scalars.bias_correction1 = static_cast<float>(1.0 - std::pow(static_cast<double>(config_.beta1), t));
-    scalars.bias_correction2 = static_cast<float>(1.0 - std::pow(static_cast<double>(config_.beta2), t));
+    scalars.bias_correction2 = static_cast<float>(1.0 - std::pow(beta2, t));
   }
 
   void update(const Parameter& p, Tensor weight, Tensor master, const Gradient& gradient,
