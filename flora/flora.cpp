@@ -117,9 +117,8 @@ void Flora::declare(MemoryPlan& plan) {
 
 void Flora::begin_step(uint32_t step, StepScalars& scalars) {
   const double t = step;
-  double beta2 = 1.0 - std::pow(t, static_cast<double>(config_.decay_rate));
-  if (config_.half_life > 0) beta2 = std::min(beta2, half_life_decay(config_));
-  scalars.beta2 = static_cast<float>(beta2);
+  scalars.beta2 = static_cast<float>(1.0 - std::pow(t, static_cast<double>(config_.decay_rate)));
+  if (config_.half_life > 0) scalars.beta2 = std::min(scalars.beta2, half_life_decay(config_));
   scalars.projection_index = (step - 1) / config_.kappa;
   scalars.next_projection_index = step / config_.kappa;
   transfer_due_ = scalars.projection_index != scalars.next_projection_index;

@@ -115,7 +115,7 @@ struct OptimizerConfig {
 // Decay of a second moment over one step that has config.half_life: 0.5^(tokens_per_step / half_life). "Small batch
 // size training for language models" (arXiv 2507.07101) finds that the half-life in tokens is what carries over from
 // one batch size to another.
-double half_life_decay(const OptimizerConfig& config);
+float half_life_decay(const OptimizerConfig& config);
 
 class Optimizer {
  public:

@@ -201,13 +201,13 @@ class Study:
         steps = self.arguments.tokens // self.arguments.tokens_per_step
         shared = ["--model", model, "--seq-len", length, "--micro-batch", batch, "--tokens-per-step",
                   self.arguments.tokens_per_step, "--threads", self.arguments.threads, "--device", "cpu", *flags]
-        command = ["./train_gpt2", "--data", f"{self.arguments.data}/*_train_*.bin", "--val-data",
+        command = [self.arguments.program, "--data", f"{self.arguments.data}/*_train_*.bin", "--val-data",
                    f"{self.arguments.data}/*_val_*.bin", *shared, "--steps", steps, "--lr", f"{lr:.4g}", "--schedule",
                    "cosine", "--final-lr", "0.1", "--seed", seed, "--eval-every", steps, "--eval-batches",
                    VALIDATION_TOKENS // (length * batch), "--checkpoint-every", max(1, steps // 4),
                    "--keep-checkpoints", 1, "--log-every", 100, "--out", out]
         if (out / "latest").exists():
-            command = ["./train_gpt2", "--resume", out]
+            command = [self.arguments.program, "--resume", out]
         elif out.exists():
             shutil.rmtree(out)
         finished = subprocess.run([str(word) for word in command], capture_output=True, text=True)
@@ -215,7 +215,7 @@ class Study:
             raise StudyError(f"{' '.join(map(str, command))}: {finished.stderr.strip()}")
         with open(out / "metrics.jsonl") as file:
             lines = [json.loads(line) for line in file]
-        plan = json.loads(output_of(["./train_gpt2", "plan", "--json", *map(str, shared)]))
+        plan = json.loads(output_of([self.arguments.program, "plan", "--json", *map(str, shared)]))
         loss = lines[-1].get("val_loss") if finished.returncode == 0 else None
         shutil.rmtree(out)
         return dict(
@@ -343,6 +343,7 @@ def main():
     train.add_argument("--tokens", type=int, default=10_240_000, help="of a run")
     train.add_argument("--tokens-per-step", type=int, default=1024)
     train.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    train.add_argument("--program", default="./train_gpt2")
     train.add_argument("--threads", type=int, default=1)
     train.add_argument("--out", default="runs/learning_study", help="folder of the runs in progress")
     table = commands.add_parser("report", help="Markdown table and plot")
