@@ -120,6 +120,15 @@ std::string Tokenizer::decode(std::span<const int32_t> ids) const {
   return text;
 }
 
+std::optional<int64_t> Tokenizer::text_bytes(std::span<const int32_t> ids) const {
+  int64_t bytes = 0;
+  for (const int32_t id : ids) {
+    if (!has(id)) return std::nullopt;
+    if (id != end_of_text_) bytes += static_cast<int64_t>(token_bytes(id).size());
+  }
+  return bytes;
+}
+
 bool Tokenizer::has(int32_t id) const {
   return id >= 0 && id < vocabulary() && (id == end_of_text_ || !tokens_[static_cast<size_t>(id)].empty());
 }
@@ -215,6 +224,18 @@ std::string printable(std::string_view text) {
     i += point.bytes;
   }
   return out;
+}
+
+std::string_view whole_characters(std::string_view text) {
+  for (size_t cut = 1; cut <= std::min<size_t>(3, text.size()); ++cut) {
+    const std::string_view whole = text.substr(0, text.size() - cut), rest = text.substr(whole.size());
+    // What begins a character becomes one with the smallest or the largest bytes behind it.
+    for (const char byte : {'\x80', '\xbf'}) {
+      const CodePoint point = decode_utf8(std::string(rest) + std::string(3, byte), 0);
+      if (point.code != kInvalidCode && point.bytes > cut) return whole;
+    }
+  }
+  return text;
 }
 
 std::vector<std::string_view> split_words(std::string_view text) {

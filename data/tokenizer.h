@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -32,6 +33,8 @@ class Tokenizer {
   // std::runtime_error naming an id outside the vocabulary.
   std::string decode(std::span<const int32_t> ids) const;
   std::string_view token_bytes(int32_t id) const;
+  // How many bytes of text the tokens are: the end-of-text token is none. Nothing when one of them is not a token.
+  std::optional<int64_t> text_bytes(std::span<const int32_t> ids) const;
   // Whether there is a token of this id, and not a gap or the padding of a model's vocabulary.
   bool has(int32_t id) const;
 
@@ -68,6 +71,9 @@ class Tokenizer {
 // The text as a terminal can show it: control characters other than newline and tab, and bytes that are not UTF-8 (the
 // half of a character, a byte model's noise), become U+FFFD.
 std::string printable(std::string_view text);
+
+// The text without the beginning of a character at its end, as where a sample was cut.
+std::string_view whole_characters(std::string_view text);
 
 // GPT-2's pre-tokenization (Radford et al., 2019): the consecutive matches of
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+

@@ -51,6 +51,14 @@ TEST(Tokenizer, Bytes) {
 }
 
 // The expected ids were produced by tiktoken 0.14.0 from the same table.
+TEST(Tokenizer, TextBytesCountNoEndOfText) {
+  const Tokenizer bytes = Tokenizer::bytes();
+  EXPECT_EQ(bytes.text_bytes(std::vector<int32_t>{104, 256, 105, 255}), 3);
+  EXPECT_EQ(bytes.text_bytes({}), 0);
+  EXPECT_EQ(bytes.text_bytes(std::vector<int32_t>{104, 257}), std::nullopt);
+  EXPECT_EQ(bytes.text_bytes(std::vector<int32_t>{-1}), std::nullopt);
+}
+
 TEST(Tokenizer, EncodesAsTiktokenDoes) {
   TemporaryDirectory directory;
   const auto tokenizer = Tokenizer::from_file(directory.write("t.bin", tokenizer_bytes(2, small_vocabulary(), 256)));
@@ -221,6 +229,21 @@ TEST(Printable, ReplacesWhatATerminalCannotShow) {
   EXPECT_EQ(printable("\x1b[2J"), "\xef\xbf\xbd[2J");
   EXPECT_EQ(printable("\xc3x\xff"), "\xef\xbf\xbdx\xef\xbf\xbd");
   EXPECT_EQ(printable("\xc2\x9b"), "\xef\xbf\xbd");  // a one-byte escape of 8-bit terminals
+}
+
+TEST(WholeCharacters, LeavesOutTheBeginningOfOne) {
+  for (const std::string_view whole : {"", "a", "h\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x99\x82", "a\x80", "\xff",
+                                       "\xc0", "\xe0\x80", "\xed\xa0", "\xf4\x90", "\xf5", "\xe2\x82\xac\x82"}) {
+    EXPECT_EQ(whole_characters(whole), whole);
+  }
+  for (const std::string_view character : {"\xc3\xa9", "\xe0\xa0\x80", "\xed\x9f\xbf", "\xef\xbf\xbd",
+                                           "\xf0\x90\x80\x80", "\xf4\x8f\xbf\xbf", "\xf1\x80\x80\x80"}) {
+    for (size_t bytes = 1; bytes < character.size(); ++bytes) {
+      for (const std::string before : {"", "a", "\xff", "\xe2\x82\xac"}) {
+        EXPECT_EQ(whole_characters(before + std::string(character.substr(0, bytes))), before);
+      }
+    }
+  }
 }
 
 TEST(DecodeUtf8, AcceptsOnlyShortestForms) {

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "flora/gradients.h"
 #include "kernels/backend.h"
@@ -28,7 +29,8 @@ struct EngineConfig {
   OptimizerConfig optimizer;
   GradientConfig gradients;
   Offload offload;
-  bool graphs = true;  // record a step's operations and replay them, where the backend can
+  bool sampling = false;  // text will be sampled: there is a sampler()
+  bool graphs = true;     // record a step's operations and replay them, where the backend can
 };
 
 // What a step did, read back once per step.
@@ -52,6 +54,9 @@ class Engine {
 
   ParameterStore& store() { return store_; }
   Gpt2& model() { return model_; }
+  // The same weights for one sequence, token by token (Gpt2::logits with `cached`). What it keeps of the tokens so far
+  // lasts until model() is used, whose memory it shares. Only with config.sampling.
+  Gpt2& sampler() { return *sampler_; }
   Optimizer& optimizer() { return *optimizer_; }
   const Optimizer& optimizer() const { return *optimizer_; }
   Gradients& gradients() { return *gradients_; }
@@ -72,6 +77,9 @@ class Engine {
     pass(context, next_batch);
     return result();
   }
+
+  // The loss of every position of a batch, [B*T] in nats; 0 where it has no target.
+  std::vector<float> token_losses(const HostBatch& batch);
 
   // Mean loss over the tokens of batches supplied by next_batch(i), i < count. They may differ in size: each one's sum
   // is added in double on the host, so that the mean does not depend on how the sequences were grouped.
@@ -117,6 +125,7 @@ class Engine {
   std::unique_ptr<Arena> arena_;  // outlives what lives in it
   WeightStore store_;
   Gpt2 model_;
+  std::unique_ptr<Gpt2> sampler_;
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<Gradients> gradients_;
   GraphCache graphs_;

@@ -31,7 +31,7 @@ struct Options {
   ScheduleConfig schedule;
 
   // data
-  std::string data, val_data, tokenizer;
+  std::string data, val_data, tokenizer, hellaswag;
   DataFormat data_format = DataFormat::kLlmc;
   int64_t tokens_per_step = 0;
   int64_t vocab_size = 0;  // 0: the data's
@@ -54,6 +54,7 @@ struct Options {
   std::string prompt;
   double temperature = 0.8;
   int64_t top_k = 50;
+  double top_p = 1;
   // device
   DeviceKind device = DeviceKind::kAuto;
   int64_t threads = 0;  // 0: as many as there are cores
@@ -128,6 +129,10 @@ void describe(Options& o, Visitor& v) {
   v(o.tokenizer, "tokenizer", "FILE",
     "tokenizer.bin for prompts and samples, or a Hugging Face tokenizer's folder; default: beside the shards, or the "
     "model's",
+    Text{}, free);
+  v(o.hellaswag, "hellaswag", "FILE",
+    "eval: how often the likeliest of several endings is the right one, of questions made by data/hellaswag.py or "
+    "llm.c; without --val-data and --data nothing else is evaluated",
     Text{}, free);
   v(shapes.sequence, "seq-len", "tokens",
     "sequence length T; default: 256 on a CPU, else the model's positions; eval, generate: what the model was trained "
@@ -243,13 +248,15 @@ void describe(Options& o, Visitor& v) {
   v(o.eval_every, "eval-every", "steps", "validation loss; 0: never", at_least(0), free);
   v(o.eval_batches, "eval-batches", "micro-batches",
     "of one validation; 0: all of the shards; default: 80 sequences on a CPU, 320 on a GPU, whatever the micro-batch; "
-    "eval: all",
+    "eval: all; hellaswag: the first questions with as many endings",
     at_least(0), free);
   v(o.sample_every, "sample-every", "steps", "print a sample of text; 0: never", at_least(0), free);
   v(o.sample_tokens, "sample-tokens", "tokens", "length of a sample", at_least(1), free);
   v(o.prompt, "prompt", "TEXT", "start of a sample; default: end-of-text", Text{.may_be_empty = true}, free);
   v(o.temperature, "temperature", "", "of sampling; 0: the likeliest token", at_least(0), free);
   v(o.top_k, "top-k", "tokens", "sample from the k likeliest; 0: from all", at_least(0), free);
+  v(o.top_p, "top-p", "", "of those from the fewest likeliest that are together as probable as this; 1: from all",
+    kAboveZeroToOne, free);
   v(o.log_every, "log-every", "steps", "progress line; metrics.jsonl has every step", at_least(1), free);
   v.group("device");
   v(o.device, "device", "", "where to compute", kDeviceNames, free);
