@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from program import ROOT, TINY, losses, metrics, same_state, steps_saved, succeed, tensors
+from program import ROOT, TINY, losses, metrics, same_state, samples, steps_saved, succeed, tensors
 
 METRIC_KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "step_ms", "tokens_per_second", "mfu", "device_bytes"}
 
@@ -139,6 +139,7 @@ def test_samples_are_printed_while_training(data, tmp_path):
     text = succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 4, "--sample-every", 2, "--sample-tokens", 8,
                    "--prompt", "hello", "--out", tmp_path / "run")
     assert text.count("---- sample at step") == 2 and text.count("\nhello") == 2
+    assert list(samples(tmp_path / "run")) == [2, 4]
 
 
 def test_a_profile_names_the_operations(data, tmp_path):

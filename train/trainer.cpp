@@ -278,8 +278,9 @@ void Trainer::evaluate(StepMetrics& metrics) {
 
 void Trainer::print_sample(uint32_t t) {
   const Options& o = setup_.options;
-  progress_.message("---- sample at step " + std::to_string(t) + "\n" +
-                    sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling_options(o, t)) + "\n----");
+  const std::string text = sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling_options(o, t));
+  progress_.message("---- sample at step " + std::to_string(t) + "\n" + text + "\n----");
+  metrics_->write_sample(t, text);
 }
 
 void Trainer::checkpoint(uint32_t t, const DataPosition& position) {
