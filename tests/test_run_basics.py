@@ -134,9 +134,12 @@ def test_generate_continues_a_prompt(train):
 
 
 def test_samples_are_printed_while_training(data, tmp_path):
-    text = succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 4, "--sample-every", 2, "--sample-tokens", 8,
-                   "--prompt", "hello", "--out", tmp_path / "run")
-    assert text.count("---- sample at step") == 2 and text.count("\nhello") == 2
+    flags = ["--sample-every", 2, "--sample-tokens", 8, "--prompt", "hello"]
+    text = succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 5, *flags, "--out", tmp_path / "run")
+    assert re.findall(r"^---- sample at step (\d+)\nhello", text, re.MULTILINE) == ["0", "2", "4", "5"]
+    assert text.index("sample at step 0") < text.index("step 1/5")
+    text = succeed("--resume", tmp_path / "run", "--steps", 6, *flags)
+    assert re.findall(r"^---- sample at step (\d+)", text, re.MULTILINE) == ["6"]  # nothing before: it goes on
 
 
 def test_a_profile_names_the_operations(data, tmp_path):
