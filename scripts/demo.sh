@@ -52,7 +52,7 @@ print(max(100, min(int(sys.argv[3]), int(1000 * float(sys.argv[2]) / millisecond
 fi
 
 # ---- training
-flags+=(--steps "$steps" --eval-batches 0 --eval-every $((steps / 4 + 1)) --log-every $((steps / 20 + 1)))
+flags+=(--steps "$steps" --eval-batches 160 --eval-every $((steps / 4 + 1)) --log-every $((steps / 20 + 1)))
 flags+=(--sample-every $((steps / 2 + 1)) --prompt "$prompt" --sample-tokens 200 --temperature 0.7)
 say "./train_gpt2 $(printf '%q ' "${flags[@]}")--out $run"
 echo "Ctrl-C ends it early and keeps a checkpoint; ./train_gpt2 --resume $run goes on"
