@@ -96,12 +96,16 @@ class ModelCases : CaseList {
       for (int64_t T : m_.attention_sequences) {
         const int64_t B = N / T, width = heads * dim;
         const int NH = static_cast<int>(heads);
-        const std::string shape = "B" + std::to_string(B) + " T" + std::to_string(T) + " NH" + std::to_string(heads) +
-                                  " HD" + std::to_string(dim) + " bf16";
+        const std::string heads_of_shape = " NH" + std::to_string(heads) + " HD" + std::to_string(dim) + " bf16";
+        const std::string shape = "B" + std::to_string(B) + " T" + std::to_string(T) + heads_of_shape;
         add("attention_forward", shape, [=](Inputs& in) {
           const Tensor out = in.empty(kBF16, {B, T, width}), lse = in.empty(kF32, {B, heads, T});
           const Tensor qkv = in.normal(kBF16, {B, T, 3 * width});
           return Call{[=, &in] { in.backend.attention_forward(out, lse, qkv, NH); }};
+        });
+        add("attention_decode", "T" + std::to_string(T) + heads_of_shape, [=](Inputs& in) {
+          const Tensor out = in.empty(kBF16, {width}), qkv = in.normal(kBF16, {T, 3 * width});
+          return Call{[=, &in] { in.backend.attention_decode(out, qkv, NH); }};
         });
         add("attention_backward", shape, [=](Inputs& in) {
           const Tensor out = in.empty(kBF16, {B, T, width}), lse = in.empty(kF32, {B, heads, T});

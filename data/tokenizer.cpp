@@ -217,6 +217,18 @@ std::string printable(std::string_view text) {
   return out;
 }
 
+std::string_view whole_characters(std::string_view text) {
+  for (size_t cut = 1; cut <= std::min<size_t>(3, text.size()); ++cut) {
+    const std::string_view whole = text.substr(0, text.size() - cut), rest = text.substr(whole.size());
+    // What begins a character becomes one with the smallest or the largest bytes behind it.
+    for (const char byte : {'\x80', '\xbf'}) {
+      const CodePoint point = decode_utf8(std::string(rest) + std::string(3, byte), 0);
+      if (point.code != kInvalidCode && point.bytes > cut) return whole;
+    }
+  }
+  return text;
+}
+
 std::vector<std::string_view> split_words(std::string_view text) {
   auto class_at = [&](size_t position) { return character_class(decode_utf8(text, position).code); };
   // End of the run of characters of one class that begins at `position`.

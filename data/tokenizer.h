@@ -69,6 +69,9 @@ class Tokenizer {
 // half of a character, a byte model's noise), become U+FFFD.
 std::string printable(std::string_view text);
 
+// The text without the beginning of a character at its end, as where a sample was cut.
+std::string_view whole_characters(std::string_view text);
+
 // GPT-2's pre-tokenization (Radford et al., 2019): the consecutive matches of
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 std::vector<std::string_view> split_words(std::string_view text);

@@ -195,6 +195,8 @@ class Backend {
   // Causal self-attention, softmax(Q K^T / sqrt(HD)) V for each head, on the packed projection.
   // qkv [B,T,3C]: Q, K, V one after another, each NH heads of HD; out [B,T,C]; lse [B,NH,T] fp32: log-sum-exp of a row.
   virtual void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) = 0;
+  // The last token's row of it alone, for one sequence whose projections are kept: out [C], qkv [T,3C].
+  virtual void attention_decode(Tensor out, Tensor qkv, int heads) = 0;
   // dqkv [B,T,3C] is overwritten.
   virtual void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) = 0;
 

@@ -20,13 +20,15 @@ inline constexpr int kCategoryCount = 5;
 const char* category_name(Category category);
 
 // The phases of a training step. An allocation is alive in a set of phases; two whose sets are disjoint may share
-// bytes. Evaluation and sampling run kForward and kHead between steps.
+// bytes. Between steps an evaluation runs kForward and kHead, and a sample of text is a phase of its own, so that what
+// it needs lies where a step has its activations and gradients.
 enum Phase : uint32_t {
   kPhaseForward = 1,   // embedding and blocks
   kPhaseHead = 2,      // final LayerNorm's output to loss and the gradient of the head
   kPhaseBackward = 4,  // blocks and embedding backward; fused updates happen here, too
   kPhaseUpdate = 8,    // the optimizer after the last micro-batch
-  kPhaseAlways = 15,   // survives from step to step
+  kPhaseSample = 16,   // text from the model, between steps
+  kPhaseAlways = 31,   // survives from step to step
 };
 
 struct Allocation {

@@ -31,6 +31,19 @@ AttentionShape check_attention_forward(const Tensor& out, const Tensor& lse, con
   return s;
 }
 
+AttentionShape check_attention_decode(const Tensor& out, const Tensor& qkv, int heads) {
+  const int64_t channels = out.elements();
+  require(out.contiguous() && qkv.contiguous() && channels > 0, "attention: out [C], qkv [T,3C]");
+  require(qkv.cols() == 3 * channels && qkv.rows() > 0, "attention: qkv [T,3C]");
+  require(heads > 0 && channels % heads == 0, "attention: channels are a multiple of the heads");
+  return {1, qkv.rows(), channels, heads, channels / heads};
+}
+
+double last_query_bytes(const Tensor& out, const Tensor& qkv) {
+  const size_t read = static_cast<size_t>((2 * qkv.rows() + 1) * out.elements()) * dtype_size(qkv.dtype);
+  return static_cast<double>(read + out.bytes());
+}
+
 AttentionShape check_attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
                                         const Tensor& qkv, int heads) {
   const AttentionShape s = check_attention_forward(out, lse, qkv, heads);

@@ -55,10 +55,10 @@ Activations::Activations(const Gpt2Config& config, const ActivationShapes& shape
 }
 
 void Activations::add(MemoryPlan& plan, Tensor* tensor, const std::string& name, int64_t width, DType dtype,
-                      uint32_t phases, bool per_head) {
-  plan.add(tensor, "activations." + name, Category::kActivations, dtype, {shapes_.batch * shapes_.sequence, width},
-           phases);
-  resized_.push_back({tensor, width, per_head});
+                      uint32_t phases, Layout layout) {
+  plan.add(tensor, full_name(name), Category::kActivations, dtype, {shapes_.batch * shapes_.sequence, width},
+           alive(phases));
+  resized_.push_back({tensor, width, layout});
 }
 
 void Activations::declare(MemoryPlan& plan) {
@@ -68,13 +68,15 @@ void Activations::declare(MemoryPlan& plan) {
   for (size_t i = 0; i < residual_.size(); ++i)
     add(plan, &residual_[i], "residual." + std::to_string(i), C, act, kKept);
   for (const BlockBuffer& b : block_buffers(config_, act)) {
-    if (level >= b.recomputed_from) {
-      add(plan, &(shared_.*b.tensor), b.name, b.width, b.dtype, kShared, b.per_head);
+    const bool cache = shapes_.sampling && b.tensor == &LayerActivations::qkv;
+    const Layout layout = cache ? Layout::kCache : b.per_head ? Layout::kPerHead : Layout::kPerToken;
+    if (level >= b.recomputed_from && !cache) {
+      add(plan, &(shared_.*b.tensor), b.name, b.width, b.dtype, kShared, layout);
       continue;
     }
     for (size_t l = 0; l < kept_.size(); ++l) {
       const std::string name = std::string(b.name) + "." + std::to_string(l);
-      add(plan, &(kept_[l].*b.tensor), name, b.width, b.dtype, kKept, b.per_head);
+      add(plan, &(kept_[l].*b.tensor), name, b.width, b.dtype, kKept, layout);
     }
   }
   const uint32_t until_blocks = shapes_.head_blocks ? static_cast<uint32_t>(kPhaseBackward) : 0;
@@ -88,19 +90,24 @@ void Activations::declare(MemoryPlan& plan) {
   }
   add(plan, &losses, "losses", 1, f32, kPhaseHead);
   if (shapes_.head_blocks) add(plan, &head_lse, "head.lse", 1, f32, kPhaseHead | kPhaseBackward);
-  plan.add(&logits, "activations.logits", Category::kActivations, act,
-           {shapes_.head_chunk, config_.padded_vocabulary()}, kPhaseHead | until_blocks);
-  if (stream_) stream_->declare(plan, kKept);
+  plan.add(&logits, full_name("logits"), Category::kActivations, act, {shapes_.head_chunk, config_.padded_vocabulary()},
+           alive(kPhaseHead | until_blocks));
+  // After a forward pass without a backward pass a layer that was fetched ahead may still be on its way.
+  if (stream_) stream_->declare(plan, kKept | kPhaseSample);
 }
 
-void Activations::resize(int64_t batch, int64_t sequence) {
-  if (batch * sequence > shapes_.batch * shapes_.sequence) throw std::logic_error("more tokens than were planned for");
+void Activations::resize(int64_t batch, int64_t sequence, int64_t cached) {
+  if (batch * (cached + sequence) > shapes_.batch * shapes_.sequence)
+    throw std::logic_error("more tokens than were planned for");
+  if (cached > 0 && !shapes_.sampling) throw std::logic_error("nothing is kept of tokens before");
   batch_ = batch;
   sequence_ = sequence;
   for (const Resized& r : resized_) {
     Tensor& t = *r.tensor;
-    if (r.per_head) {
+    if (r.layout == Layout::kPerHead) {
       t = Tensor::of(t.data, t.dtype, {batch, r.width, sequence});
+    } else if (r.layout == Layout::kCache) {
+      t = Tensor::of(t.data, t.dtype, {batch, cached + sequence, r.width});
     } else if (r.width == 1) {
       t = Tensor::of(t.data, t.dtype, {batch * sequence});
     } else {

@@ -10,6 +10,9 @@
 // clang-format on
 //
 // What is not kept exists once and is shared by all layers. x can be kept in host memory.
+//
+// To sample text only qkv is kept, of one sequence: its keys and values are those of the tokens so far, and a pass over
+// the next token has rows of one token in everything else.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +39,7 @@ struct ActivationShapes {
   DType dtype = DType::kF32;
   Recompute recompute = Recompute::kNone;
   bool training = true;      // false: forward passes only, nothing is kept
+  bool sampling = false;     // (without training) every layer keeps qkv; all of it is alive in kPhaseSample
   bool head_blocks = false;  // the head's weight gets its gradient in blocks of rows, after the backward pass
   int streamed_layers = 0;   // > 0: x of all layers is in host memory, of one more than so many on the device
 };
@@ -44,7 +48,7 @@ struct ActivationShapes {
 struct LayerActivations {
   Tensor x;                  // [B,T,C] residual stream into the block
   Tensor ln1, mean1, rstd1;  // [B,T,C], [B*T], [B*T]
-  Tensor qkv;                // [B,T,3C]
+  Tensor qkv;                // [B,T,3C]; when sampling of all tokens so far
   Tensor att, lse;           // [B,T,C], [B,NH,T]
   Tensor x2;                 // [B,T,C] residual stream after attention
   Tensor ln2, mean2, rstd2;
@@ -56,8 +60,9 @@ class Activations {
   Activations(const Gpt2Config& config, const ActivationShapes& shapes, Backend& backend);
 
   void declare(MemoryPlan& plan);
-  // Makes all tensors those of B sequences of T tokens. Throws std::logic_error when they are more than planned.
-  void resize(int64_t batch, int64_t sequence);
+  // Makes all tensors those of B sequences of T tokens, which (only when sampling) come after `cached` others. Throws
+  // std::logic_error when they are more than planned.
+  void resize(int64_t batch, int64_t sequence, int64_t cached = 0);
 
   // x of a layer is valid between acquire() and release(), which nest; `kept`: it was written and is needed again.
   void acquire(int64_t index, Access access);
@@ -83,14 +88,20 @@ class Activations {
   Tensor logits_block(int64_t columns) const;
 
  private:
-  // A tensor that resize() gives the shape of the batch: [B,T,width], [B*T] of width 1, or [B,width,T].
+  // How resize() gives a tensor the shape of the batch: [B,T,width], or [B*T] of width 1; [B,width,T]; or [B,T,width]
+  // of all tokens so far.
+  enum class Layout : uint8_t { kPerToken, kPerHead, kCache };
   struct Resized {
     Tensor* tensor;
     int64_t width;
-    bool per_head;
+    Layout layout;
   };
+  uint32_t alive(uint32_t phases) const { return shapes_.sampling ? static_cast<uint32_t>(kPhaseSample) : phases; }
+  std::string full_name(const std::string& name) const {
+    return (shapes_.sampling ? "sample." : "activations.") + name;
+  }
   void add(MemoryPlan& plan, Tensor* tensor, const std::string& name, int64_t width, DType dtype, uint32_t phases,
-           bool per_head = false);
+           Layout layout = Layout::kPerToken);
 
   Gpt2Config config_;
   ActivationShapes shapes_;

@@ -17,8 +17,10 @@ int64_t Gpt2::batch_elements(int64_t tokens) const { return shapes_.training ? 5
 void Gpt2::declare(MemoryPlan& plan) {
   activations_.declare(plan);
   const size_t bytes = static_cast<size_t>(batch_elements(shapes_.batch * shapes_.sequence)) * sizeof(int32_t);
-  plan.add(&batch_memory_, "batch", Category::kActivations, bytes);
-  plan.add(&staging_memory_, "batch.staging", Category::kActivations, kStagingBuffers * bytes, kPhaseAlways, true);
+  const std::string name = shapes_.sampling ? "sample.batch" : "batch";
+  const uint32_t phases = shapes_.sampling ? kPhaseSample : kPhaseAlways;
+  plan.add(&batch_memory_, name, Category::kActivations, bytes, phases);
+  plan.add(&staging_memory_, name + ".staging", Category::kActivations, kStagingBuffers * bytes, phases, true);
 }
 
 const Parameter& Gpt2::parameter(const std::string& name) const {
@@ -51,8 +53,11 @@ void Gpt2::initialize(uint64_t seed) {
   }
 }
 
-void Gpt2::load(const HostBatch& batch) {
-  activations_.resize(batch.batch, batch.sequence);  // throws before anything is written
+void Gpt2::load(const HostBatch& batch) { load(batch, 0); }
+
+void Gpt2::load(const HostBatch& batch, int64_t cached) {
+  activations_.resize(batch.batch, batch.sequence, cached);  // throws before anything is written
+  cached_ = cached;
   const int64_t tokens = batch.batch * batch.sequence;
   const bool training = shapes_.training && batch.group_ids;
   const size_t buffer = next_staging_;
@@ -99,8 +104,15 @@ void Gpt2::norm_into(int64_t next_layer, Tensor a, Tensor b) {
 // From ln1: qkv, attention, its projection, and with them x2 and ln2.
 void Gpt2::attention_branch(int64_t index, const LayerActivations& a) {
   const Gpt2Layer layer(store_.parameters(), index);
-  backend_.matmul(a.qkv, a.ln1, weight(layer.qkv_weight), {.bias = weight(layer.qkv_bias)});
-  backend_.attention_forward(a.att, a.lse, a.qkv, static_cast<int>(config_.heads));
+  const int heads = static_cast<int>(config_.heads);
+  const int64_t tokens = a.qkv.rows();
+  const Tensor qkv = a.qkv.view({tokens, a.qkv.cols()}).slice(cached_, tokens - cached_);
+  backend_.matmul(qkv, a.ln1, weight(layer.qkv_weight), {.bias = weight(layer.qkv_bias)});
+  if (cached_ > 0) {
+    backend_.attention_decode(a.att, a.qkv, heads);
+  } else {
+    backend_.attention_forward(a.att, a.lse, a.qkv, heads);
+  }
   backend_.matmul(activations_.branch, a.att, weight(layer.proj_weight), {.bias = weight(layer.proj_bias)});
   backend_.residual_layernorm_forward(a.x2, a.ln2, a.mean2, a.rstd2, a.x, activations_.branch, weight(layer.ln2_weight),
                                       weight(layer.ln2_bias));
@@ -133,8 +145,9 @@ void Gpt2::forward_block(int64_t index, bool training) {
 void Gpt2::forward(bool training) {
   store_.acquire(-1);
   activations_.acquire(0, Access::kOverwrite);
+  const Tensor positions = weight(parameter("wpe.weight"));
   backend_.embedding_forward(activations_.residual(0), inputs_, weight(parameter("wte.weight")),
-                             weight(parameter("wpe.weight")));
+                             positions.slice(cached_, positions.rows() - cached_));
   activations_.release(0, training);
   store_.release(-1, false);
   for (int64_t l = 0; l < config_.layers; ++l) {
@@ -211,13 +224,15 @@ void Gpt2::evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, f
                accumulate_loss);
 }
 
-Tensor Gpt2::logits(const int32_t* tokens, int64_t count, int64_t rows) {
-  load({.batch = 1, .sequence = count, .inputs = tokens});
+Tensor Gpt2::logits(const int32_t* tokens, int64_t count, int64_t rows, int64_t cached) {
+  const int64_t fresh = count - cached;
+  if (cached > 0 && fresh != 1) throw std::logic_error("one token comes after those that are kept");
+  load({.batch = 1, .sequence = fresh, .inputs = tokens + cached}, cached);
   forward(false);
   store_.acquire(-1);
   const Parameter& head = head_parameter();
   const Tensor out = activations_.logits.slice(0, rows);
-  backend_.matmul(out, activations_.final_norm.view({count, config_.channels}).slice(count - rows, rows),
+  backend_.matmul(out, activations_.final_norm.view({fresh, config_.channels}).slice(fresh - rows, rows),
                   store_.padded_weight(head), {.transpose_b = true});
   store_.release(-1, false);
   return out;

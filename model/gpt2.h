@@ -70,13 +70,15 @@ class Gpt2 {
   void evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, float loss_scale);
 
   // Logits of the last `rows` positions (at most the head chunk) of one sequence; a [rows, Vp] view of the logits
-  // buffer.
-  Tensor logits(const int32_t* tokens, int64_t count, int64_t rows);
+  // buffer. With shapes.sampling the first `cached` tokens may be those that the last call had: then one token comes
+  // after them, and costs a pass over itself alone.
+  Tensor logits(const int32_t* tokens, int64_t count, int64_t rows, int64_t cached = 0);
 
   const Gpt2Config& config() const { return config_; }
   const Parameter& parameter(const std::string& name) const;
 
  private:
+  void load(const HostBatch& batch, int64_t cached);
   void forward(bool training);
   int64_t batch_elements(int64_t tokens) const;
   void forward_block(int64_t layer, bool training);
@@ -102,6 +104,7 @@ class Gpt2 {
   Backend& backend_;
   Activations activations_;
   Tensor inputs_, targets_;  // [B, T], [B*T] of the batch at hand
+  int64_t cached_ = 0;       // tokens before it, of which only keys and values are there
   float head_gradient_scale_ = 0;
   TokenGroups groups_;
   int32_t* batch_memory_ = nullptr;  // all of the batch, one part after another

@@ -41,7 +41,7 @@ void WeightStore::declare(MemoryPlan& plan) {
   if (stream_) stream_->declare(plan, kPhaseAlways);
   if (decoded_elements_ > 0)
     plan.add(&decoded_, "weights.decoded", Category::kWorkspace, config_.plain_dtype, {decoded_elements_},
-             kPhaseForward | kPhaseBackward);
+             kPhaseForward | kPhaseBackward | kPhaseSample);
 }
 
 void WeightStore::zero_padding() {

@@ -155,6 +155,14 @@ class Cases:
                     self.add("attention_backward" if backward else "attention_forward",
                              f"B{B} T{T} NH{NH} HD{HD} bf16", prepare)
 
+                def decode(inputs, T=T, NH=NH, HD=HD):
+                    qkv = inputs.normal(T, 3, 1, NH, HD)
+                    q, k, v = (qkv[:, i].permute(1, 2, 0, 3) for i in range(3))
+                    q = q[:, :, -1:]
+                    return Call(lambda: F.scaled_dot_product_attention(q, k, v), [k, v, q, q], 4 * T * NH * HD)
+
+                self.add("attention_decode", f"T{T} NH{NH} HD{HD} bf16", decode)
+
     def norms_and_activations(self):
         C, N = self.model.channels, self.model.batch * self.model.sequence
         narrow, wide = dimensions(N, C) + " bf16", dimensions(N, 4 * C) + " bf16"

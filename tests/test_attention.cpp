@@ -267,6 +267,50 @@ TEST_P(Attention, Causal) {
   }
 }
 
+// One query over the rows of all tokens: the last row of the whole.
+TEST_P(Attention, DecodeIsTheLastRow) {
+  std::vector<Shape> shapes(std::begin(kShapes), std::end(kShapes));
+  shapes.push_back({1, 512, 4, 24});  // whole pieces of keys of the CUDA kernel
+  shapes.push_back({1, 511, 70, 8});  // more heads than the CPU takes together
+  for (const Shape& any : shapes) {
+    Shape s = taken_by(backend(), any);
+    s.batch = 1;
+    SCOPED_TRACE(describe(s));
+    for (const DType output : {dtype(), dtype() == DType::kF32 ? DType::kBF16 : DType::kF32}) {
+      TestDevice device(backend());
+      const Tensor qkv = device.random(3, dtype(), {s.sequence, 3 * s.channels()}, 1.3);
+      const Tensor out = device.poisoned(output, {s.channels()});
+      device->attention_decode(out, qkv, static_cast<int>(s.heads));
+      const Values whole = reference_forward(s, device.read(qkv)).out;
+      EXPECT_LE(relative_error(device.read(out), Values(whole.end() - s.channels(), whole.end())), tolerance(output));
+    }
+  }
+}
+
+// Scores of several hundred, and scores that rise along the sequence: the largest so far changes with every piece.
+TEST_P(Attention, DecodeOfLargeAndRisingScores) {
+  const Shape s = {1, 600, 2, 16};
+  TestDevice device(backend());
+  const Tensor qkv = device.random(4, dtype(), {s.sequence, 3 * s.channels()}, 12.0);
+  const Tensor out = device.poisoned(dtype(), {s.channels()});
+  const auto expect_right = [&](double allowed) {
+    device->attention_decode(out, qkv, static_cast<int>(s.heads));
+    const Values whole = reference_forward(s, device.read(qkv)).out;
+    EXPECT_LE(relative_error(device.read(out), Values(whole.end() - s.channels(), whole.end())), allowed);
+  };
+  expect_right(10 * tolerance(dtype()));  // scores carry 1e-7 of 1000
+  Values values = device.read(qkv);
+  for (double& value : values) value /= 40;
+  for (int64_t t = 0; t < s.sequence; ++t) {
+    for (int64_t j = 0; j < s.channels(); ++j) {
+      values[s.packed(0, 0, t, 0, j)] += 1.0;
+      values[s.packed(1, 0, t, 0, j)] += 0.01 * static_cast<double>(t) + (t % 50 == 49 ? 2.0 : 0.0);
+    }
+  }
+  device.write(qkv, values);
+  expect_right(tolerance(dtype()));
+}
+
 TEST_P(Attention, WrongShapes) {
   TestDevice device(backend());
   const Shape s = {1, 3, 2, 4};
@@ -275,6 +319,11 @@ TEST_P(Attention, WrongShapes) {
   EXPECT_THROW(device->attention_forward(x.out, x.lse, x.qkv, 0), std::logic_error);
   EXPECT_THROW(device->attention_forward(x.out, x.lse, x.out, 2), std::logic_error);
   EXPECT_THROW(device->attention_forward(x.out, x.qkv, x.qkv, 2), std::logic_error);
+  const Tensor row = device.poisoned(dtype(), {s.channels()}), rows = x.qkv.view({s.sequence, 3 * s.channels()});
+  EXPECT_THROW(device->attention_decode(row, rows, 3), std::logic_error);
+  EXPECT_THROW(device->attention_decode(row, rows, 0), std::logic_error);
+  EXPECT_THROW(device->attention_decode(row, x.out, 2), std::logic_error);
+  EXPECT_THROW(device->attention_decode(x.out, rows, 2), std::logic_error);
   EXPECT_THROW(device->attention_backward(x.out, x.dout, x.out, x.lse, x.qkv, 2), std::logic_error);
   EXPECT_THROW(device->attention_backward(x.dqkv, x.dqkv, x.out, x.lse, x.qkv, 2), std::logic_error);
 }

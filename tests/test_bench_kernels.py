@@ -26,10 +26,10 @@ needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reas
 OPERATIONS = """
     copy fill convert add accumulate scale sum_squares sum restore_norm gate_on_finite clip_scale increment fill_normal
     fill_constant embedding_forward embedding_backward layernorm_forward residual_layernorm_forward layernorm_backward
-    matmul bias_backward gelu_forward gelu_backward attention_forward attention_backward classifier classifier_gradient
-    generate_projection orthonormalize_rows factored_second_moment factored_squares factored_scales full_second_moment
-    scale_rows_cols momentum_update ema apply_update adamw_update sgd_update quantize dequantize quantize_weight
-    dequantize_weight""".split()
+    matmul bias_backward gelu_forward gelu_backward attention_forward attention_backward attention_decode classifier
+    classifier_gradient generate_projection orthonormalize_rows factored_second_moment factored_squares factored_scales
+    full_second_moment scale_rows_cols momentum_update ema apply_update adamw_update sgd_update quantize dequantize
+    quantize_weight dequantize_weight""".split()
 
 KEYS = ["operation", "model", "shape", "milliseconds", "gigabytes", "tflop", "percent", "bound"]
 
@@ -47,6 +47,8 @@ COUNTS = {
     ("attention_forward", "B2 T32 NH2 HD64 bf16"): (2 * (N * 3 * C + N * C), 2 * 2 * 2 * (32 * 33 // 2) * C),
     ("attention_backward", "B2 T32 NH2 HD64 bf16"): (2 * (2 * N * 3 * C + 2 * N * C), 5 * 2 * 2 * (32 * 33 // 2) * C),
     ("attention_forward", "B4 T16 NH1 HD128 bf16"): (2 * (N * 3 * C + N * C), 2 * 2 * 4 * (16 * 17 // 2) * C),
+    # One query and one row of the result; keys and values of 32 tokens.
+    ("attention_decode", "T32 NH2 HD64 bf16"): (2 * (2 * 32 * C + 2 * C), 2 * 2 * 32 * C),
     ("layernorm_forward", "64x128 bf16"): (2 * 2 * N * C, 0),
     ("residual_layernorm_forward", "64x128 bf16"): (4 * 2 * N * C, 0),
     ("layernorm_backward", "64x128 bf16"): (4 * 2 * N * C, 0),

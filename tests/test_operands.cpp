@@ -56,6 +56,14 @@ TEST(Operands, Attention) {
   EXPECT_REFUSED(check_attention_forward(out, strided({2, 3, 5}), qkv, 3));
   EXPECT_REFUSED(check_attention_forward(out, lse, out, 3));
 
+  const AttentionShape last = check_attention_decode(tensor({6}), tensor({5, 18}), 3);
+  EXPECT_EQ(last.batch, 1);
+  EXPECT_EQ(last.sequence, 5);
+  EXPECT_EQ(last.head_dim, 2);
+  for (int heads : {0, -3, 4}) EXPECT_REFUSED(check_attention_decode(tensor({6}), tensor({5, 18}), heads)) << heads;
+  EXPECT_REFUSED(check_attention_decode(tensor({6}), tensor({5, 6}), 3));
+  EXPECT_REFUSED(check_attention_decode(tensor({6}), strided({5, 18}), 3));
+
   EXPECT_EQ(check_attention_backward(qkv, out, out, lse, qkv, 3).heads, 3);
   EXPECT_REFUSED(check_attention_backward(out, out, out, lse, qkv, 3));
   EXPECT_REFUSED(check_attention_backward(qkv, qkv, out, lse, qkv, 3));

@@ -45,7 +45,8 @@ struct SetAll {
   static void set(Offload& field, OffloadList) { field = {.state = true, .weights = true}; }
   template <typename T>
   static void set(T& field, const Range& range) {
-    field = static_cast<T>(range.below == 0 ? -0.5 : range.below == 1 ? 0.5 : static_cast<double>(field) + 3);
+    const bool fraction = range.below == 1 || range.at_most == 1;
+    field = static_cast<T>(range.below == 0 ? -0.5 : fraction ? 0.5 : static_cast<double>(field) + 3);
   }
   template <typename T, size_t N>
   static void set(T& field, const std::pair<T, const char*> (&names)[N]) {
@@ -328,6 +329,10 @@ TEST(Options, ContradictionsAreFound) {
     EXPECT_HAS(error_of({std::string("--") + flag, "99999999999999999999999"}), std::string("--") + flag);
   }
   EXPECT_EQ(error_of({"--seed", "9999999999"}), "");
+  for (const char* value : {"1", "0.9", "1e-6"}) EXPECT_EQ(error_of({"--top-p", value}), "") << value;
+  for (const char* value : {"0", "-0.5", "1.5", "90"}) {
+    EXPECT_HAS(error_of({"--top-p", value}), "--top-p must be above 0 and at most 1");
+  }
   for (const char* flag : {"lr", "weight-decay", "eps", "beta2", "temperature", "final-lr", "clip-norm"}) {
     EXPECT_HAS(error_of({std::string("--") + flag, "1e-46"}), std::string("--") + flag);
     EXPECT_HAS(error_of({std::string("--") + flag, "1e-40"}), "less than fp32 holds");

@@ -97,7 +97,7 @@ def test_help_shows_every_flag_with_its_group_and_unit(data):
 
 
 SUBCOMMAND_FLAGS = {
-    "generate": (["model", "prompt", "sample-tokens", "temperature", "top-k", "tokenizer", "seed"], ["rank", "lr", "out"]),
+    "generate": (["model", "prompt", "sample-tokens", "temperature", "top-k", "top-p", "tokenizer", "seed"], ["rank", "lr", "out"]),
     "eval": (["model", "val-data", "seq-len", "eval-batches", "micro-batch", "device"], ["rank", "prompt", "steps"]),
     "plan": (["model", "memory-budget", "json", "recompute", "rank", "micro-batch"], ["resume", "prompt", "out"]),
 }
@@ -129,8 +129,10 @@ def test_generate_continues_a_prompt(train):
     assert text.startswith("abc") and 4 < len(text) <= 3 + 4 * 40 + 1
     assert succeed(*call, "--sample-tokens", 40) == text
     assert succeed(*call, "--sample-tokens", 40, "--seed", 5) != text
-    greedy = [succeed(*call, "--sample-tokens", 10, *flags) for flags in (["--temperature", 0], ["--top-k", 1])]
-    assert greedy[0] == greedy[1]
+    greedy = [succeed(*call, "--sample-tokens", 10, *flags) for flags in (["--temperature", 0], ["--top-k", 1], ["--top-p", 1e-6])]
+    assert greedy[0] == greedy[1] == greedy[2]
+    assert succeed(*call, "--sample-tokens", 40, "--top-p", 1) == text
+    assert succeed(*call, "--sample-tokens", 40, "--top-p", 0.5) != text
 
 
 def test_samples_are_printed_while_training(data, tmp_path):

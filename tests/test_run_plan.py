@@ -29,7 +29,7 @@ def check(result):
 
 def alive(allocation):
     phases = allocation["phases"]
-    return {"forward", "head", "backward", "update"} if phases == "always" else set(phases.split("+"))
+    return {"forward", "head", "backward", "update", "sample"} if phases == "always" else set(phases.split("+"))
 
 
 def test_the_table_and_both_ways_to_ask(data):
@@ -42,11 +42,27 @@ def test_the_table_and_both_ways_to_ask(data):
     assert str(result["device_bytes"]) in table
 
 
+def test_samples_of_a_run_are_planned(data, tmp_path):
+    """Their keys and values lie where a step has activations, or they are counted as what they add."""
+    flags = [*TINY, "--data", data / "text_train_*.bin", "--optimizer", "sgd", "--gradients", "fused", "--head-chunk", 8]
+    for more in ([], ["--recompute", "block", "--offload", "activations", "--micro-batch", 1]):
+        without, result = plan(*flags, *more), plan(*flags, *more, "--sample-every", 1)
+        check(result)
+        samples = [a for a in result["allocations"] if a["name"].startswith("sample.")]
+        assert {a["phases"] for a in samples} == {"sample"}
+        assert not any(a["name"].startswith("sample.") for a in without["allocations"])
+        needed = sum(a["bytes"] for a in samples if not a["host"])
+        assert without["device_bytes"] <= result["device_bytes"] < without["device_bytes"] + needed
+        succeed(*flags, *more, "--steps", 2, "--sample-every", 1, "--sample-tokens", 50, "--out", tmp_path / str(len(more)))
+        assert {step["device_bytes"] for step in metrics(tmp_path / str(len(more)))[1]} == {result["device_bytes"]}
+
+
 @pytest.mark.parametrize("flags", [
     ["--optimizer", "flora", "--rank", 16],
     ["--optimizer", "adamw"],
     ["--optimizer", "flora", "--rank", 16, "--gradients", "compressed", "--tokens-per-step", 256],
     ["--dtype", "bf16", "--state-dtype", "int8", "--recompute", "block"],
+    ["--sample-every", 5, "--weight-dtype", "int8", "--recompute", "block", "--offload", "activations,weights"],
 ])
 def test_no_two_allocations_overlap_while_both_are_alive(data, flags):
     result = plan("--model", "tiny", "--seq-len", 32, "--micro-batch", 2, *flags)

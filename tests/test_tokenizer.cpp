@@ -223,6 +223,21 @@ TEST(Printable, ReplacesWhatATerminalCannotShow) {
   EXPECT_EQ(printable("\xc2\x9b"), "\xef\xbf\xbd");  // a one-byte escape of 8-bit terminals
 }
 
+TEST(WholeCharacters, LeavesOutTheBeginningOfOne) {
+  for (const std::string_view whole : {"", "a", "h\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x99\x82", "a\x80", "\xff",
+                                       "\xc0", "\xe0\x80", "\xed\xa0", "\xf4\x90", "\xf5", "\xe2\x82\xac\x82"}) {
+    EXPECT_EQ(whole_characters(whole), whole);
+  }
+  for (const std::string_view character : {"\xc3\xa9", "\xe0\xa0\x80", "\xed\x9f\xbf", "\xef\xbf\xbd",
+                                           "\xf0\x90\x80\x80", "\xf4\x8f\xbf\xbf", "\xf1\x80\x80\x80"}) {
+    for (size_t bytes = 1; bytes < character.size(); ++bytes) {
+      for (const std::string before : {"", "a", "\xff", "\xe2\x82\xac"}) {
+        EXPECT_EQ(whole_characters(before + std::string(character.substr(0, bytes))), before);
+      }
+    }
+  }
+}
+
 TEST(DecodeUtf8, AcceptsOnlyShortestForms) {
   EXPECT_EQ(decode_utf8("\xF0\x9F\x99\x82", 0).code, char32_t{0x1F642});
   EXPECT_EQ(decode_utf8("\xF0\x9F\x99\x82", 0).bytes, 4u);

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -74,7 +75,9 @@ class Batches {
   std::unique_ptr<BenchBatch> batch_;
 };
 
-inline Outcome train(const std::string& backend_name, const EngineConfig& config, float lr, uint32_t steps = kSteps) {
+// after_step(engine) is called between the steps.
+inline Outcome train(const std::string& backend_name, const EngineConfig& config, float lr, uint32_t steps = kSteps,
+                     const std::function<void(Engine&)>& after_step = {}) {
   const std::unique_ptr<Backend> backend = make_test_backend(backend_name);
   Engine engine(config, *backend);
   engine.allocate();
@@ -88,6 +91,7 @@ inline Outcome train(const std::string& backend_name, const EngineConfig& config
     EXPECT_TRUE(result.applied);
     outcome.losses.push_back(result.loss);
     outcome.norms.push_back(result.grad_norm);
+    if (after_step) after_step(engine);
   }
   HeldLayer<ParameterStore> held(engine.store());
   for (const Parameter& p : engine.store().parameters()) {

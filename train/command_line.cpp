@@ -61,8 +61,8 @@ std::string wrapped(const std::string& text) {
 // What --help of a subcommand shows; the others are accepted, so that a file of --config serves all.
 const std::set<std::string>& flags_of(Command command) {
   static const std::set<std::string> generate = {
-      "model",   "prompt", "sample-tokens", "temperature",      "top-k",  "tokenizer", "seed",
-      "seq-len", "dtype",  "weight-dtype",  "activation-dtype", "device", "threads",   "tf32"};
+      "model",   "prompt", "sample-tokens", "temperature",      "top-k",  "top-p",   "tokenizer", "seed",
+      "seq-len", "dtype",  "weight-dtype",  "activation-dtype", "device", "threads", "tf32"};
   static const std::set<std::string> eval = {"model",       "data",    "val-data", "data-format",  "eval-batches",
                                              "micro-batch", "seq-len", "dtype",    "weight-dtype", "activation-dtype",
                                              "head-chunk",  "device",  "threads",  "tf32"};
@@ -70,10 +70,24 @@ const std::set<std::string>& flags_of(Command command) {
 }
 
 const std::set<std::string>& not_of_plan() {
-  static const std::set<std::string> flags = {
-      "val-data",   "tokenizer",      "plan",    "out",         "resume", "checkpoint-every", "keep-checkpoints",
-      "eval-every", "eval-batches",   "prompt",  "temperature", "top-k",  "sample-every",     "sample-tokens",
-      "log-every",  "skip-nonfinite", "profile", "peak-tflops"};
+  static const std::set<std::string> flags = {"val-data",
+                                              "tokenizer",
+                                              "plan",
+                                              "out",
+                                              "resume",
+                                              "checkpoint-every",
+                                              "keep-checkpoints",
+                                              "eval-every",
+                                              "eval-batches",
+                                              "prompt",
+                                              "temperature",
+                                              "top-k",
+                                              "top-p",
+                                              "sample-tokens",
+                                              "log-every",
+                                              "skip-nonfinite",
+                                              "profile",
+                                              "peak-tflops"};
   return flags;
 }
 

@@ -32,6 +32,11 @@ EngineConfig completed(EngineConfig config) {
   return config;
 }
 
+// One sequence, as long as those of the run; the last token's logits.
+ActivationShapes sampling_shapes(const EngineConfig& config) {
+  return {.sequence = config.shapes.sequence, .dtype = config.shapes.dtype, .training = false, .sampling = true};
+}
+
 std::vector<Parameter> parameters_of(const EngineConfig& config) {
   std::vector<Parameter> parameters = gpt2_parameters(config.model);
   for (Parameter& p : parameters) p.quantized = config.weight_dtype == DType::kI8 && p.matrix && p.layer >= 0;
@@ -57,10 +62,12 @@ Engine::Engine(const EngineConfig& config, Backend& backend)
     optimizer_ = make_optimizer(config_.optimizer, store_.parameters(), config_.gradients.gradient_dtype, backend);
     gradients_ = std::make_unique<Gradients>(config_.gradients, *optimizer_, store_, backend);
   }
+  if (config_.sampling) sampler_ = std::make_unique<Gpt2>(config_.model, sampling_shapes(config_), store_, backend);
   store_.declare(plan_);
   if (optimizer_) optimizer_->declare(plan_);
   if (gradients_) gradients_->declare(plan_);
   model_.declare(plan_);
+  if (sampler_) sampler_->declare(plan_);
   plan_.add(&scalars_, "step.scalars", Category::kWorkspace, sizeof(StepScalars));
   plan_.add(&loss_, "step.loss", Category::kWorkspace, DType::kF32, {1});
   plan_.add(&workspace_, "backend.workspace", Category::kWorkspace, backend.workspace_bytes(kernel_shapes(config_)));

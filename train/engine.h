@@ -28,7 +28,8 @@ struct EngineConfig {
   OptimizerConfig optimizer;
   GradientConfig gradients;
   Offload offload;
-  bool graphs = true;  // record a step's operations and replay them, where the backend can
+  bool sampling = false;  // text will be sampled: there is a sampler()
+  bool graphs = true;     // record a step's operations and replay them, where the backend can
 };
 
 // What a step did, read back once per step.
@@ -52,6 +53,9 @@ class Engine {
 
   ParameterStore& store() { return store_; }
   Gpt2& model() { return model_; }
+  // The same weights for one sequence, token by token (Gpt2::logits with `cached`). What it keeps of the tokens so far
+  // lasts until model() is used, whose memory it shares. Only with config.sampling.
+  Gpt2& sampler() { return *sampler_; }
   Optimizer& optimizer() { return *optimizer_; }
   const Optimizer& optimizer() const { return *optimizer_; }
   Gradients& gradients() { return *gradients_; }
@@ -117,6 +121,7 @@ class Engine {
   std::unique_ptr<Arena> arena_;  // outlives what lives in it
   WeightStore store_;
   Gpt2 model_;
+  std::unique_ptr<Gpt2> sampler_;
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<Gradients> gradients_;
   GraphCache graphs_;

@@ -18,12 +18,14 @@ namespace {
 constexpr char kNoModel[] = "--model is needed: a checkpoint or another directory with weights";
 
 // An engine without a training half, with the weights of --model.
-std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, RunSetup& setup, int64_t vocabulary) {
+std::unique_ptr<Engine> open_model(const Options& options, Backend& backend, RunSetup& setup, int64_t vocabulary,
+                                   bool sampling) {
   if (options.was_given("memory-budget")) throw UsageError("--memory-budget is for training and plan");
   if (options.model.empty()) throw UsageError(kNoModel);
   setup = resolve({options, backend.name(), vocabulary, false, ""});
   if (!setup.source.has_weights) throw UsageError("--model " + options.model + " has no weights");
   verify_model(setup.source.path, CheckpointPart::kModel);
+  setup.engine.sampling = sampling;
   backend.end_tuning();  // too short to gain from it, and the same numbers each time
   auto engine = std::make_unique<Engine>(setup.engine, backend);
   engine->allocate();
@@ -44,13 +46,11 @@ void generate(Options options) {
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   RunSetup setup;
-  const std::unique_ptr<Engine> engine = open_model(options, *backend, setup, 0);
+  const std::unique_ptr<Engine> engine = open_model(options, *backend, setup, 0, true);
   find_tokenizer(setup);
   check_prompt(setup);
   warn(setup.tokenizer_warning);
-  const SamplingOptions sampling{options.sample_tokens, static_cast<float>(options.temperature), options.top_k,
-                                 static_cast<uint64_t>(options.seed), 0};
-  std::printf("%s\n", sample_text(*engine, setup.tokenizer.get(), options.prompt, sampling).c_str());
+  std::printf("%s\n", sample_text(*engine, setup.tokenizer.get(), options.prompt, sampling_options(options)).c_str());
 }
 
 void evaluate(Options options) {
@@ -61,7 +61,7 @@ void evaluate(Options options) {
   if (options.val_data.empty()) std::printf("data        %s\n", resolve_evaluation_data(options).c_str());
   RunSetup setup;
   const std::unique_ptr<Engine> engine =
-      open_model(options, *backend, setup, data_vocabulary(options, options.val_data, "--val-data"));
+      open_model(options, *backend, setup, data_vocabulary(options, options.val_data, "--val-data"), false);
   TokenLoader loader = open_loader(setup.options, setup.options.val_data, setup.engine.model.vocabulary, false);
   warn(vocabulary_warning(setup, options.val_data));
   warn(loader.left_out());

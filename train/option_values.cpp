@@ -88,9 +88,11 @@ double read_number(const std::string& flag, const std::string& text, const Range
   if (value != 0 && std::abs(value) < FLT_MIN) refuse(flag, text + " is less than fp32 holds: it would be 0");
   if (value != 1 && static_cast<float>(value) == 1.0f) refuse(flag, text + " would be 1 in fp32");
   const bool too_small = value < range.least || (value == range.least && !range.least_itself);
-  if (!too_small && value < range.below) return value;
+  if (!too_small && value < range.below && value <= range.at_most) return value;
   std::string bounds;
   if (std::isfinite(range.least)) bounds = (range.least_itself ? "at least " : "above ") + short_text(range.least);
   if (std::isfinite(range.below)) bounds += (bounds.empty() ? "below " : " and below ") + short_text(range.below);
+  if (std::isfinite(range.at_most))
+    bounds += (bounds.empty() ? "at most " : " and at most ") + short_text(range.at_most);
   refuse(flag, "must be " + bounds);
 }

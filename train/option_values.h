@@ -32,13 +32,14 @@ struct Text {
 // The numbers a flag takes. Sizes and counts are multiplied with each other, and positions on the device are 32 bits
 // wide.
 struct Range {
-  double least = -INFINITY, below = INFINITY;
+  double least = -INFINITY, below = INFINITY, at_most = INFINITY;  // below: not itself
   bool least_itself = true;
   int64_t most = INT32_MAX;  // of whole numbers
 };
 constexpr Range at_least(double least, int64_t most = INT32_MAX) { return {.least = least, .most = most}; }
 inline constexpr Range kAboveZero = {.least = 0, .least_itself = false}, kBelowZero = {.below = 0},
-                       kFraction = {.least = 0, .below = 1};
+                       kFraction = {.least = 0, .below = 1},
+                       kAboveZeroToOne = {.least = 0, .at_most = 1, .least_itself = false};
 
 struct OffloadList {};
 

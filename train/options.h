@@ -54,6 +54,7 @@ struct Options {
   std::string prompt;
   double temperature = 0.8;
   int64_t top_k = 50;
+  double top_p = 1;
   // device
   DeviceKind device = DeviceKind::kAuto;
   int64_t threads = 0;  // 0: as many as there are cores
@@ -242,6 +243,8 @@ void describe(Options& o, Visitor& v) {
   v(o.prompt, "prompt", "TEXT", "start of a sample; default: end-of-text", Text{.may_be_empty = true}, free);
   v(o.temperature, "temperature", "", "of sampling; 0: the likeliest token", at_least(0), free);
   v(o.top_k, "top-k", "tokens", "sample from the k likeliest; 0: from all", at_least(0), free);
+  v(o.top_p, "top-p", "", "of those from the fewest likeliest that are together as probable as this; 1: from all",
+    kAboveZeroToOne, free);
   v(o.log_every, "log-every", "steps", "progress line; metrics.jsonl has every step", at_least(1), free);
   v.group("device");
   v(o.device, "device", "", "where to compute", kDeviceNames, free);

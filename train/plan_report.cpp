@@ -11,8 +11,11 @@ namespace {
 std::string phase_names(uint32_t phases) {
   if (phases == kPhaseAlways) return "always";
   std::string names;
-  const std::pair<uint32_t, const char*> all[] = {
-      {kPhaseForward, "forward"}, {kPhaseHead, "head"}, {kPhaseBackward, "backward"}, {kPhaseUpdate, "update"}};
+  const std::pair<uint32_t, const char*> all[] = {{kPhaseForward, "forward"},
+                                                  {kPhaseHead, "head"},
+                                                  {kPhaseBackward, "backward"},
+                                                  {kPhaseUpdate, "update"},
+                                                  {kPhaseSample, "sample"}};
   for (const auto& [phase, name] : all) {
     if (phases & phase) names += (names.empty() ? "" : "+") + std::string(name);
   }

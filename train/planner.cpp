@@ -119,7 +119,7 @@ SearchSpace search_space(const RunSetup& setup, bool given_too) {
 
 Bytes least_bytes(const MemoryPlan& plan) {
   Bytes least;
-  for (uint32_t phase = 1; phase <= kPhaseUpdate; phase *= 2) {
+  for (uint32_t phase = 1; phase & kPhaseAlways; phase *= 2) {
     Bytes alive;
     for (const Allocation& allocation : plan.allocations()) {
       if (allocation.phases & phase) (allocation.host ? alive.host : alive.device) += allocation.bytes;

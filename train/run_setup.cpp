@@ -86,6 +86,7 @@ EngineConfig engine_config(Options& o, const Gpt2Config& model, bool training) {
   EngineConfig engine = o.engine;
   engine.model = model;
   engine.shapes.training = training;
+  engine.sampling = training && o.sample_every > 0;
   OptimizerConfig& optimizer = engine.optimizer;
   optimizer.seed = static_cast<uint64_t>(o.seed);
   if (optimizer.kind != OptimizerKind::kFlora) optimizer.rank = 0;

@@ -259,10 +259,8 @@ void Trainer::evaluate(StepMetrics& metrics) {
 
 void Trainer::print_sample(uint32_t t) {
   const Options& o = setup_.options;
-  const SamplingOptions sampling{o.sample_tokens, static_cast<float>(o.temperature), o.top_k,
-                                 static_cast<uint64_t>(o.seed), t};
   progress_.message("---- sample at step " + std::to_string(t) + "\n" +
-                    sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling) + "\n----");
+                    sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling_options(o, t)) + "\n----");
 }
 
 void Trainer::checkpoint(uint32_t t, const DataPosition& position) {

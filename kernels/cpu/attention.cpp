@@ -147,6 +147,44 @@ void head_backward(const AttentionShape& s, Grad* dqkv, const Grad* dout, const 
   store_head(dqkv + 2 * s.channels, stride, dv, s.sequence, head_dim);
 }
 
+// The last query of `heads` neighbouring heads; `out` and `qkv` begin at the first one's channels. A token's heads lie
+// side by side, so memory is read in long pieces when they are taken together.
+template <typename Out, typename In>
+void decode_heads(const AttentionShape& s, Out* out, const In* qkv, int64_t heads, float* scratch) {
+  const int64_t head_dim = s.head_dim, stride = 3 * s.channels, width = heads * head_dim, row = score_stride(s);
+  float *const q = scratch, *const o = q + round_to_vectors(width), *const scores = o + round_to_vectors(width);
+  load_head(q, qkv + (s.sequence - 1) * stride, stride, 1, width, 1.0f / std::sqrt(static_cast<float>(head_dim)));
+  const In* const k = qkv + s.channels;
+  for (int64_t t = 0; t < s.sequence; ++t) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const In* const key = k + t * stride + h * head_dim;
+      const float* const query = q + h * head_dim;
+      float dot = 0;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t j = 0; j < head_dim; ++j) dot += query[j] * to_float(key[j]);
+      scores[h * row + t] = dot;
+    }
+  }
+  std::fill_n(o, width, 0.0f);
+  for (int64_t h = 0; h < heads; ++h) {
+    float* const p = scores + h * row;
+    const float inverse = 1.0f / exponentiate_row(p, hide_future(p, s.sequence, s.sequence)).sum;
+#pragma omp simd
+    for (int64_t t = 0; t < s.sequence; ++t) p[t] *= inverse;
+  }
+  const In* const v = k + s.channels;
+  for (int64_t t = 0; t < s.sequence; ++t) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const In* const value = v + t * stride + h * head_dim;
+      const float p = scores[h * row + t];
+      float* const sum = o + h * head_dim;
+#pragma omp simd
+      for (int64_t j = 0; j < head_dim; ++j) sum[j] += p * to_float(value[j]);
+    }
+  }
+  store_head(out, width, o, 1, width);
+}
+
 }  // namespace
 
 int64_t attention_scratch_floats(int64_t sequence, int64_t channels, int64_t heads) {
@@ -166,6 +204,22 @@ void CpuBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads
       const int64_t token = i / heads * s.sequence, channel = i % heads * s.head_dim;
       head_forward(s, out.as<Out>() + token * s.channels + channel, lse.as<float>() + i * s.sequence,
                    qkv.as<const In>() + token * 3 * s.channels + channel, thread_scratch(bytes));
+    }
+  });
+}
+
+void CpuBackend::attention_decode(Tensor out, Tensor qkv, int heads) {
+  const AttentionShape s = check_attention_decode(out, qkv, heads);
+  const Profiler::Scope scope(profiler, "attention_decode", 2 * s.last_query_flops(), last_query_bytes(out, qkv));
+  const size_t bytes = static_cast<size_t>(attention_scratch_floats(s.sequence, s.channels, heads)) * sizeof(float);
+  thread_scratch(bytes);  // an error must not be thrown inside the parallel loop
+  const int64_t together = std::min(kQueryTile, divide_up(heads, threads_));  // their scores are a tile of rows
+  dispatch(out.dtype, qkv.dtype, [&]<typename Out, typename In>() {
+#pragma omp parallel for schedule(static) num_threads(threads_)
+    for (int64_t first = 0; first < heads; first += together) {
+      const int64_t channel = first * s.head_dim;
+      decode_heads(s, out.as<Out>() + channel, qkv.as<const In>() + channel, std::min(together, heads - first),
+                   thread_scratch(bytes));
     }
   });
 }

@@ -58,6 +58,7 @@ class CpuBackend : public Backend {
   void gelu_forward(Tensor out, Tensor in) override;
   void gelu_backward(Tensor d, Tensor in) override;
   void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) override;
+  void attention_decode(Tensor out, Tensor qkv, int heads) override;
   void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) override;
   void classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
                   bool write_gradient, Tensor lse) override;
@@ -113,6 +114,9 @@ class CpuBackend : public Backend {
 // Floats of attention's scratch per thread: one head's Q, K, V, their gradients and that of the output, and two tiles
 // of T scores.
 int64_t attention_scratch_floats(int64_t sequence, int64_t channels, int64_t heads);
+
+// What matmul() does for a result of one row. Memory-bound: b is read once, where it is.
+void matmul_row(const Tensor& out, const Tensor& a, const Tensor& b, const MatmulOptions& options, int threads);
 
 // What add() does: out = a + b for `count` elements from (row, column) on, on the calling thread. The LayerNorm that
 // adds its residual first calls it, too, so that both round the same way. fp32 or bf16, mixed; out may be a or b.

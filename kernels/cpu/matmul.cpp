@@ -171,6 +171,10 @@ void CpuBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& opt
   const Profiler::Scope scope(profiler, "matmul", 2.0 * p.m * p.n * p.k,
                               static_cast<double>(a.bytes() + b.bytes() + out.bytes() * (p.accumulate ? 2 : 1)));
 
+  if (p.m == 1) {
+    matmul_row(out, a, b, options, threads_);
+    return;
+  }
   const bool all_fp32 = out.dtype == DType::kF32 && a.dtype == DType::kF32 && b.dtype == DType::kF32;
   const Grid grid = all_fp32 ? slices(p.m, p.n, p.k, threads_) : tiles(p.m, p.n, threads_);
   const size_t scratch_bytes = all_fp32 ? 0 : kMatmulScratchFloats * sizeof(float);

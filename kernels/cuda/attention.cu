@@ -8,10 +8,12 @@
 // number has two writers, so there are no atomics and no order that depends on scheduling; the price is that scores and
 // dP are computed twice, 7 matrix products instead of 5.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <initializer_list>
 
 #include "kernels/cuda/attention_backward.cuh"
+#include "kernels/cuda/attention_decode.cuh"
 #include "kernels/cuda/attention_forward.cuh"
 #include "kernels/cuda/attention_plain.cuh"
 #include "kernels/cuda/cuda_backend.h"
@@ -144,6 +146,25 @@ void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int head
             .shared_bytes = PlainTiles<kDim>::kForwardBytes,
             .stream = stream_},
            any_view(out), lse.as<float>(), any_view(qkv), sizes);
+  });
+}
+
+void CudaBackend::attention_decode(Tensor out, Tensor qkv, int heads) {
+  const AttentionShape s = check_attention_decode(out, qkv, heads);
+  check_limits(s);
+  static_assert(kMostHeadChannels <= kMostDecodeChannels);
+  const Timed timed(*this, "attention_decode", 2 * s.last_query_flops(), last_query_bytes(out, qkv));
+  require_octet_rows(out, qkv);
+  const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
+  const int lanes = static_cast<int>(std::bit_ceil(static_cast<unsigned>(sizes.head_dim)));
+  dispatch(qkv.dtype, [&]<typename T>() {
+    const bool octets = sizes.head_dim % kOctet == 0;
+    launch("attention_decode", octets ? attention_decode_kernel<T, true> : attention_decode_kernel<T, false>,
+           {.grid = static_cast<unsigned>(sizes.heads),
+            .block = kDecodeThreads,
+            .shared_bytes = kDecodeBytes,
+            .stream = stream_},
+           any_view(out), qkv.as<const T>(), sizes, lanes);
   });
 }
 

@@ -77,6 +77,7 @@ class CudaBackend final : public Backend {
   void gelu_forward(Tensor out, Tensor in) override;
   void gelu_backward(Tensor d, Tensor in) override;
   void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) override;
+  void attention_decode(Tensor out, Tensor qkv, int heads) override;
   void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) override;
   void classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
                   bool write_gradient, Tensor lse) override;
