@@ -2,13 +2,12 @@
 another vocabulary, and samples that stay within the tokenizer.
 """
 import json
-import re
 import shutil
 import zlib
 
 import numpy as np
 import pytest
-from program import TINY, VOCABULARY, call, fail, language, metrics, succeed, tensors, write_shard, write_state
+from program import TINY, VOCABULARY, call, fail, language, metrics, succeed, tensors, validation_loss, write_shard, write_state
 
 FEW = [*TINY, "--optimizer", "adamw", "--steps", 2]
 
@@ -32,8 +31,7 @@ def evaluate(data):
     def start(model, *flags):
         result = call("eval", "--model", model, "--threads", 1, *flags)
         assert result.returncode == 0, result.stderr
-        loss, tokens = re.fullmatch(r"validation loss ([\d.]+) \((\d+) tokens\)", result.stdout.splitlines()[-1]).groups()
-        return float(loss), int(tokens), result.stderr
+        return *validation_loss(result.stdout), result.stderr
 
     return start
 

@@ -95,6 +95,7 @@ void MetricsFile::write(const StepMetrics& m) {
                                  {"device_bytes", m.device_bytes}};
   if (m.skipped > 0) json["skipped"] = m.skipped;
   if (m.val_loss) json["val_loss"] = number(*m.val_loss);
+  if (m.val_bits_per_byte) json["val_bits_per_byte"] = number(*m.val_bits_per_byte);
   write_line(json.dump());
 }
 
