@@ -30,7 +30,7 @@ def test_the_command_of_the_readme_works_in_an_empty_folder(data, tmp_path):
     assert header["options"]["rank"] == 256 and header["options"]["model"] == "small"
     assert header["version"].startswith("train_gpt2") and header["device"]
     assert [line["step"] for line in steps] == [1, 2]
-    assert set(steps[0]) == METRIC_KEYS and set(steps[1]) == METRIC_KEYS | {"val_loss"}
+    assert set(steps[0]) == METRIC_KEYS and set(steps[1]) == METRIC_KEYS | {"val_loss", "val_bits_per_byte"}
     assert 4 < steps[0]["loss"] < 7
 
 
