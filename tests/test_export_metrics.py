@@ -270,9 +270,9 @@ def test_a_real_run_with_samples(data, tmp_path):
                            "--sample-tokens", 8, "--prompt", "hello", "--eval-every", 2, "--eval-batches", 1, "--out",
                            tmp_path / "run")
     samples = program.samples(tmp_path / "run")
-    assert list(samples) == [2, 4] and all(f"\n{sample}\n----" in text for sample in samples.values())
+    assert list(samples) == [0, 2, 4] and all(f"\n{sample}\n----" in text for sample in samples.values())
     assert all(sample.startswith("hello") for sample in samples.values())
     succeed("tensorboard", tmp_path / "run", "--out", tmp_path / "logs")
     scalars, texts, _ = read_events(tmp_path / "logs/run")
     assert list(scalars["loss"]) == [1, 2, 3, 4] and list(scalars["val_bits_per_byte"]) == [2, 4]
-    assert list(texts["sample"]) == [2, 4] and "| steps | 4 |" in texts["configuration"][0]
+    assert list(texts["sample"]) == [0, 2, 4] and "| steps | 4 |" in texts["configuration"][0]

@@ -319,6 +319,7 @@ int Trainer::run() {
   uint32_t done = steps;
   bool owed = false;  // a checkpoint that was due at a step without an update
   const auto due = [](uint32_t t, int64_t every) { return every > 0 && t % static_cast<uint32_t>(every) == 0; };
+  if (first_step_ == 1 && o.sample_every > 0) try_beside(0, "no sample", [&] { print_sample(0); });
   for (uint32_t t = first_step_; t <= steps; ++t) {
     say_when_interrupted(t, last_checkpoint_);
     const auto start = std::chrono::steady_clock::now();
@@ -362,7 +363,8 @@ int Trainer::run() {
       throw std::runtime_error("step " + std::to_string(t) + ": " + unwritten +
                                "; last checkpoint: " + last_checkpoint_);
     }
-    if (due(t, o.sample_every) && !stop) try_beside(t, "no sample", [&] { print_sample(t); });
+    if ((due(t, o.sample_every) || (last && o.sample_every > 0)) && !stop)
+      try_beside(t, "no sample", [&] { print_sample(t); });
     if (interrupted()) {
       if (!saved) checkpoint(t, loader_.position());  // the signal came while the sample was made
       done = t;
