@@ -127,7 +127,8 @@ void describe(Options& o, Visitor& v) {
     "vocabulary of headerless data, and of a preset model; default: what the shards declare, headerless GPT-2's 50257",
     at_least(1), fixed);
   v(o.tokenizer, "tokenizer", "FILE",
-    "tokenizer.bin for prompts and samples, or a Hugging Face tokenizer's folder; default: beside the shards, or the "
+    "tokenizer.bin for prompts, samples and bits per byte, or a Hugging Face tokenizer's folder; default: beside the "
+    "shards, or the "
     "model's",
     Text{}, free);
   v(o.hellaswag, "hellaswag", "FILE",
