@@ -112,8 +112,17 @@ def write_state(path, state):
 
 def metrics(run):
     """The header of metrics.jsonl and the list of its steps."""
-    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return lines[0], lines[1:]
+    lines = _lines(run)
+    return lines[0], [line for line in lines[1:] if "sample" not in line]
+
+
+def samples(run):
+    """The texts of metrics.jsonl by step."""
+    return {line["step"]: line["sample"] for line in _lines(run) if "sample" in line}
+
+
+def _lines(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def validation_loss(output):

@@ -190,7 +190,7 @@ def test_what_the_tokenizer_does_not_have_is_not_sampled(run, data, tmp_path):
     tokenizer = tokenizer_file(tmp_path / "tokenizer.bin", tokens, 256)
     shard = write_shard(tmp_path / "t_train_0.bin", language(500, 1), vocabulary=4000)
     text, _ = run(shard, "--sample-every", 1, "--top-k", 0, "--sample-tokens", 20, "--prompt", "hello")
-    assert text.count("\nhello") == 2 and "checkpoint: " in text
+    assert text.count("\nhello") == 3 and "checkpoint: " in text
     checkpoint = tmp_path / "run/latest"
     assert tensors(checkpoint, "tokenizer.bin") == tokenizer.read_bytes()
     assert json.loads((checkpoint / "config.json").read_text())["eos_token_id"] == 256  # the tokenizer's, not 3999

@@ -99,6 +99,11 @@ void MetricsFile::write(const StepMetrics& m) {
   write_line(json.dump());
 }
 
+void MetricsFile::write_sample(uint32_t step, const std::string& text) {
+  const nlohmann::ordered_json json = {{"step", step}, {"sample", text}};
+  write_line(json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+}
+
 Progress::Progress(int64_t total_steps) : total_steps_(total_steps), terminal_(isatty(STDOUT_FILENO)) {}
 
 void Progress::step(const StepMetrics& m, double seconds_left) {

@@ -29,6 +29,7 @@ class MetricsFile {
   MetricsFile(const std::string& run, const nlohmann::ordered_json& header, std::optional<uint32_t> resumed_step,
               const std::string& resumed_run);
   void write(const StepMetrics& metrics);
+  void write_sample(uint32_t step, const std::string& text);  // a line of its own
 
  private:
   void write_line(const std::string& line);

@@ -127,7 +127,8 @@ void describe(Options& o, Visitor& v) {
     "vocabulary of headerless data, and of a preset model; default: what the shards declare, headerless GPT-2's 50257",
     at_least(1), fixed);
   v(o.tokenizer, "tokenizer", "FILE",
-    "tokenizer.bin for prompts and samples, or a Hugging Face tokenizer's folder; default: beside the shards, or the "
+    "tokenizer.bin for prompts, samples and bits per byte, or a Hugging Face tokenizer's folder; default: beside the "
+    "shards, or the "
     "model's",
     Text{}, free);
   v(o.hellaswag, "hellaswag", "FILE",
@@ -250,7 +251,8 @@ void describe(Options& o, Visitor& v) {
     "of one validation; 0: all of the shards; default: 80 sequences on a CPU, 320 on a GPU, whatever the micro-batch; "
     "eval: all; hellaswag: the first questions with as many endings",
     at_least(0), free);
-  v(o.sample_every, "sample-every", "steps", "print a sample of text; 0: never", at_least(0), free);
+  v(o.sample_every, "sample-every", "steps",
+    "print a sample of text, and one before the first step and after the last; 0: never", at_least(0), free);
   v(o.sample_tokens, "sample-tokens", "tokens", "length of a sample", at_least(1), free);
   v(o.prompt, "prompt", "TEXT", "start of a sample; default: end-of-text", Text{.may_be_empty = true}, free);
   v(o.temperature, "temperature", "", "of sampling; 0: the likeliest token", at_least(0), free);

@@ -278,8 +278,9 @@ void Trainer::evaluate(StepMetrics& metrics) {
 
 void Trainer::print_sample(uint32_t t) {
   const Options& o = setup_.options;
-  progress_.message("---- sample at step " + std::to_string(t) + "\n" +
-                    sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling_options(o, t)) + "\n----");
+  const std::string text = sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling_options(o, t));
+  progress_.message("---- sample at step " + std::to_string(t) + "\n" + text + "\n----");
+  metrics_->write_sample(t, text);
 }
 
 void Trainer::checkpoint(uint32_t t, const DataPosition& position) {
@@ -318,6 +319,7 @@ int Trainer::run() {
   uint32_t done = steps;
   bool owed = false;  // a checkpoint that was due at a step without an update
   const auto due = [](uint32_t t, int64_t every) { return every > 0 && t % static_cast<uint32_t>(every) == 0; };
+  if (first_step_ == 1 && o.sample_every > 0) try_beside(0, "no sample", [&] { print_sample(0); });
   for (uint32_t t = first_step_; t <= steps; ++t) {
     say_when_interrupted(t, last_checkpoint_);
     const auto start = std::chrono::steady_clock::now();
@@ -361,7 +363,8 @@ int Trainer::run() {
       throw std::runtime_error("step " + std::to_string(t) + ": " + unwritten +
                                "; last checkpoint: " + last_checkpoint_);
     }
-    if (due(t, o.sample_every) && !stop) try_beside(t, "no sample", [&] { print_sample(t); });
+    if ((due(t, o.sample_every) || (last && o.sample_every > 0)) && !stop)
+      try_beside(t, "no sample", [&] { print_sample(t); });
     if (interrupted()) {
       if (!saved) checkpoint(t, loader_.position());  // the signal came while the sample was made
       done = t;
