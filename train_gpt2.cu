@@ -24,6 +24,8 @@
 namespace {
 
 int train(Options options) {
+  if (options.was_given("hellaswag"))
+    throw UsageError("--hellaswag is for eval: ./train_gpt2 eval --model DIR --hellaswag FILE");
   std::optional<RunFolder> folder;  // held to the end
   std::string checkpoint;
   TrainerState state;

@@ -12,7 +12,10 @@ from errors import DataError, OneLineParser, UsageError, run_main
 from download import download, read_url
 from encoders import Gpt2Encoder, make_encoder
 from faults import Faults
-from prepare import add_on_error_argument, add_tokenizer_arguments, check_tokenizer_arguments, prepare, report
+from prepare import (
+    add_on_error_argument, add_shard_arguments, add_tokenizer_arguments, check_shard_arguments, check_tokenizer_arguments,
+    prepare, report,
+)
 from token_files import read_shard, write_tokenizer
 
 HUB = "https://huggingface.co"
@@ -88,8 +91,10 @@ def main(argv):
     parser.add_argument("--val-fraction", type=float, default=0.001, help="default: %(default)s")
     add_on_error_argument(parser)
     add_tokenizer_arguments(parser)
+    add_shard_arguments(parser)
     args = parser.parse_args(argv)
     check_tokenizer_arguments(args)
+    check_shard_arguments(args)
     if args.shards < 1:
         raise UsageError(f"--shards must be at least 1, not {args.shards}")
     if not 0 <= args.val_fraction < 1:

@@ -235,17 +235,23 @@ def add_tokenizer_arguments(parser):
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes", "auto"), default="auto",
                         help="auto: gpt2 where its vocabulary can be had, else bytes (default: %(default)s)")
     parser.add_argument("--vocab-dir", metavar="DIR", help="where GPT-2's encoder.json is, for use offline")
+
+
+def check_tokenizer_arguments(args):
+    if args.vocab_dir is not None and args.tokenizer == "bytes":
+        raise UsageError("--vocab-dir is GPT-2's vocabulary, but --tokenizer bytes uses none; drop one of them")
+
+
+def add_shard_arguments(parser):
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per shard (default: 100_000_000)")
 
 
-def check_tokenizer_arguments(args):
+def check_shard_arguments(args):
     if not 1 <= args.shard_tokens <= MAX_SHARD_TOKENS * 10 // 11:  # a last shard of a tenth may be joined on
         raise UsageError(f"--shard-tokens must be from 1 to {MAX_SHARD_TOKENS * 10 // 11}, not {args.shard_tokens}")
     if not 1 <= args.workers <= MAX_WORKERS:
         raise UsageError(f"--workers must be from 1 to {MAX_WORKERS}, not {args.workers}")
-    if args.vocab_dir is not None and args.tokenizer == "bytes":
-        raise UsageError("--vocab-dir is GPT-2's vocabulary, but --tokenizer bytes uses none; drop one of them")
 
 
 def add_on_error_argument(parser):
@@ -279,8 +285,10 @@ def main(argv):
                              + END_OF_TEXT + ")")
     add_on_error_argument(parser)
     add_tokenizer_arguments(parser)
+    add_shard_arguments(parser)
     args = parser.parse_args(argv)
     check_tokenizer_arguments(args)
+    check_shard_arguments(args)
     if not 0 <= args.val_fraction < 1:
         raise UsageError(f"--val-fraction must be from 0 to below 1, not {args.val_fraction}")
     name = default_name(args.input[0]) if args.name is None else args.name

@@ -47,6 +47,7 @@ std::string guess_kind(int32_t magic, const unsigned char* bytes, size_t looked_
   constexpr int32_t kModelMagics[] = {20240326, 20240327};
   if (magic == kTokenizerMagic)
     return "is it a tokenizer? narrow the pattern so that it matches only shards, for instance DIR/*_train_*.bin";
+  if (magic == kQuestionsMagic) return "is it a file of questions? eval --hellaswag takes it";
   for (int32_t model : kModelMagics)
     if (magic == model) return "is it an llm.c model checkpoint? --data takes token shards";
   size_t printable = 0;

@@ -22,7 +22,8 @@ inline constexpr std::pair<DataFormat, const char*> kDataFormatNames[] = {{DataF
 inline constexpr int32_t kShardMagic = 20240520, kShardVersion = 1;
 inline constexpr int32_t kWideShardMagic = 20240801, kWideShardVersion = 7;  // uint32 tokens
 inline constexpr int32_t kTokenizerMagic = 20240328;
-inline constexpr int64_t kHeaderWords = 256;  // int32 words before the tokens; 1,024 bytes
+inline constexpr int32_t kQuestionsMagic = 20240522;  // multiple_choice.h
+inline constexpr int64_t kHeaderWords = 256;          // int32 words before the tokens; 1,024 bytes
 inline constexpr int64_t kGpt2Vocabulary = 50257;
 inline constexpr int64_t kLlama3Vocabulary = 128256;
 

@@ -9,7 +9,9 @@ from errors import DataError, OneLineParser, run_main
 
 from download import download
 from encoders import make_encoder
-from prepare import add_tokenizer_arguments, check_tokenizer_arguments, encode_parts, report
+from prepare import (
+    add_shard_arguments, add_tokenizer_arguments, check_shard_arguments, check_tokenizer_arguments, encode_parts, report,
+)
 from token_files import ShardWriter, write_tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -34,8 +36,10 @@ def main(argv):
     parser.add_argument("--out", default="data/tinyshakespeare", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--url", default=URL, help="of the text (default: %(default)s)")
     add_tokenizer_arguments(parser)
+    add_shard_arguments(parser)
     args = parser.parse_args(argv)
     check_tokenizer_arguments(args)
+    check_shard_arguments(args)
     os.makedirs(args.out, exist_ok=True)
     sha256 = SHA256 if args.url == URL else None
     path = download(args.url, os.path.join(args.out, "tinyshakespeare.txt"), sha256=sha256)

@@ -1,15 +1,18 @@
-"""token_files.py: the binary files of docs/data.md: token shards and tokenizer.bin. Tokens are streamed to disk, so
-memory does not grow with the size of a shard; a file gets its name only when it is complete.
+"""token_files.py: the binary files of docs/data.md: token shards, tokenizer.bin and multiple-choice questions. Tokens are
+streamed to disk, so memory does not grow with the size of a shard; a file gets its name only when it is complete.
 """
+import contextlib
 import glob
 import os
 
-from errors import names_the_file
+from errors import DataError, names_the_file
 
 import numpy as np
 
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 TOKENIZER_MAGIC, TOKENIZER_VERSION = 20240328, 2
+QUESTIONS_MAGIC, QUESTIONS_VERSION = 20240522, 1
+QUESTION_BEGINS = 2**16 - 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 MAX_SHARD_TOKENS = 2**31 - 1
@@ -32,18 +35,45 @@ def _header(words):
     return header.tobytes()
 
 
-def write_tokenizer(path, tokens, end_of_text):
-    """Writes llm.c's tokenizer.bin, version 2. tokens: the bytes (at most 255) of each id."""
+@contextlib.contextmanager
+def _written_whole(path):
+    """Yields a file that gets the name `path` when all has been written."""
     temporary = f"{path}.tmp.{os.getpid()}"
     try:
         with names_the_file(path), open(temporary, "wb") as file:
-            file.write(_header([TOKENIZER_MAGIC, TOKENIZER_VERSION, len(tokens), end_of_text]))
-            for token in tokens:
-                file.write(bytes([len(token)]) + token)
+            yield file
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def write_tokenizer(path, tokens, end_of_text):
+    """Writes llm.c's tokenizer.bin, version 2. tokens: the bytes (at most 255) of each id."""
+    with _written_whole(path) as file:
+        file.write(_header([TOKENIZER_MAGIC, TOKENIZER_VERSION, len(tokens), end_of_text]))
+        for token in tokens:
+            file.write(bytes([len(token)]) + token)
+
+
+def write_questions(path, questions, vocabulary):
+    """Writes llm.c's file of multiple-choice questions. questions: (context, endings, the index of the right ending), the
+    context and each ending an array of token ids. DataError for what the format's 16-bit numbers cannot hold."""
+    if not 1 <= len(questions) <= 2**16:
+        raise DataError(f"{path}: the format holds 1 to {2**16:,} questions, not {len(questions):,}")
+    parts, longest = [], 0
+    for index, (context, endings, right) in enumerate(questions):
+        words = [QUESTION_BEGINS, 0, index, right, len(endings)]
+        for tokens in (context, *endings):
+            words += [len(tokens), *tokens]
+        words[1] = len(words) * TOKEN_BYTES
+        if words[1] >= 2**16:
+            raise DataError(f"{path}: question {index} has {len(words):,} tokens, the format holds {2**15 - 1:,}")
+        parts.append(np.array(words, dtype="<u2"))
+        longest = max(longest, words[1])
+    with _written_whole(path) as file:
+        file.write(_header([QUESTIONS_MAGIC, QUESTIONS_VERSION, len(questions), longest, vocabulary]))
+        file.write(np.concatenate(parts).tobytes())
 
 
 class ShardWriter:

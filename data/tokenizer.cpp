@@ -120,6 +120,15 @@ std::string Tokenizer::decode(std::span<const int32_t> ids) const {
   return text;
 }
 
+std::optional<int64_t> Tokenizer::text_bytes(std::span<const int32_t> ids) const {
+  int64_t bytes = 0;
+  for (const int32_t id : ids) {
+    if (!has(id)) return std::nullopt;
+    if (id != end_of_text_) bytes += static_cast<int64_t>(token_bytes(id).size());
+  }
+  return bytes;
+}
+
 bool Tokenizer::has(int32_t id) const {
   return id >= 0 && id < vocabulary() && (id == end_of_text_ || !tokens_[static_cast<size_t>(id)].empty());
 }

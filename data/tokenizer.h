@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -32,6 +33,8 @@ class Tokenizer {
   // std::runtime_error naming an id outside the vocabulary.
   std::string decode(std::span<const int32_t> ids) const;
   std::string_view token_bytes(int32_t id) const;
+  // How many bytes of text the tokens are: the end-of-text token is none. Nothing when one of them is not a token.
+  std::optional<int64_t> text_bytes(std::span<const int32_t> ids) const;
   // Whether there is a token of this id, and not a gap or the padding of a model's vocabulary.
   bool has(int32_t id) const;
 

@@ -216,11 +216,15 @@ void Gpt2::train(GradientSink& sink, Tensor loss, bool accumulate_loss, float lo
   backward(sink);
 }
 
-void Gpt2::evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, float loss_scale) {
+Tensor Gpt2::token_losses(const HostBatch& batch) {
   load(batch);
   forward(false);
   head(nullptr, 0.0f);
-  backend_.sum(loss, activations_.losses, loss_scale / static_cast<float>(batch.batch * batch.sequence),
+  return activations_.losses;
+}
+
+void Gpt2::evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, float loss_scale) {
+  backend_.sum(loss, token_losses(batch), loss_scale / static_cast<float>(batch.batch * batch.sequence),
                accumulate_loss);
 }
 

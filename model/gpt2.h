@@ -66,6 +66,10 @@ class Gpt2 {
   // The same operations on the same memory every time, so it can be recorded and replayed (graph_cache.h).
   void train(GradientSink& sink, Tensor loss, bool accumulate_loss, float loss_scale, StepScalars* scalars);
 
+  // The loss of every position of the batch, 0 where it has no target: [B*T], device, fp32, valid until the next pass.
+  // No gradients.
+  Tensor token_losses(const HostBatch& batch);
+
   // loss[0] = or += loss_scale * mean loss over the batch. No gradients.
   void evaluate(const HostBatch& batch, Tensor loss, bool accumulate_loss, float loss_scale);
 

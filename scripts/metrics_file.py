@@ -38,7 +38,9 @@ def run_script(name, main):
 class Run:
     label: str
     options: dict  # the first line: every resolved option, the version and the device
-    rows: list  # one dictionary per step
+    rows: list  # one dictionary per step; None for a number that was not finite
+    samples: dict  # text by step
+    written: float  # when the file was last written, in seconds since 1970
 
 
 def read_metrics(argument):
@@ -59,7 +61,7 @@ def read_metrics(argument):
         raise MetricsError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise MetricsError(f"{path}: cannot be read ({error})") from None
-    options, rows = {}, {}
+    options, rows, samples = {}, {}, {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -71,18 +73,28 @@ def read_metrics(argument):
             raise MetricsError(f"{path}:{number}: not JSON ({error})") from None
         if not isinstance(entry, dict):
             raise MetricsError(f"{path}:{number}: not a JSON object")
-        if isinstance(entry.get("step"), int) and _is_number(entry["step"]) and ("loss" in entry or "val_loss" in entry):
-            rows.setdefault(entry["step"], {}).update({key: value for key, value in entry.items() if _is_number(value)})
+        numbers = _numbers(entry)
+        step = numbers.get("step")
+        if isinstance(step, int) and isinstance(entry.get("sample"), str):
+            samples[step] = entry["sample"]
+        elif isinstance(step, int) and ("loss" in entry or "val_loss" in entry):
+            rows.setdefault(step, {}).update(numbers)
         elif not options:
             options = entry
     if not rows:
         raise MetricsError(f"{path}: holds no step yet")
-    return Run(label or path.resolve().parent.name or path.stem, options, [rows[step] for step in sorted(rows)])
+    return Run(label or path.resolve().parent.name or path.stem, options, [rows[step] for step in sorted(rows)],
+               dict(sorted(samples.items())), path.stat().st_mtime)
 
 
-def _is_number(value):
-    """Not null, which a loss that is not finite is, nor what no curve can hold."""
-    try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:
-        return False
+def _numbers(entry):
+    """The numbers of a line, None where one is not finite (in JSON null, or as some write it NaN); without what is no
+    number, or is too large for a curve."""
+    numbers = {}
+    for key, value in entry.items():
+        try:
+            if value is None or isinstance(value, (int, float)):
+                numbers[key] = value if value is not None and math.isfinite(value) else None
+        except OverflowError:
+            pass
+    return numbers

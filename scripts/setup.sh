@@ -5,8 +5,10 @@
 # it installs what comes from the distribution, and leaves the virtual environment for another call.
 #
 #   build   compiler and libraries of ./train_gpt2
-#   demo    build, and the virtual environment .venv with the packages of requirements-demo.txt
-#   test    demo, GoogleTest, Boost.Context (of tests/cuda_on_cpu), PyTorch (where the distribution has it), requirements-test.txt
+#   demo    build, the virtual environment .venv with the packages of requirements-demo.txt, and bible-kjv, whose text the
+#           demo learns from (where the distribution has it)
+#   test    build, GoogleTest, Boost.Context (of tests/cuda_on_cpu), PyTorch (where the distribution has it), and .venv with
+#           requirements-test.txt, too
 #   bench   build, and Google Benchmark
 #   fuzz    build, and Clang with the runtime of libFuzzer and the sanitizers
 #   format  clang-format
@@ -49,7 +51,11 @@ python=/usr/bin/python3
 # ---- what is missing, as names of Debian packages
 
 required=()  # without these the target cannot be made
-optional=()  # some tests are skipped without these
+optional=()  # it can do without these; `without` says how
+case $target in
+  demo) without="the demo learns from other text" ;;
+  *) without="tests that compare with PyTorch will be skipped" ;;
+esac
 
 has_header() {
   printf '#if !__has_include(<%s>)\n#error\n#endif\n' "$1" | "${cxx[@]}" -std=c++20 -E -x c++ - >/dev/null 2>&1
@@ -112,6 +118,9 @@ find_missing() {
     [ -x "$python" ] || required+=(python3)
     has_module ensurepip || required+=(python3-venv)
   fi
+  if [ "$target" = demo ]; then
+    command -v bible >/dev/null || optional+=(bible-kjv)
+  fi
   if [ "$target" = test ]; then
     has_module numpy || required+=(python3-numpy)
     has_module torch || optional+=(python3-torch)
@@ -130,11 +139,12 @@ print("found", *(name for name in ("ensurepip", "numpy", "torch") if find_spec(n
 
 # ---- packages of the distribution
 
+apt_options=(-o DPkg::Lock::Timeout=300)
 as_root=()
 [ "$(id -u)" = 0 ] || as_root=(sudo)
 
 apt_get() {
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 "$@" </dev/null >>"$log" 2>&1
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get "${apt_options[@]}" "$@" </dev/null >>"$log" 2>&1
 }
 
 # One line about why: apt's or pip's last error, else the last line of the log.
@@ -174,10 +184,14 @@ install_packages() {
   [ ${#optional[@]} -gt 0 ] || return 0
   if command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; }; then
     echo "setup: installing ${optional[*]}"
+    # No long wait for what it can do without.
+    apt_options+=(-o Acquire::Retries=1 -o Acquire::http::Timeout=10 -o Acquire::https::Timeout=10)
     apt_update
     apt_get install -y --no-install-recommends "${optional[@]}" && return 0
+    echo "setup: going on without ${optional[*]} ($without): $(last_error)"
+  else
+    echo "setup: going on without ${optional[*]} ($without): it takes apt-get, and root or sudo"
   fi
-  echo "setup: going on without ${optional[*]} (tests that compare with PyTorch will be skipped): $(last_error)"
 }
 
 # ---- the virtual environment

@@ -4,6 +4,7 @@ The program is ./train_gpt2 in the repository's root, or what the environment va
 """
 import json
 import os
+import re
 import subprocess
 import zlib
 from pathlib import Path
@@ -111,8 +112,24 @@ def write_state(path, state):
 
 def metrics(run):
     """The header of metrics.jsonl and the list of its steps."""
-    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return lines[0], lines[1:]
+    lines = _lines(run)
+    return lines[0], [line for line in lines[1:] if "sample" not in line]
+
+
+def samples(run):
+    """The texts of metrics.jsonl by step."""
+    return {line["step"]: line["sample"] for line in _lines(run) if "sample" in line}
+
+
+def _lines(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
+
+
+def validation_loss(output):
+    """(loss, tokens) of what ./train_gpt2 eval printed."""
+    found = re.search(r"^validation loss ([\d.]+) \((\d+) tokens\)$", output, re.MULTILINE)
+    assert found, output
+    return float(found[1]), int(found[2])
 
 
 def losses(run):

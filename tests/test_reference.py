@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "reference"))
 
 import flora  # noqa: E402
+import gpt2  # noqa: E402
 import make_flora_fixture  # noqa: E402
 import philox  # noqa: E402
 
@@ -125,3 +126,16 @@ def test_the_stored_fixture_is_what_the_reference_gives():
             # another numpy or BLAS may round a last bit, in bf16 cases a whole bf16 unit
             tolerance = 1e-2 if case["weight_dtype"] == "bf16" else 1e-6
             assert np.allclose(stored[name]["weights"][t], values, rtol=tolerance, atol=1e-6), name
+
+
+def test_gpt2_is_pytorchs():
+    """Against the logits that PyTorch gave in float64 and stored in fp32."""
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    tensors = load_file(ROOT / "tests/fixtures/gpt2_reference.safetensors")
+    settings = json.loads((ROOT / "tests/fixtures/gpt2_reference.json").read_text())
+    weights = {name.removeprefix("initial."): w for name, w in tensors.items() if name.startswith("initial.")}
+    sequences = np.array(settings["tokens"][0])
+    ours = np.stack([gpt2.logits(weights, settings["config"]["n_head"], row[:-1]) for row in sequences])
+    assert np.linalg.norm(ours - tensors["logits"]) < 1e-6 * np.linalg.norm(ours)
+    losses = [gpt2.ending_losses(weights, settings["config"]["n_head"], row[:1], row[1:]) for row in sequences]
+    assert np.mean(losses) == pytest.approx(settings["losses"][0], rel=1e-6)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from program import ROOT, TINY, losses, metrics, same_state, steps_saved, succeed, tensors
+from program import ROOT, TINY, losses, metrics, same_state, samples, steps_saved, succeed, tensors
 
 METRIC_KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "step_ms", "tokens_per_second", "mfu", "device_bytes"}
 
@@ -30,7 +30,7 @@ def test_the_command_of_the_readme_works_in_an_empty_folder(data, tmp_path):
     assert header["options"]["rank"] == 256 and header["options"]["model"] == "small"
     assert header["version"].startswith("train_gpt2") and header["device"]
     assert [line["step"] for line in steps] == [1, 2]
-    assert set(steps[0]) == METRIC_KEYS and set(steps[1]) == METRIC_KEYS | {"val_loss"}
+    assert set(steps[0]) == METRIC_KEYS and set(steps[1]) == METRIC_KEYS | {"val_loss", "val_bits_per_byte"}
     assert 4 < steps[0]["loss"] < 7
 
 
@@ -136,9 +136,13 @@ def test_generate_continues_a_prompt(train):
 
 
 def test_samples_are_printed_while_training(data, tmp_path):
-    text = succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 4, "--sample-every", 2, "--sample-tokens", 8,
-                   "--prompt", "hello", "--out", tmp_path / "run")
-    assert text.count("---- sample at step") == 2 and text.count("\nhello") == 2
+    flags = ["--sample-every", 2, "--sample-tokens", 8, "--prompt", "hello"]
+    text = succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 5, *flags, "--out", tmp_path / "run")
+    assert re.findall(r"^---- sample at step (\d+)\nhello", text, re.MULTILINE) == ["0", "2", "4", "5"]
+    assert text.index("sample at step 0") < text.index("step 1/5")
+    text = succeed("--resume", tmp_path / "run", "--steps", 6, *flags)
+    assert re.findall(r"^---- sample at step (\d+)", text, re.MULTILINE) == ["6"]  # nothing before: it goes on
+    assert list(samples(tmp_path / "run")) == [0, 2, 4, 5, 6]
 
 
 def test_a_profile_names_the_operations(data, tmp_path):

@@ -3,11 +3,10 @@
 What is compared is the loss on the same windows: `eval` walks over a shard's windows of seq-len + 1 tokens in order.
 """
 import json
-import re
 
 import numpy as np
 import pytest
-from program import VOCABULARY, fail, language, succeed, write_shard
+from program import VOCABULARY, fail, language, succeed, validation_loss, write_shard
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (python3-torch)")
 transformers = pytest.importorskip("transformers")
@@ -25,9 +24,9 @@ def evaluate(data, tmp_path):
     def call(model, *flags):
         text = succeed("eval", "--model", model, "--val-data", shard, "--seq-len", SEQUENCE, "--micro-batch", BATCH,
                        "--threads", 1, *flags)
-        found = re.fullmatch(r"validation loss ([\d.]+) \((\d+) tokens\)", text.splitlines()[-1])
-        assert found and int(found.group(2)) == SEQUENCE * WINDOWS, text
-        return float(found.group(1))
+        loss, tokens = validation_loss(text)
+        assert tokens == SEQUENCE * WINDOWS, text
+        return loss
 
     return call
 
@@ -229,4 +228,4 @@ def test_eval_batches_limits_the_evaluation(data, tmp_path, evaluate):
     random_model().save_pretrained(tmp_path / "model")
     text = succeed("eval", "--model", tmp_path / "model", "--val-data", tmp_path / "windows.bin", "--seq-len", SEQUENCE,
                    "--micro-batch", BATCH, "--eval-batches", 1)
-    assert text.endswith(f"({SEQUENCE * BATCH} tokens)\n")
+    assert validation_loss(text)[1] == SEQUENCE * BATCH

@@ -8,7 +8,7 @@ import shutil
 import signal
 
 import pytest
-from program import TINY, call, fail, losses, metrics, same_state, start_training, steps_saved, stop, succeed
+from program import TINY, call, fail, losses, metrics, same_state, samples, start_training, steps_saved, stop, succeed
 
 STEPS = 150
 
@@ -85,6 +85,14 @@ def test_resume_into_another_directory_leaves_the_first_alone(train, tmp_path):
     header, lines = metrics(tmp_path / "branch")  # the other run's to the checkpoint, then its own
     assert header["options"]["out"] == str(tmp_path / "branch")
     assert [line["step"] for line in lines] == list(range(1, 13)) and losses(whole) == losses(tmp_path / "branch")
+
+
+def test_samples_are_there_once_after_a_resume(train, tmp_path):
+    whole = train("whole", "--rank", 16, "--checkpoint-every", 5, "--keep-checkpoints", 0, "--sample-every", 3,
+                  "--sample-tokens", 4)
+    assert list(samples(whole)) == [0, 3, 6, 9, 12]
+    succeed("--resume", whole / "step_00000005", "--out", tmp_path / "branch")
+    assert samples(tmp_path / "branch") == samples(whole) and losses(tmp_path / "branch") == losses(whole)
 
 
 def test_going_back_to_an_older_checkpoint_needs_another_folder(train, tmp_path):

@@ -51,6 +51,14 @@ TEST(Tokenizer, Bytes) {
 }
 
 // The expected ids were produced by tiktoken 0.14.0 from the same table.
+TEST(Tokenizer, TextBytesCountNoEndOfText) {
+  const Tokenizer bytes = Tokenizer::bytes();
+  EXPECT_EQ(bytes.text_bytes(std::vector<int32_t>{104, 256, 105, 255}), 3);
+  EXPECT_EQ(bytes.text_bytes({}), 0);
+  EXPECT_EQ(bytes.text_bytes(std::vector<int32_t>{104, 257}), std::nullopt);
+  EXPECT_EQ(bytes.text_bytes(std::vector<int32_t>{-1}), std::nullopt);
+}
+
 TEST(Tokenizer, EncodesAsTiktokenDoes) {
   TemporaryDirectory directory;
   const auto tokenizer = Tokenizer::from_file(directory.write("t.bin", tokenizer_bytes(2, small_vocabulary(), 256)));

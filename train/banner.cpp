@@ -110,7 +110,7 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
   std::printf("output      %s\n", o.out.c_str());
   for (const std::string& warning :
        {compression_warning(setup, trainer.engine().optimizer()), transfer_warning(setup), backend.host_memory_note(),
-        vocabulary_warning(setup, o.data), setup.tokenizer_warning}) {
+        vocabulary_warning(setup, setup.request.vocabulary, o.data), setup.tokenizer_warning}) {
     warn(warning);
   }
   for (const std::string& warning : trainer.data_warnings()) warn(warning);

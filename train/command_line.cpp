@@ -63,31 +63,17 @@ const std::set<std::string>& flags_of(Command command) {
   static const std::set<std::string> generate = {
       "model",   "prompt", "sample-tokens", "temperature",      "top-k",  "top-p",   "tokenizer", "seed",
       "seq-len", "dtype",  "weight-dtype",  "activation-dtype", "device", "threads", "tf32"};
-  static const std::set<std::string> eval = {"model",       "data",    "val-data", "data-format",  "eval-batches",
-                                             "micro-batch", "seq-len", "dtype",    "weight-dtype", "activation-dtype",
-                                             "head-chunk",  "device",  "threads",  "tf32"};
+  static const std::set<std::string> eval = {
+      "model",   "data",  "val-data",     "data-format",      "eval-batches", "hellaswag", "tokenizer", "micro-batch",
+      "seq-len", "dtype", "weight-dtype", "activation-dtype", "head-chunk",   "device",    "threads",   "tf32"};
   return command == Command::kGenerate ? generate : eval;
 }
 
 const std::set<std::string>& not_of_plan() {
-  static const std::set<std::string> flags = {"val-data",
-                                              "tokenizer",
-                                              "plan",
-                                              "out",
-                                              "resume",
-                                              "checkpoint-every",
-                                              "keep-checkpoints",
-                                              "eval-every",
-                                              "eval-batches",
-                                              "prompt",
-                                              "temperature",
-                                              "top-k",
-                                              "top-p",
-                                              "sample-tokens",
-                                              "log-every",
-                                              "skip-nonfinite",
-                                              "profile",
-                                              "peak-tflops"};
+  static const std::set<std::string> flags = {
+      "val-data",         "tokenizer",  "hellaswag",      "plan",    "out",         "resume", "checkpoint-every",
+      "keep-checkpoints", "eval-every", "eval-batches",   "prompt",  "temperature", "top-k",  "top-p",
+      "sample-tokens",    "log-every",  "skip-nonfinite", "profile", "peak-tflops"};
   return flags;
 }
 
@@ -168,7 +154,8 @@ class Parser {
         "print the memory plan, and what each technique saves; with --memory-budget and no --model: the largest models "
         "that fit (no device needed)");
     add(Command::kGenerate, "generate", "continue --prompt with the --model given");
-    add(Command::kEval, "eval", "loss of the --model given on --val-data");
+    add(Command::kEval, "eval",
+        "loss and bits per byte of the --model given on --val-data, or its accuracy on --hellaswag");
     app_.require_subcommand(0, 1);
     describe(options_, visitor_);
     for (const auto& [name, set] : visitor_.setters) names_.push_back(name);

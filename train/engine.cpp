@@ -86,6 +86,14 @@ void Engine::allocate() {
   if (optimizer_) optimizer_->states().zero();
 }
 
+std::vector<float> Engine::token_losses(const HostBatch& batch) {
+  const Tensor losses = model_.token_losses(batch);
+  std::vector<float> out(static_cast<size_t>(losses.elements()));
+  backend_.copy(out.data(), losses.data, out.size() * sizeof(float));
+  backend_.synchronize();
+  return out;
+}
+
 StepResult Engine::result() {
   StepResult result;
   float squares = 0;

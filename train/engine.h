@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "flora/gradients.h"
 #include "kernels/backend.h"
@@ -76,6 +77,9 @@ class Engine {
     pass(context, next_batch);
     return result();
   }
+
+  // The loss of every position of a batch, [B*T] in nats; 0 where it has no target.
+  std::vector<float> token_losses(const HostBatch& batch);
 
   // Mean loss over the tokens of batches supplied by next_batch(i), i < count. They may differ in size: each one's sum
   // is added in double on the host, so that the mean does not depend on how the sequences were grouped.

@@ -7,6 +7,6 @@
 // Continues --prompt on standard output. Throws UsageError, std::runtime_error.
 void generate(Options options);
 
-// Prints the mean loss per token on --val-data. Throws UsageError, std::runtime_error, also for a loss that is not
-// finite.
+// Prints the mean loss per token and the bits per byte on --val-data, or how often the likeliest ending is the right
+// one of --hellaswag's, or both. Throws UsageError, std::runtime_error, also for a loss that is not finite.
 void evaluate(Options options);

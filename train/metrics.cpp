@@ -95,7 +95,13 @@ void MetricsFile::write(const StepMetrics& m) {
                                  {"device_bytes", m.device_bytes}};
   if (m.skipped > 0) json["skipped"] = m.skipped;
   if (m.val_loss) json["val_loss"] = number(*m.val_loss);
+  if (m.val_bits_per_byte) json["val_bits_per_byte"] = number(*m.val_bits_per_byte);
   write_line(json.dump());
+}
+
+void MetricsFile::write_sample(uint32_t step, const std::string& text) {
+  const nlohmann::ordered_json json = {{"step", step}, {"sample", text}};
+  write_line(json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
 }
 
 Progress::Progress(int64_t total_steps) : total_steps_(total_steps), terminal_(isatty(STDOUT_FILENO)) {}

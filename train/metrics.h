@@ -18,7 +18,7 @@ struct StepMetrics {
   double loss = 0, lr = 0, grad_norm = 0, step_ms = 0, tokens_per_second = 0, mfu = 0;
   size_t device_bytes = 0;
   int64_t skipped = 0;
-  std::optional<double> val_loss;
+  std::optional<double> val_loss, val_bits_per_byte;
 };
 
 // Appends to `run`/metrics.jsonl; every line is flushed. Throws std::runtime_error when it cannot be written.
@@ -29,6 +29,7 @@ class MetricsFile {
   MetricsFile(const std::string& run, const nlohmann::ordered_json& header, std::optional<uint32_t> resumed_step,
               const std::string& resumed_run);
   void write(const StepMetrics& metrics);
+  void write_sample(uint32_t step, const std::string& text);  // a line of its own
 
  private:
   void write_line(const std::string& line);

@@ -31,7 +31,7 @@ struct Options {
   ScheduleConfig schedule;
 
   // data
-  std::string data, val_data, tokenizer;
+  std::string data, val_data, tokenizer, hellaswag;
   DataFormat data_format = DataFormat::kLlmc;
   int64_t tokens_per_step = 0;
   int64_t vocab_size = 0;  // 0: the data's
@@ -127,8 +127,13 @@ void describe(Options& o, Visitor& v) {
     "vocabulary of headerless data, and of a preset model; default: what the shards declare, headerless GPT-2's 50257",
     at_least(1), fixed);
   v(o.tokenizer, "tokenizer", "FILE",
-    "tokenizer.bin for prompts and samples, or a Hugging Face tokenizer's folder; default: beside the shards, or the "
+    "tokenizer.bin for prompts, samples and bits per byte, or a Hugging Face tokenizer's folder; default: beside the "
+    "shards, or the "
     "model's",
+    Text{}, free);
+  v(o.hellaswag, "hellaswag", "FILE",
+    "eval: how often the likeliest of several endings is the right one, of questions made by data/hellaswag.py or "
+    "llm.c; without --val-data and --data nothing else is evaluated",
     Text{}, free);
   v(shapes.sequence, "seq-len", "tokens",
     "sequence length T; default: 256 on a CPU, else the model's positions; eval, generate: what the model was trained "
@@ -235,9 +240,10 @@ void describe(Options& o, Visitor& v) {
   v(o.eval_every, "eval-every", "steps", "validation loss; 0: never", at_least(0), free);
   v(o.eval_batches, "eval-batches", "micro-batches",
     "of one validation; 0: all of the shards; default: 80 sequences on a CPU, 320 on a GPU, whatever the micro-batch; "
-    "eval: all",
+    "eval: all; hellaswag: the first questions with as many endings",
     at_least(0), free);
-  v(o.sample_every, "sample-every", "steps", "print a sample of text; 0: never", at_least(0), free);
+  v(o.sample_every, "sample-every", "steps",
+    "print a sample of text, and one before the first step and after the last; 0: never", at_least(0), free);
   v(o.sample_tokens, "sample-tokens", "tokens", "length of a sample", at_least(1), free);
   v(o.prompt, "prompt", "TEXT", "start of a sample; default: end-of-text", Text{.may_be_empty = true}, free);
   v(o.temperature, "temperature", "", "of sampling; 0: the likeliest token", at_least(0), free);

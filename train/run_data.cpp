@@ -173,8 +173,8 @@ int64_t data_vocabulary(const Options& options, const std::string& pattern, cons
   return options.vocab_size;
 }
 
-std::string vocabulary_warning(const RunSetup& setup, const std::string& pattern) {
-  const int64_t model = setup.engine.model.vocabulary, data = setup.request.vocabulary;
+std::string vocabulary_warning(const RunSetup& setup, int64_t data, const std::string& pattern) {
+  const int64_t model = setup.engine.model.vocabulary;
   if (setup.source.has_weights && data > 0) {
     // A vocabulary is often padded: to a multiple of 128, or by a few in a hundred.
     const bool padded = model <= (data + 127) / 128 * 128 || model - data <= model / 16;

@@ -25,6 +25,6 @@ std::vector<std::string> validation_patterns(const std::string& training_pattern
 // of --vocab-size, or 0. Throws UsageError.
 int64_t data_vocabulary(const Options& options, const std::string& pattern, const std::string& flag);
 
-// One line when the vocabularies of data and model make it likely that they do not belong together, or when a
-// headerless vocabulary had to be guessed; else empty.
-std::string vocabulary_warning(const RunSetup& setup, const std::string& pattern);
+// One line when the vocabularies of data (0: not known) and model make it likely that they do not belong together, or
+// when a headerless vocabulary had to be guessed; else empty.
+std::string vocabulary_warning(const RunSetup& setup, int64_t data, const std::string& pattern);

@@ -13,9 +13,9 @@ namespace {
 
 constexpr int64_t kByteVocabulary = 257;
 
-// The folder of the training shards, where --data is given and has any.
+// The folder of the shards that are trained on, or else evaluated, where there are any.
 fs::path data_folder(const Options& options) {
-  const std::vector<std::string> globs = split_globs(options.data);
+  const std::vector<std::string> globs = split_globs(options.data.empty() ? options.val_data : options.data);
   const std::vector<std::string> shards = globs.empty() ? globs : matching_files(globs.front());
   return shards.empty() ? fs::path("/nowhere") : fs::absolute(shards.front()).parent_path();
 }

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <numbers>
+#include <span>
 #include <stdexcept>
 
 #include "train/file_io.h"
@@ -82,18 +84,33 @@ TokenLoader open_loader(const Options& options, const std::string& pattern, int6
   return TokenLoader(loader_options(options, pattern, vocabulary, shuffle));
 }
 
-double validation_loss(Engine& engine, TokenLoader& loader, int64_t sequences, int64_t& tokens) {
+std::optional<double> Validation::bits_per_byte() const {
+  if (bytes == 0) return std::nullopt;
+  return loss * static_cast<double>(tokens) / (std::numbers::ln2 * static_cast<double>(bytes));
+}
+
+Validation validate(Engine& engine, TokenLoader& loader, int64_t sequences, const Tokenizer* tokenizer) {
   const ActivationShapes& shapes = engine.config().shapes;
   const int64_t available = loader.sequences_per_epoch();
   const int64_t total = sequences > 0 ? std::min(sequences, available) : available;
   const int signal_before = interrupting_signal();
   loader.rewind();
-  tokens = total * shapes.sequence;
-  // The last micro-batch goes on into the next epoch; only what is left of this one is used.
-  return engine.evaluate((total + shapes.batch - 1) / shapes.batch, [&](int64_t i) {
+  Validation result;
+  result.tokens = total * shapes.sequence;
+  std::optional<int64_t> bytes = 0;
+  result.loss = engine.evaluate((total + shapes.batch - 1) / shapes.batch, [&](int64_t i) {
     if (interrupting_signal() != signal_before) throw std::runtime_error("stopped by a signal");
-    return host_batch(loader.next(), std::min(shapes.batch, total - i * shapes.batch), shapes.sequence, false);
+    // The last micro-batch goes on into the next epoch; only what is left of this one is used.
+    const int64_t rows = std::min(shapes.batch, total - i * shapes.batch);
+    const MicroBatch& batch = loader.next();
+    if (tokenizer && bytes) {
+      const auto here = tokenizer->text_bytes(std::span(batch.targets).first(rows * shapes.sequence));
+      bytes = here ? std::optional(*bytes + *here) : std::nullopt;
+    }
+    return host_batch(batch, rows, shapes.sequence, false);
   });
+  result.bytes = bytes.value_or(0);
+  return result;
 }
 
 Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint, const TrainerState& state)
@@ -249,18 +266,21 @@ StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double second
 }
 
 void Trainer::evaluate(StepMetrics& metrics) {
-  int64_t tokens;
-  metrics.val_loss = static_cast<float>(validation_loss(engine_, *validation_, validation_sequences(), tokens));
-  char text[96];
-  snprintf(text, sizeof text, "step %u: validation loss %.4f (%lld tokens)", metrics.step, *metrics.val_loss,
-           static_cast<long long>(tokens));
+  const Validation result = validate(engine_, *validation_, validation_sequences(), setup_.tokenizer.get());
+  metrics.val_loss = static_cast<float>(result.loss);
+  metrics.val_bits_per_byte = result.bits_per_byte();
+  char text[128], bits[48] = "";
+  if (metrics.val_bits_per_byte) snprintf(bits, sizeof bits, ", %.4f bits per byte", *metrics.val_bits_per_byte);
+  snprintf(text, sizeof text, "step %u: validation loss %.4f (%lld tokens)%s", metrics.step, *metrics.val_loss,
+           static_cast<long long>(result.tokens), bits);
   progress_.message(text);
 }
 
 void Trainer::print_sample(uint32_t t) {
   const Options& o = setup_.options;
-  progress_.message("---- sample at step " + std::to_string(t) + "\n" +
-                    sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling_options(o, t)) + "\n----");
+  const std::string text = sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling_options(o, t));
+  progress_.message("---- sample at step " + std::to_string(t) + "\n" + text + "\n----");
+  metrics_->write_sample(t, text);
 }
 
 void Trainer::checkpoint(uint32_t t, const DataPosition& position) {
@@ -299,6 +319,7 @@ int Trainer::run() {
   uint32_t done = steps;
   bool owed = false;  // a checkpoint that was due at a step without an update
   const auto due = [](uint32_t t, int64_t every) { return every > 0 && t % static_cast<uint32_t>(every) == 0; };
+  if (first_step_ == 1 && o.sample_every > 0) try_beside(0, "no sample", [&] { print_sample(0); });
   for (uint32_t t = first_step_; t <= steps; ++t) {
     say_when_interrupted(t, last_checkpoint_);
     const auto start = std::chrono::steady_clock::now();
@@ -342,7 +363,8 @@ int Trainer::run() {
       throw std::runtime_error("step " + std::to_string(t) + ": " + unwritten +
                                "; last checkpoint: " + last_checkpoint_);
     }
-    if (due(t, o.sample_every) && !stop) try_beside(t, "no sample", [&] { print_sample(t); });
+    if ((due(t, o.sample_every) || (last && o.sample_every > 0)) && !stop)
+      try_beside(t, "no sample", [&] { print_sample(t); });
     if (interrupted()) {
       if (!saved) checkpoint(t, loader_.position());  // the signal came while the sample was made
       done = t;

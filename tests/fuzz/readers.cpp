@@ -17,6 +17,7 @@
 #include "data/hugging_face_tokenizer.h"
 #include "data/input_file.h"
 #include "data/json_text.h"
+#include "data/multiple_choice.h"
 #include "data/shard.h"
 #include "data/tokenizer.h"
 #include "model/config.h"
@@ -94,6 +95,15 @@ void shard(const std::string& input) {
   }
 }
 
+void multiple_choice(const std::string& input) {
+  const MultipleChoice choice = read_multiple_choice(file_with(input));
+  for (const Question& question : choice.questions) {
+    const bool whole = !question.context.empty() && question.endings.size() >= 2 &&
+                       question.right < static_cast<int64_t>(question.endings.size());
+    if (!whole) std::abort();
+  }
+}
+
 // The options that trainer_state.json keeps.
 void saved_options(const std::string& input) {
   Options options;
@@ -148,6 +158,7 @@ Reader chosen_reader() {
                                                  {"llmc", llmc},
                                                  {"tokenizer", tokenizer},
                                                  {"shard", shard},
+                                                 {"multiple_choice", multiple_choice},
                                                  {"saved_options", saved_options},
                                                  {"metrics", metrics},
                                                  {"trainer_state", trainer_state},
