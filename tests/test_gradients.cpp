@@ -294,7 +294,8 @@ TEST(Gradients, PlanIsWhatIsAllocated) {
         for (DType state : {DType::kF32, DType::kBF16, DType::kI8})
           for (DType gradient : {DType::kF32, DType::kBF16})
             for (DType accumulation : {DType::kF32, DType::kBF16})
-              for (ProjectionKind projection : {ProjectionKind::kGaussian, ProjectionKind::kOrthonormal, ProjectionKind::kCosine})
+              for (ProjectionKind projection :
+                   {ProjectionKind::kGaussian, ProjectionKind::kOrthonormal, ProjectionKind::kCosine})
                 for (int64_t accumulation_rank : {int64_t{0}, int64_t{8}}) {
                   if (mode == GradientMode::kCompressed && accumulation_rank == 0) continue;
                   FakeOptions options = options_of(mode, kind, micro_batches);
