@@ -91,8 +91,7 @@ class Sgd final : public Optimizer {
 class AdamW final : public Optimizer {
  public:
   AdamW(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
-      : Optimizer(config, parameters, backend),
-        beta2_(config.half_life > 0 ? half_life_decay(config) : config.beta2) {
+      : Optimizer(config, parameters, backend), beta2_(config.half_life > 0 ? half_life_decay(config) : config.beta2) {
     for (const Parameter& p : parameters) {
       momentum_.push_back(add_momentum(p));
       second_moment_.push_back(add_second_moment(p));

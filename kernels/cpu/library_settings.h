@@ -7,8 +7,8 @@
 // Calls come from OpenMP threads that share the work among themselves, so the library must not start its own.
 void use_one_blas_thread();
 
-// OPENBLAS_CORETYPE of better kernels, where OpenBLAS does not know this processor and has taken its oldest ones although
-// there is AVX-512 or AVX2; else null.
+// OPENBLAS_CORETYPE of better kernels, where OpenBLAS does not know this processor and has taken its oldest ones
+// although there is AVX-512 or AVX2; else null.
 const char* better_blas_kernels();
 
 // For the banner: "OpenBLAS SkylakeX", or "CBLAS" for a library that does not name itself.
