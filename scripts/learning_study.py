@@ -32,7 +32,7 @@ FIELDS = ["size", "setting", "lr", "seed", "tokens", "tokens_per_step", "validat
 GPT2_END_OF_TEXT = 50256
 
 # name: layers, channels, heads, sequence length, sequences of a micro-batch
-SIZES = {"1m": (5, 128, 4, 128, 8), "10m": (8, 320, 5, 128, 8)}
+SIZES = {"1m": (5, 128, 4, 128, 8), "3m": (4, 256, 4, 128, 8), "10m": (8, 320, 5, 128, 8)}
 VALIDATION_TOKENS = 1 << 17
 
 
