@@ -1,5 +1,6 @@
 // flora.cpp: the Flora update; see flora.h. The order within a step is the design's: S from the raw gradient, D in its
-// place from the old momentum, then the transfer and the new momentum.
+// place from the old momentum, then the transfer and the new momentum; with `residual` the transfer comes first, and D
+// needs all of S.
 #include "flora/flora.h"
 
 #include <algorithm>
@@ -11,6 +12,8 @@ namespace {
 OptimizerConfig checked(OptimizerConfig config) {
   if (config.kappa == 0) throw std::invalid_argument("kappa must be at least 1");
   if (config.kind == OptimizerKind::kAdafactor) config.rank = 0;
+  if (config.residual && !has_orthonormal_rows(config.projection))
+    throw std::invalid_argument("residual needs orthonormal projections");
   return config;
 }
 
@@ -23,7 +26,8 @@ bool compresses_momentum(const OptimizerConfig& config, const Parameter& paramet
 }  // namespace
 
 double transfer_growth(const OptimizerConfig& config, const std::vector<Parameter>& parameters) {
-  const bool inflates = config.transfer == TransferKind::kReencode && config.projection != ProjectionKind::kOrthonormal;
+  const bool orthonormal = has_orthonormal_rows(config.projection);
+  const bool inflates = config.transfer == (orthonormal ? TransferKind::kUnbiased : TransferKind::kReencode);
   if (config.kind != OptimizerKind::kFlora || !inflates) return 0;
   int64_t largest = 0;
   for (const Parameter& parameter : parameters)
@@ -31,8 +35,9 @@ double transfer_growth(const OptimizerConfig& config, const std::vector<Paramete
       largest = std::max(largest, Compression(parameter, config.rank).dimension());
   if (largest == 0) return 0;
   const double others = static_cast<double>(largest) + (config.projection == ProjectionKind::kGaussian ? 1 : -1);
+  const double rank = static_cast<double>(config.rank);
   return std::pow(static_cast<double>(config.beta1), config.kappa) *
-         std::sqrt(1 + others / static_cast<double>(config.rank));
+         std::sqrt(orthonormal ? static_cast<double>(largest) / rank : 1 + others / rank);
 }
 
 TransferKind bounded_transfer(OptimizerConfig config, const std::vector<Parameter>& parameters) {
@@ -94,7 +99,7 @@ void Flora::reserve_scratch(const Entry& entry) {
   projection_.reserve(shape.projection_elements());
   scaled_projection_.reserve(shape.projection_elements());
   compressed_.reserve(shape.compressed_elements());
-  if (config_.state_dtype == DType::kI8) decoded_momentum_.reserve(shape.compressed_elements());
+  if (config_.state_dtype == DType::kI8 || config_.residual) decoded_momentum_.reserve(shape.compressed_elements());
   if (config_.transfer != TransferKind::kRestart) {
     moved_.reserve(shape.compressed_elements());
     square_.reserve(shape.rank * shape.rank);
@@ -113,6 +118,7 @@ void Flora::declare(MemoryPlan& plan) {
 void Flora::begin_step(uint32_t step, StepScalars& scalars) {
   const double t = step;
   scalars.beta2 = static_cast<float>(1.0 - std::pow(t, static_cast<double>(config_.decay_rate)));
+  if (config_.half_life > 0) scalars.beta2 = std::min(scalars.beta2, half_life_decay(config_));
   scalars.projection_index = (step - 1) / config_.kappa;
   scalars.next_projection_index = step / config_.kappa;
   transfer_due_ = scalars.projection_index != scalars.next_projection_index;
@@ -129,18 +135,24 @@ void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, con
   second_moment(entry, gradient, scalars);
   if (entry.compressed) begin_momentum(entry, scalars);
 
-  // The norm of the whole update is known before any of it is applied, so what exists in blocks is computed twice.
+  // What needs all of the gradient before any of the update can be made costs a pass of its own where it is in blocks.
+  const bool residual = keeps_residual(entry);
+  if (residual) {
+    gradient.pass([&](const RowRange& rows, const Tensor& g) { compress(entry, g, rows); });
+    complete_compressed(entry);
+  }
+  // So does the norm of the whole update, which is known before any of it is applied.
   const Tensor squares = squares_.slice(0, 1);
   const bool twice = config_.clip > 0 && !gradient.whole();
   if (twice) {
     gradient.pass([&](const RowRange& rows, const Tensor& g) {
-      compress(entry, g, rows);
+      if (!residual) compress(entry, g, rows);
       to_update(entry, g, rows, true, scalars);
       backend_.sum_squares(squares, g, rows.begin > 0);
     });
   }
   gradient.pass([&](const RowRange& rows, const Tensor& g) {
-    if (!twice) compress(entry, g, rows);
+    if (!twice && !residual) compress(entry, g, rows);
     to_update(entry, g, rows, false, scalars);
     if (config_.clip > 0 && !twice) backend_.sum_squares(squares, g, false);
     apply(entry, weight, master, g, rows, scalars);
@@ -176,11 +188,12 @@ void Flora::to_update(const Entry& entry, Tensor gradient, const RowRange& rows,
   if (entry.factored) {
     const Parameter& p = entry.parameter;
     backend_.scale_rows_cols(gradient, gradient, rows.of(row_scale_.tensor({p.rows})), col_scale_.tensor({p.cols}),
-                             entry.compressed ? 1.0f - beta1 : 1.0f);
+                             entry.compressed && !config_.residual ? 1.0f - beta1 : 1.0f);
   }
   if (entry.compressed) {
-    project_rows_up(backend_, gradient, momentum_numbers(entry), projection_of(entry, projection_), compression(entry),
-                    rows.begin, beta1, true);
+    const Tensor momentum = config_.residual ? compressed_of(entry, decoded_momentum_) : momentum_numbers(entry);
+    project_rows_up(backend_, gradient, momentum, projection_of(entry, projection_), compression(entry), rows.begin,
+                    beta1, true);
   } else if (has_momentum()) {
     const Tensor momentum = rows.of(states_.get(entry.momentum));
     backend_.momentum_update(gradient, keep_momentum ? copied_momentum(momentum) : momentum, beta1, scalars);
@@ -210,16 +223,25 @@ void Flora::apply(const Entry& entry, Tensor weight, Tensor master, Tensor updat
 // U, the gradient scaled on both sides, is never stored: for S = down(U) the diagonal on the projection's side scales
 // the projection, the other one the small result.
 
-// Makes the projections: the one of the momentum, and the next one (the same, unless a transfer is due), scaled.
+// Makes the projections: the one that decodes in this step, and the one that S is made with, scaled. They are the same
+// unless a transfer is due.
 void Flora::begin_momentum(const Entry& entry, StepScalars* scalars) {
   const Compression shape = compression(entry);
   const Tensor p = projection_of(entry, projection_), scaled = projection_of(entry, scaled_projection_);
   generate(entry, p, &scalars->projection_index, scalars);
-  if (transfer_due_) generate(entry, scaled, &scalars->next_projection_index, scalars);
+  Tensor encoder = p;
+  if (transfer_due_) {
+    generate(entry, scaled, &scalars->next_projection_index, scalars);
+    encoder = scaled;
+    if (config_.residual) {
+      decode_momentum(entry);
+      change_projection(entry, p, scaled);
+      backend_.copy(p.data, scaled.data, p.bytes());
+    }
+  }
   const Tensor scale = shape.wide() ? row_scale_.tensor({shape.rows}) : col_scale_.tensor({shape.cols});
-  backend_.scale_rows_cols(scaled, transfer_due_ ? scaled : p, {}, scale, 1.0f);
-  const Tensor momentum = states_.get(entry.momentum);
-  if (momentum.dtype == DType::kI8) backend_.dequantize(momentum_numbers(entry), momentum);
+  backend_.scale_rows_cols(scaled, encoder, {}, scale, 1.0f);
+  decode_momentum(entry);
 }
 
 // S gets its part from these rows of the gradient.
@@ -229,18 +251,33 @@ void Flora::compress(const Entry& entry, Tensor gradient, const RowRange& rows) 
                     compression(entry), rows.begin);
 }
 
-// M <- beta1 M + (1 - beta1) S, in a new projection where that is due.
-void Flora::end_momentum(const Entry& entry, StepScalars* scalars) {
+// S gets the scale of the other side; with `residual` what D decodes is made of it: M - S, which beta1 makes the new
+// momentum less S.
+void Flora::complete_compressed(const Entry& entry) {
   const Compression shape = compression(entry);
   const Tensor s = compressed_of(entry, compressed_);
-  backend_.scale_rows_cols(s, s, shape.wide() ? Tensor{} : row_scale_.tensor({shape.rows}),
-                           shape.wide() ? col_scale_.tensor({shape.cols}) : Tensor{}, 1.0f);
-  if (transfer_due_) {
-    const Tensor p_new = projection_of(entry, scaled_projection_);
-    generate(entry, p_new, &scalars->next_projection_index, scalars);
-    change_projection(entry, momentum_numbers(entry), projection_of(entry, projection_), p_new);
+  const Tensor row_scale = shape.wide() ? Tensor{} : row_scale_.tensor({shape.rows}),
+               col_scale = shape.wide() ? col_scale_.tensor({shape.cols}) : Tensor{};
+  if (!config_.residual) {
+    backend_.scale_rows_cols(s, s, row_scale, col_scale, 1.0f);
+    return;
   }
-  backend_.ema(states_.get(entry.momentum), s, config_.beta1, scalars);
+  backend_.scale_rows_cols(s, s, row_scale, col_scale, -1.0f);
+  backend_.add(compressed_of(entry, decoded_momentum_), momentum_numbers(entry), s);
+  backend_.scale_rows_cols(s, s, {}, {}, -1.0f);
+}
+
+// M <- beta1 M + (1 - beta1) S, in a new projection where that is due.
+void Flora::end_momentum(const Entry& entry, StepScalars* scalars) {
+  if (!config_.residual) {
+    complete_compressed(entry);
+    if (transfer_due_) {
+      const Tensor p_new = projection_of(entry, scaled_projection_);
+      generate(entry, p_new, &scalars->next_projection_index, scalars);
+      change_projection(entry, projection_of(entry, projection_), p_new);
+    }
+  }
+  backend_.ema(states_.get(entry.momentum), compressed_of(entry, compressed_), config_.beta1, scalars);
 }
 
 // p <- the parameter's projection number *index.
@@ -259,23 +296,30 @@ Tensor Flora::compressed_of(const Entry& entry, const Scratch& scratch) const {
   return scratch.tensor({shape.compressed_rows(), shape.compressed_cols()});
 }
 
-// A compressed momentum as numbers: as it is stored, or what begin_momentum() has made of its codes.
+void Flora::decode_momentum(const Entry& entry) {
+  const Tensor momentum = states_.get(entry.momentum);
+  if (momentum.dtype == DType::kI8) backend_.dequantize(compressed_of(entry, decoded_momentum_), momentum);
+}
+
+// A compressed momentum as numbers: as it is stored, or what decode_momentum() has made of its codes.
 Tensor Flora::momentum_numbers(const Entry& entry) const {
   const Tensor momentum = states_.get(entry.momentum);
   return momentum.dtype == DType::kI8 ? compressed_of(entry, decoded_momentum_) : momentum;
 }
 
-// The stored momentum, whose numbers are in `momentum`, moves from p_old to p_new. This happens whatever the gate says,
+// The stored momentum moves from p_old to p_new. This happens whatever the gate says,
 // because the next step decodes with p_new.
-void Flora::change_projection(const Entry& entry, Tensor momentum, Tensor p_old, Tensor p_new) {
+void Flora::change_projection(const Entry& entry, Tensor p_old, Tensor p_new) {
   const Compression shape = compression(entry);
-  const Tensor stored = states_.get(entry.momentum);
+  const Tensor stored = states_.get(entry.momentum), momentum = momentum_numbers(entry);
   if (config_.transfer == TransferKind::kRestart) {
     zero_state(backend_, stored);
     return;
   }
   const Tensor moved = compressed_of(entry, moved_);
-  transfer(backend_, moved, momentum, p_old, p_new, square_.tensor({shape.rank, shape.rank}), shape);
+  const bool expand = config_.transfer == TransferKind::kUnbiased && has_orthonormal_rows(config_.projection);
+  transfer(backend_, moved, momentum, p_old, p_new, square_.tensor({shape.rank, shape.rank}), shape,
+           expand ? static_cast<float>(shape.dimension()) / static_cast<float>(shape.rank) : 1.0f);
   if (config_.transfer == TransferKind::kRescale) {
     const Tensor before = squares_.slice(2, 1), after = squares_.slice(3, 1);
     backend_.sum_squares(before, momentum, false);

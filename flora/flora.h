@@ -1,6 +1,9 @@
 // flora.h: Flora (Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024, arXiv
 // 2402.03293, Algorithm 2 on an Adafactor base) and, with rank 0, Adafactor (arXiv 1804.04235) with momentum.
 //
+// With `residual` what the projection does not hold is not averaged away but used at full weight, as in
+// Fira (arXiv 2410.01623) and arXiv 2512.07112; see docs/design.md.
+//
 // State of a compressed parameter [n, m]: momentum r max(n, m), row and column statistics n + m. An update makes two
 // matmuls of 2 r n m operations and about ten passes over the gradient and the weight (docs/design.md, "Flora,
 // exactly").
@@ -14,8 +17,8 @@
 
 // By which factor the norm of a compressed momentum is expected to grow from one change of projection to the next, the
 // largest over the parameters: beta1^kappa sqrt(1 + (d + 1)/r) for Gaussian projections, (d - 1) for Rademacher ones,
-// when it is re-encoded (docs/design.md, "Flora, exactly"). From 1 on it grows without bound. 0 where nothing is
-// compressed or a transfer cannot inflate.
+// when it is re-encoded, and beta1^kappa sqrt(d/r) for orthonormal ones that are kept unbiased (docs/design.md, "Flora,
+// exactly"). From 1 on it grows without bound. 0 where nothing is compressed or a transfer cannot inflate.
 double transfer_growth(const OptimizerConfig& config, const std::vector<Parameter>& parameters);
 
 // The transfer of a run that chose none: the paper's reencode while it is bounded, else rescale.
@@ -51,15 +54,18 @@ class Flora final : public Optimizer {
   void second_moment(const Entry& entry, const Gradient& gradient, StepScalars* scalars);
   void begin_momentum(const Entry& entry, StepScalars* scalars);
   void compress(const Entry& entry, Tensor gradient, const RowRange& rows);
+  void complete_compressed(const Entry& entry);
   void to_update(const Entry& entry, Tensor gradient, const RowRange& rows, bool keep_momentum, StepScalars* scalars);
   void apply(const Entry& entry, Tensor weight, Tensor master, Tensor update, const RowRange& rows,
              StepScalars* scalars);
   void end_momentum(const Entry& entry, StepScalars* scalars);
 
   void generate(const Entry& entry, Tensor p, const uint32_t* index, StepScalars* scalars);
-  void change_projection(const Entry& entry, Tensor momentum, Tensor p_old, Tensor p_new);
+  void change_projection(const Entry& entry, Tensor p_old, Tensor p_new);
   Tensor projection_of(const Entry& entry, const Scratch& scratch) const;
   Tensor compressed_of(const Entry& entry, const Scratch& scratch) const;
+  bool keeps_residual(const Entry& entry) const { return entry.compressed && config_.residual; }
+  void decode_momentum(const Entry& entry);
   Tensor momentum_numbers(const Entry& entry) const;
   Tensor copied_momentum(Tensor rows);
 
@@ -70,7 +76,8 @@ class Flora final : public Optimizer {
   Scratch row_scale_, col_scale_;           // fp32
   Scratch projection_, scaled_projection_;  // [r, d], the gradient's dtype: of the momentum; of S
   Scratch compressed_;                      // S, fp32
-  Scratch decoded_momentum_, moved_;        // as large as a compressed momentum: of int8 states; of a transfer, fp32
+  Scratch decoded_momentum_;                // a compressed momentum: of int8 states, or what --residual decodes
+  Scratch moved_;                           // a compressed momentum of a transfer, fp32
   Scratch square_;                          // [r, r] of a transfer, fp32
   Scratch factor_;                          // r*r doubles of an orthonormal projection, as fp32 pairs
   Scratch copied_momentum_;                 // a block's rows of an uncompressed momentum, in its dtype

@@ -18,6 +18,11 @@ int64_t gradient_block_rows(const Parameter& p, GradientBlocks blocks) {
   return !p.long_lived && rows >= p.rows ? 0 : std::min(rows, p.rows);
 }
 
+float half_life_decay(const OptimizerConfig& config) {
+  return static_cast<float>(
+      std::exp2(-static_cast<double>(config.tokens_per_step) / static_cast<double>(config.half_life)));
+}
+
 Optimizer::Optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
     : config_(config),
       backend_(backend),
@@ -86,7 +91,7 @@ class Sgd final : public Optimizer {
 class AdamW final : public Optimizer {
  public:
   AdamW(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
-      : Optimizer(config, parameters, backend) {
+      : Optimizer(config, parameters, backend), beta2_(config.half_life > 0 ? half_life_decay(config) : config.beta2) {
     for (const Parameter& p : parameters) {
       momentum_.push_back(add_momentum(p));
       second_moment_.push_back(add_second_moment(p));
@@ -95,9 +100,9 @@ class AdamW final : public Optimizer {
 
   void begin_step(uint32_t step, StepScalars& scalars) override {
     const double t = step;
-    scalars.beta2 = config_.beta2;
+    scalars.beta2 = beta2_;
     scalars.bias_correction1 = static_cast<float>(1.0 - std::pow(static_cast<double>(config_.beta1), t));
-    scalars.bias_correction2 = static_cast<float>(1.0 - std::pow(static_cast<double>(config_.beta2), t));
+    scalars.bias_correction2 = static_cast<float>(1.0 - std::pow(static_cast<double>(beta2_), t));
   }
 
   void update(const Parameter& p, Tensor weight, Tensor master, const Gradient& gradient,
@@ -106,7 +111,7 @@ class AdamW final : public Optimizer {
     const size_t i = static_cast<size_t>(p.index);
     const Tensor momentum = states_.get(momentum_.at(i)), second_moment = states_.get(second_moment_.at(i));
     const AdamWOptions options{
-        .beta1 = config_.beta1, .beta2 = config_.beta2, .eps = config_.eps, .weight_decay = decay_of(p)};
+        .beta1 = config_.beta1, .beta2 = beta2_, .eps = config_.eps, .weight_decay = decay_of(p)};
     gradient.pass([&](const RowRange& rows, const Tensor& g) {
       const Tensor m = rows.of(momentum), v = rows.of(second_moment);
       pieces_.update(p, rows.of(weight), rows.of(master), rounding(p, rows.begin), scalars,
@@ -117,6 +122,7 @@ class AdamW final : public Optimizer {
   }
 
  private:
+  float beta2_;
   std::vector<int> momentum_, second_moment_;  // numbers in states_, by Parameter::index
 };
 

@@ -20,9 +20,17 @@ inline constexpr std::pair<OptimizerKind, const char*> kOptimizerNames[] = {{Opt
                                                                             {OptimizerKind::kAdafactor, "adafactor"},
                                                                             {OptimizerKind::kSgd, "sgd"}};
 
-enum class TransferKind : uint8_t { kReencode, kRestart, kRescale };
-inline constexpr std::pair<TransferKind, const char*> kTransferNames[] = {
-    {TransferKind::kReencode, "reencode"}, {TransferKind::kRestart, "restart"}, {TransferKind::kRescale, "rescale"}};
+// What a change of projection does to a compressed momentum M, beside down'(up(M)).
+enum class TransferKind : uint8_t {
+  kReencode,  // nothing: orthonormal projections forget (r / d of M remains on average), others inflate
+  kUnbiased,  // orthonormal ones: times d / r, so that what M decodes to is kept on average, and inflates
+  kRescale,   // times what restores the norm of M
+  kRestart,   // M becomes 0 instead
+};
+inline constexpr std::pair<TransferKind, const char*> kTransferNames[] = {{TransferKind::kReencode, "reencode"},
+                                                                          {TransferKind::kUnbiased, "unbiased"},
+                                                                          {TransferKind::kRescale, "rescale"},
+                                                                          {TransferKind::kRestart, "restart"}};
 
 // Which gradients are computed and used in blocks of rows instead of as a whole. Only under fused updates with one
 // micro-batch.
@@ -76,6 +84,9 @@ struct OptimizerConfig {
   DType state_dtype = DType::kF32;  // kF32, kBF16 or kI8: momentum (and full second moments, as kU8, when kI8);
                                     // 1-D parameters and factored statistics stay fp32 under kI8
 
+  int64_t half_life = 0;        // of the second moment, in tokens; 0: beta2 and decay_rate alone say
+  int64_t tokens_per_step = 0;  // what half_life is compared with
+
   // AdamW
   float beta2 = 0.95f;
   float eps = 1e-8f;
@@ -93,12 +104,18 @@ struct OptimizerConfig {
   bool compress_embeddings = false;
   ProjectionKind projection = ProjectionKind::kGaussian;
   TransferKind transfer = TransferKind::kReencode;
+  bool residual = false;  // what the projection does not hold is used at full weight; orthonormal projections only
 
   // Memory
   int streamed_layers = 0;  // > 0: states of the blocks are in host memory, so many layers at a time on the device
   GradientBlocks blocks = GradientBlocks::kWhole;  // which gradients come in blocks of rows
   int64_t weight_piece = int64_t{1} << 22;  // elements of an 8-bit weight that are decoded for an update at a time
 };
+
+// Decay of a second moment over one step that has config.half_life: 0.5^(tokens_per_step / half_life). "Small batch
+// size training for language models" (arXiv 2507.07101) finds that the half-life in tokens is what carries over from
+// one batch size to another.
+float half_life_decay(const OptimizerConfig& config);
 
 class Optimizer {
  public:

@@ -7,9 +7,13 @@ bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embed
   constexpr int64_t kLargestRatio = 4;
   if (!parameter.matrix || rank <= 0) return false;
   const int64_t small = std::min(parameter.rows, parameter.cols), large = std::max(parameter.rows, parameter.cols);
-  // r orthonormal rows of length r span everything: their Gram matrix is close to singular and nothing is saved.
-  if (projection == ProjectionKind::kOrthonormal ? small <= rank : small < rank) return false;
+  // r orthonormal rows of length r span everything, and nothing is saved.
+  if (has_orthonormal_rows(projection) ? small <= rank : small < rank) return false;
   return compress_embeddings || large <= kLargestRatio * small;
+}
+
+bool has_orthonormal_rows(ProjectionKind kind) {
+  return kind == ProjectionKind::kOrthonormal || kind == ProjectionKind::kCosine;
 }
 
 void make_projection(Backend& backend, Tensor p, const ProjectionId& id, void* factor_scratch, StepScalars* scalars) {
@@ -56,8 +60,8 @@ void project_rows_up(Backend& backend, Tensor g, Tensor m, Tensor p, const Compr
 }
 
 void transfer(Backend& backend, Tensor out, Tensor m, Tensor p_old, Tensor p_new, Tensor square,
-              const Compression& shape) {
-  backend.matmul(square, p_new, p_old, {.transpose_b = true});
+              const Compression& shape, float factor) {
+  backend.matmul(square, p_new, p_old, {.transpose_b = true, .alpha = factor});
   if (shape.wide()) {
     backend.matmul(out, square, m);
   } else {

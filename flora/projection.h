@@ -16,6 +16,10 @@
 // True when a gradient or momentum of this shape is held in a projection of rank r (docs/design.md, section Flora).
 bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embeddings, ProjectionKind projection);
 
+// True for projections with orthonormal rows: they decode to less than was there (r / d of it on average), Gaussian and
+// Rademacher ones to what was there and noise.
+bool has_orthonormal_rows(ProjectionKind kind);
+
 // The shape of a compressed parameter.
 struct Compression {
   int64_t rows = 0, cols = 0, rank = 0;
@@ -56,7 +60,7 @@ void project_rows_down(Backend& backend, Tensor out, Tensor g, Tensor p, const C
 void project_rows_up(Backend& backend, Tensor g, Tensor m, Tensor p, const Compression& shape, int64_t begin,
                      float alpha, bool accumulate);
 
-// out = down'(up(m)): from projection p_old to p_new without decoding, through the r x r matrix P' P^T in `square`
-// (fp32). out may not be m.
+// out = factor * down'(up(m)): from projection p_old to p_new without decoding, through the r x r matrix P' P^T in
+// `square` (fp32). out may not be m.
 void transfer(Backend& backend, Tensor out, Tensor m, Tensor p_old, Tensor p_new, Tensor square,
-              const Compression& shape);
+              const Compression& shape, float factor = 1.0f);

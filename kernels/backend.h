@@ -51,11 +51,12 @@ struct MatmulOptions {
   Tensor bias = {};          // [N], added to every row of the product, or empty
 };
 
-enum class ProjectionKind : uint8_t { kGaussian, kRademacher, kOrthonormal };
+enum class ProjectionKind : uint8_t { kGaussian, kRademacher, kOrthonormal, kCosine };
 inline constexpr std::pair<ProjectionKind, const char*> kProjectionNames[] = {
     {ProjectionKind::kGaussian, "gaussian"},
     {ProjectionKind::kRademacher, "rademacher"},
-    {ProjectionKind::kOrthonormal, "orthonormal"}};
+    {ProjectionKind::kOrthonormal, "orthonormal"},
+    {ProjectionKind::kCosine, "cosine"}};
 
 struct AdamWOptions {
   float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.0f;
@@ -215,8 +216,9 @@ class Backend {
 
   // Everything below that changes weights or state does nothing when scalars->gate is 0. Formulas: docs/design.md.
 
-  // projection [r, d] (fp32 or bf16): Gaussian N(0,1)/sqrt(r), Rademacher +-1/sqrt(r), or (orthonormal) plain N(0,1) to
-  // be followed by orthonormalize_rows(); numbers of (key, *index), element k*d + j.
+  // projection [r, d] (fp32 or bf16), numbers of (key, *index): Gaussian N(0,1)/sqrt(r), Rademacher +-1/sqrt(r), or
+  // (orthonormal) plain N(0,1) to be followed by orthonormalize_rows(), element k*d + j; or (cosine, r <= d) rows of a
+  // cosine transform with random signs, orthonormal as they are (cosine_projection.h).
   virtual void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) = 0;
   // Makes the rows of p [r, d] orthonormal, r <= d: p <- L^-1 p with p p^T = L L^T (Cholesky; Gram matrix and factor in
   // fp64 above r > 0.8 d). scratch: r*r doubles. Dependent rows (a pivot that is zero but for rounding) set

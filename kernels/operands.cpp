@@ -125,8 +125,10 @@ void check_bias_backward(const Tensor& dbias, const Tensor& dout) {
   require(is_floating(dbias) && is_floating(dout), "bias_backward: fp32 or bf16");
 }
 
-void check_projection(const Tensor& projection) {
+void check_projection(const Tensor& projection, ProjectionKind kind) {
   require(projection.rank == 2 && projection.contiguous(), "generate_projection: a contiguous matrix");
+  require(kind != ProjectionKind::kCosine || projection.rows() <= projection.cols(),
+          "generate_projection: at most as many rows as columns");
 }
 
 void check_orthonormalize_rows(const Tensor& p) {

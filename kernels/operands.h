@@ -51,7 +51,7 @@ void check_layernorm_backward(const Tensor& din, const Tensor& dweight, const Te
                               const Tensor& in, const Tensor& mean, const Tensor& rstd, const Tensor& weight);
 void check_bias_backward(const Tensor& dbias, const Tensor& dout);
 
-void check_projection(const Tensor& projection);
+void check_projection(const Tensor& projection, ProjectionKind kind);
 void check_orthonormalize_rows(const Tensor& p);
 void check_factored_second_moment(const Tensor& row_state, const Tensor& col_state, const Tensor& row_scale,
                                   const Tensor& col_scale, const Tensor& grad);

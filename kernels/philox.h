@@ -88,6 +88,22 @@ HOST_DEVICE inline PhiloxWords philox_block(const RandomKey& key, uint32_t step,
 // [0, 1), 24 bits.
 HOST_DEVICE inline float uniform_from_word(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
 
+// sin(2 pi t) and cos(2 pi t) for t in [-1/8, 1/8], a fraction of a turn; minimax polynomials.
+HOST_DEVICE inline void sin_cos_of_turn(float t, float& sine, float& cosine) {
+  const float z = t * t;
+  float s = 41.47294998168945f;  // sin(2 pi t) / t
+  s = fmaf(s, z, -76.69786834716797f);
+  s = fmaf(s, z, 81.6052017211914f);
+  s = fmaf(s, z, -41.34170150756836f);
+  s = fmaf(s, z, 6.2831854820251465f);
+  sine = s * t;
+  float c = 59.202796936035156f;
+  c = fmaf(c, z, -85.44229888916016f);
+  c = fmaf(c, z, 64.9393081665039f);
+  c = fmaf(c, z, -19.739208221435547f);
+  cosine = fmaf(c, z, 1.0f);
+}
+
 // Two independent N(0, 1) by Box-Muller (see docs/numerics.md): u = ((wa >> 8) + 1) 2^-24, radius = sqrt(-2 ln u),
 // angle = 2 pi (wb >> 8) 2^-24; first = radius cos(angle), second = radius sin(angle). Relative error below 1e-6; the
 // same bits everywhere, because nothing but +, *, fma and integer operations is used and contraction is off.
@@ -121,18 +137,8 @@ HOST_DEVICE inline void normal_pair(uint32_t wa, uint32_t wb, float& first, floa
   const int32_t turn = static_cast<int32_t>(wb >> 8);
   const int32_t q = (turn + (1 << 21)) >> 22;
   const float t = static_cast<float>(turn - q * (1 << 22)) * 0x1p-24f;
-  const float z = t * t;
-  float s = 41.47294998168945f;  // sin(2 pi t) / t, minimax in z
-  s = fmaf(s, z, -76.69786834716797f);
-  s = fmaf(s, z, 81.6052017211914f);
-  s = fmaf(s, z, -41.34170150756836f);
-  s = fmaf(s, z, 6.2831854820251465f);
-  s = s * t;
-  float c = 59.202796936035156f;  // cos(2 pi t), minimax in z
-  c = fmaf(c, z, -85.44229888916016f);
-  c = fmaf(c, z, 64.9393081665039f);
-  c = fmaf(c, z, -19.739208221435547f);
-  c = fmaf(c, z, 1.0f);
+  float s, c;
+  sin_cos_of_turn(t, s, c);
 
   // Rotate by q quarter turns: odd q swaps; cos is negative for q = 1, 2, sin for q = 2, 3.
   const uint32_t swap = 0u - (static_cast<uint32_t>(q) & 1u);

@@ -272,6 +272,7 @@ TEST_P(Attention, DecodeIsTheLastRow) {
   std::vector<Shape> shapes(std::begin(kShapes), std::end(kShapes));
   shapes.push_back({1, 512, 4, 24});  // whole pieces of keys of the CUDA kernel
   shapes.push_back({1, 511, 70, 8});  // more heads than the CPU takes together
+  shapes.push_back({1, 3, 66, 128});
   for (const Shape& any : shapes) {
     Shape s = taken_by(backend(), any);
     s.batch = 1;

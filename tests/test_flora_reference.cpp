@@ -95,7 +95,8 @@ const std::map<std::string, DType> kDTypes = {
     {"fp32", DType::kF32}, {"bf16", DType::kBF16}, {"int8", DType::kI8}, {"uint8", DType::kU8}};
 const std::map<std::string, ProjectionKind> kProjections = {{"gaussian", ProjectionKind::kGaussian},
                                                             {"rademacher", ProjectionKind::kRademacher},
-                                                            {"orthonormal", ProjectionKind::kOrthonormal}};
+                                                            {"orthonormal", ProjectionKind::kOrthonormal},
+                                                            {"cosine", ProjectionKind::kCosine}};
 
 OptimizerConfig read_options(const json& o) {
   OptimizerConfig config;
@@ -106,21 +107,23 @@ OptimizerConfig read_options(const json& o) {
   config.state_dtype = pick(o.at("state_dtype"), kDTypes);
   config.projection = pick(o.at("projection"), kProjections);
   config.transfer = pick<TransferKind>(o.at("transfer"), {{"reencode", TransferKind::kReencode},
+                                                          {"unbiased", TransferKind::kUnbiased},
                                                           {"restart", TransferKind::kRestart},
                                                           {"rescale", TransferKind::kRescale}});
   config.seed = o.at("seed").get<uint64_t>();
   config.rank = o.at("rank").get<int64_t>();
   config.kappa = o.at("kappa").get<uint32_t>();
+  config.half_life = o.at("half_life").get<int64_t>();
+  config.tokens_per_step = o.at("tokens_per_step").get<int64_t>();
   const std::pair<const char*, float*> numbers[] = {{"beta1", &config.beta1}, {"beta2", &config.beta2},
                                                     {"eps", &config.eps},     {"weight_decay", &config.weight_decay},
                                                     {"eps1", &config.eps1},   {"decay_rate", &config.decay_rate},
                                                     {"eps2", &config.eps2},   {"clip", &config.clip}};
   for (auto [name, field] : numbers) *field = o.at(name).get<float>();
-  const std::pair<const char*, bool*> switches[] = {{"factored", &config.factored},
-                                                    {"scale_parameter", &config.scale_parameter},
-                                                    {"relative_step", &config.relative_step},
-                                                    {"warmup_init", &config.warmup_init},
-                                                    {"compress_embeddings", &config.compress_embeddings}};
+  const std::pair<const char*, bool*> switches[] = {
+      {"factored", &config.factored},           {"scale_parameter", &config.scale_parameter},
+      {"relative_step", &config.relative_step}, {"warmup_init", &config.warmup_init},
+      {"residual", &config.residual},           {"compress_embeddings", &config.compress_embeddings}};
   for (auto [name, field] : switches) *field = o.at(name).get<bool>();
   return config;
 }

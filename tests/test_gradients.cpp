@@ -294,12 +294,14 @@ TEST(Gradients, PlanIsWhatIsAllocated) {
         for (DType state : {DType::kF32, DType::kBF16, DType::kI8})
           for (DType gradient : {DType::kF32, DType::kBF16})
             for (DType accumulation : {DType::kF32, DType::kBF16})
-              for (ProjectionKind projection : {ProjectionKind::kGaussian, ProjectionKind::kOrthonormal})
+              for (ProjectionKind projection :
+                   {ProjectionKind::kGaussian, ProjectionKind::kOrthonormal, ProjectionKind::kCosine})
                 for (int64_t accumulation_rank : {int64_t{0}, int64_t{8}}) {
                   if (mode == GradientMode::kCompressed && accumulation_rank == 0) continue;
                   FakeOptions options = options_of(mode, kind, micro_batches);
                   options.optimizer.state_dtype = state;
                   options.optimizer.projection = options.gradients.projection = projection;
+                  options.optimizer.residual = projection == ProjectionKind::kCosine;
                   options.gradients.gradient_dtype = gradient;
                   options.gradients.accumulation_dtype = accumulation;
                   options.gradients.accumulation_rank = accumulation_rank;

@@ -133,6 +133,9 @@ TEST_P(Blocks, ChangeTheRoundingOnly) {
     config.optimizer.transfer = TransferKind::kRescale;
     config.optimizer.state_dtype = tied ? c.dtype : DType::kI8;
     configs.push_back(config);
+    config.optimizer.projection = ProjectionKind::kCosine;
+    config.optimizer.residual = true;
+    configs.push_back(config);
   }
   // fp32: sums in another order. bf16: a rounding of a weight goes the other way now and then.
   const double tolerance = c.dtype == DType::kF32 ? 2e-5 : 1e-2;

@@ -74,8 +74,60 @@ TEST_P(Projection, SignsAreTheSpecifiedBits) {
   }
 }
 
+// Rows of the cosine transform, each at most once, up to the sign of a column.
+TEST_P(Projection, CosineRowsAreThoseOfTheTransform) {
+  TestDevice device(backend());
+  const DeviceValue<uint32_t> index(device, 5);
+  const bool fp32 = dtype() == DType::kF32;
+  for (auto [r, d] : {std::pair<int64_t, int64_t>{1, 1}, {3, 3}, {3, 7}, {13, 13}, {31, 1000}, {64, 4097}}) {
+    const Tensor p = device.poisoned(dtype(), {r, d});
+    device->generate_projection(p, ProjectionKind::kCosine, kKey, index.data());
+    const Values values = device.read(p);
+    const size_t rows = static_cast<size_t>(r), cols = static_cast<size_t>(d);
+    std::vector<bool> seen(cols, false);
+    for (size_t k = 0; k < rows; ++k) {
+      // The frequency whose row has the same magnitudes.
+      double best = 1e9;
+      size_t frequency = 0;
+      for (size_t f = 0; f < cols; ++f) {
+        double distance = 0;
+        for (size_t j = 0; j < cols && distance < best; ++j) {
+          const double angle =
+              M_PI * static_cast<double>(f) * static_cast<double>(2 * j + 1) / (2.0 * static_cast<double>(d));
+          const double entry = std::sqrt((f == 0 ? 1.0 : 2.0) / static_cast<double>(d)) * std::cos(angle);
+          distance = std::max(distance, std::abs(std::abs(values[k * cols + j]) - std::abs(entry)));
+        }
+        if (distance < best) best = distance, frequency = f;
+      }
+      EXPECT_LE(best * std::sqrt(static_cast<double>(d)), fp32 ? 1e-6 : 6e-3) << r << "x" << d;
+      EXPECT_FALSE(seen[frequency]) << "row " << k << " repeats frequency " << frequency;
+      seen[frequency] = true;
+    }
+    EXPECT_LE(relative_error(product(values, values, rows, cols, rows, true), identity(rows)), fp32 ? 1e-6 : 1e-2);
+  }
+}
+
+TEST_P(Projection, CosineProjectionsOfOtherIndicesAreOthers) {
+  TestDevice device(backend());
+  const auto of = [&](uint32_t number) {
+    const DeviceValue<uint32_t> index(device, number);
+    const Tensor p = device.poisoned(dtype(), {8, 64});
+    device->generate_projection(p, ProjectionKind::kCosine, kKey, index.data());
+    return device.read(p);
+  };
+  // The overlap of two random subspaces: ||P Q^T||^2 = r^2 / d = 1 on average.
+  double overlap = 0;
+  for (uint32_t i = 0; i < 20; ++i) {
+    const Values p = of(2 * i), q = of(2 * i + 1);
+    for (double x : product(p, q, 8, 64, 8, true)) overlap += x * x / 20;
+  }
+  EXPECT_GT(overlap, 0.7);
+  EXPECT_LT(overlap, 1.4);
+}
+
 TEST_P(Projection, IsIndependentOfThreads) {
-  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal}) {
+  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal,
+                              ProjectionKind::kCosine}) {
     const auto run = [&](TestDevice& device) {
       const DeviceValue<uint32_t> index(device, 2);
       const DeviceValue<StepScalars> scalars(device);
@@ -197,7 +249,8 @@ TEST_P(CompressionTest, IsUnbiased) {
   const Tensor g = device.random(1, DType::kF32, {n, m});
   const Tensor p = device.poisoned(DType::kF32, {r, n}), down = device.poisoned(DType::kF32, {r, m});
   const Tensor scratch = device.poisoned(DType::kF32, {2 * r * r});
-  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal}) {
+  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal,
+                              ProjectionKind::kCosine}) {
     const uint32_t count = 600;
     const DeviceValue<StepScalars> scalars(device);
     DeviceValue<uint32_t> number(device);
@@ -209,11 +262,11 @@ TEST_P(CompressionTest, IsUnbiased) {
       project_up(device.backend(), sum, down, p, shape, 1.0f / static_cast<float>(count), true);
     }
     Values expected = device.read(g);
-    const double shrink = kind == ProjectionKind::kOrthonormal ? static_cast<double>(r) / n : 1.0;
+    const double shrink = has_orthonormal_rows(kind) ? static_cast<double>(r) / n : 1.0;
     for (double& x : expected) x *= shrink;
     const double sampling_error = std::sqrt(static_cast<double>(n) / (r * count));
     EXPECT_LE(relative_error(device.read(sum), expected), 1.5 * sampling_error);
-    if (kind != ProjectionKind::kOrthonormal) {
+    if (!has_orthonormal_rows(kind)) {
       EXPECT_GE(relative_error(device.read(sum), expected), 0.5 * sampling_error);
     }
   }
@@ -228,6 +281,8 @@ TEST(IsCompressed, FollowsRankRatioAndKind) {
   EXPECT_FALSE(is_compressed(matrix(63, 64), 64, false, gaussian));  // rank above the smaller dimension
   EXPECT_FALSE(is_compressed(matrix(64, 64), 0, false, gaussian));
   EXPECT_FALSE(is_compressed(matrix(64, 64), 64, false, orthonormal));
+  EXPECT_FALSE(is_compressed(matrix(64, 64), 64, false, ProjectionKind::kCosine));
+  EXPECT_TRUE(is_compressed(matrix(65, 64), 63, false, ProjectionKind::kCosine));
   EXPECT_TRUE(is_compressed(matrix(65, 65), 64, false, orthonormal));
   Parameter vector;
   vector.cols = 100;

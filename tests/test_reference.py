@@ -72,9 +72,29 @@ def test_quantization_error_and_range(scale):
     assert (again == codes).all()
 
 
-def test_orthonormal_projection_has_orthonormal_rows():
-    p = flora.projection("orthonormal", 4, 12, 1, philox.PROJECTION, "w", 0)
-    assert np.allclose(p @ p.T, np.eye(4), atol=1e-12)
+@pytest.mark.parametrize("kind", ["orthonormal", "cosine"])
+@pytest.mark.parametrize("rank, dimension", [(1, 1), (4, 12), (12, 13), (17, 70)])
+def test_projections_with_orthonormal_rows(kind, rank, dimension):
+    p = flora.projection(kind, rank, dimension, 1, philox.PROJECTION, "w", 0)
+    assert np.allclose(p @ p.T, np.eye(rank), atol=1e-12)
+
+
+def test_cosine_projections_hold_every_direction_as_often():
+    """E[P^T P] = r/d I: neither the order of frequencies nor the signs prefer a column."""
+    total = sum(p.T @ p for p in (flora.projection("cosine", 3, 7, 0, philox.PROJECTION, "w", i) for i in range(4000)))
+    assert np.abs(total / 4000 - 3 / 7 * np.eye(7)).max() < 0.03
+
+
+def test_residual_at_full_rank_is_adafactor():
+    """A projection that holds everything leaves nothing at full weight."""
+    parameter = flora.Parameter("w", 5, 12)
+    rule = flora.Optimizer(flora.Options(rank=5, kappa=2, projection="cosine", residual=True, seed=1), parameter)
+    full = flora.Optimizer(flora.Options(kind="adafactor", seed=1), parameter)
+    a = b = make_flora_fixture.uniform_input("w", 60).reshape(5, 12)
+    for t in range(1, 8):
+        g = make_flora_fixture.gradient_input(f"g{t}", 5, 12, t)
+        a, b = rule.step(a, g, t, 0.1), full.step(b, g, t, 0.1)
+    assert np.abs(a - b).max() < 1e-6
 
 
 def test_flora_with_full_rank_orthonormal_projection_is_adafactor():

@@ -20,6 +20,7 @@ RUNS = {
     "flora-bf16": ["--rank", 16],
     "flora-fp32": ["--rank", 16, "--dtype", "fp32"],
     "flora-kappa": ["--rank", 16, "--kappa", 4, "--projection", "orthonormal", "--transfer", "rescale"],
+    "flora-residual": ["--rank", 16, "--kappa", 4, "--projection", "cosine", "--residual"],
     "flora-compressed": ["--rank", 16, "--gradients", "compressed", "--tokens-per-step", 128],
     "adamw-int8": ["--optimizer", "adamw", "--state-dtype", "int8"],
     "adamw-master": ["--optimizer", "adamw", "--master-weights", "fp32"],

@@ -155,3 +155,5 @@ def test_a_transfer_that_can_blow_up_is_warned_of_and_is_no_default(data, tmp_pa
     assert saved == "reencode"
     assert warning.startswith("train_gpt2: warning: --transfer reencode") and "without bound" in warning
     assert len(warning.splitlines()) == 1
+    saved, warning = transfer("--rank", 4, "--kappa", 3, "--projection", "cosine", "--transfer", "unbiased")
+    assert saved == "unbiased" and "warning: --transfer unbiased" in warning

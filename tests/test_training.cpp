@@ -136,6 +136,11 @@ TEST_P(TrainingDtype, RarerSettingsRepeatWithAndWithoutGraphs) {
   orthonormal.gradients.accumulation_rank = 16;
   orthonormal.master_weights = GetParam() == DType::kBF16;
   configs.push_back(orthonormal);
+  EngineConfig residual = config_of({OptimizerKind::kFlora, GradientMode::kFused, GetParam()});
+  residual.optimizer.projection = residual.gradients.projection = ProjectionKind::kCosine;
+  residual.optimizer.residual = true;
+  residual.optimizer.half_life = 4000, residual.optimizer.tokens_per_step = 100;
+  configs.push_back(residual);
   for (EngineConfig config : configs) {
     const Outcome first = train(test_backend_name(), config, 2e-3f, kFewSteps);
     EXPECT_LT(first.losses.back(), first.losses.front());

@@ -41,10 +41,11 @@ std::string transfer_warning(const RunSetup& setup) {
   if (growth < 1) return "";
   char text[256];
   snprintf(text, sizeof text,
-           "--transfer reencode with --rank %lld, --kappa %lld and --beta1 %g can multiply the momentum by about %.3g "
+           "--transfer %s with --rank %lld, --kappa %lld and --beta1 %g can multiply the momentum by about %.3g "
            "every %lld steps, without bound; --transfer rescale or restart, or a larger --kappa, cannot",
-           static_cast<long long>(optimizer.rank), static_cast<long long>(optimizer.kappa),
-           static_cast<double>(optimizer.beta1), growth, static_cast<long long>(optimizer.kappa));
+           name_of(kTransferNames, optimizer.transfer).c_str(), static_cast<long long>(optimizer.rank),
+           static_cast<long long>(optimizer.kappa), static_cast<double>(optimizer.beta1), growth,
+           static_cast<long long>(optimizer.kappa));
   return text;
 }
 

@@ -121,11 +121,17 @@ void check_options(const Options& o) {
   const std::string optimizer = "--optimizer " + name_of(kOptimizerNames, kind);
   only_for({"rank", "kappa", "projection", "transfer", "compress-embeddings"},
            flora || gradients == GradientMode::kCompressed || engine.gradients.accumulation_rank > 0, optimizer);
-  only_for({"kappa", "transfer"}, flora, optimizer);
+  only_for({"kappa", "transfer", "residual"}, flora, optimizer);
   only_for(
       {"decay-rate", "eps1", "eps2", "update-clip", "no-factored", "scale-parameter", "relative-step", "warmup-init"},
       adaptive, optimizer);
   only_for({"beta2", "eps"}, kind == OptimizerKind::kAdamW, optimizer);
+  only_for({"half-life"}, kind != OptimizerKind::kSgd, optimizer);
+  only_for({"beta2"}, engine.optimizer.half_life == 0, "--half-life, which gives it");
+  if (engine.optimizer.residual && !has_orthonormal_rows(engine.optimizer.projection)) {
+    throw UsageError("--residual contradicts --projection " + name_of(kProjectionNames, engine.optimizer.projection) +
+                     ": it needs orthonormal rows");
+  }
   only_for({"warmup-init"}, engine.optimizer.relative_step, "the absence of --relative-step");
   only_for({"lr", "schedule", "warmup-steps", "final-lr"}, !engine.optimizer.relative_step,
            "--relative-step, which has its own schedule");

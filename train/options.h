@@ -127,7 +127,8 @@ void describe(Options& o, Visitor& v) {
     "vocabulary of headerless data, and of a preset model; default: what the shards declare, headerless GPT-2's 50257",
     at_least(1), fixed);
   v(o.tokenizer, "tokenizer", "FILE",
-    "tokenizer.bin for prompts and samples, or a Hugging Face tokenizer's folder; default: beside the shards, or the "
+    "tokenizer.bin for prompts, samples and bits per byte, or a Hugging Face tokenizer's folder; default: beside the "
+    "shards, or the "
     "model's",
     Text{}, free);
   v(o.hellaswag, "hellaswag", "FILE",
@@ -175,13 +176,22 @@ void describe(Options& o, Visitor& v) {
     at_least(0), said);
   v(optimizer.beta1, "beta1", "", "momentum; 0 keeps none; default: 0.9, sgd 0", kFraction, fixed);
   v(optimizer.beta2, "beta2", "", "AdamW: decay of the second moment", kFraction, fixed);
+  v(optimizer.half_life, "half-life", "tokens",
+    "AdamW, Flora, Adafactor: of the second moment, in tokens instead of steps (beta2 = 0.5^(tokens-per-step / "
+    "half-life)); 0: beta2, decay-rate",
+    at_least(0), fixed);
   v(optimizer.eps, "eps", "", "AdamW: added to the root of the second moment", at_least(0), fixed);
   v(optimizer.projection, "projection", "", "Flora: kind of projection", kProjectionNames, fixed);
+  v(optimizer.residual, "residual", "",
+    "Flora: what the projection does not hold is used at full weight instead of 1 - beta1 (projection cosine or "
+    "orthonormal)",
+    Switch{}, fixed);
   v(optimizer.transfer, "transfer", "",
     "Flora: what happens to the momentum when the projection changes; default: reencode, or rescale where reencode "
     "could make it grow without bound",
     kTransferNames, fixed);
-  v(optimizer.decay_rate, "decay-rate", "", "Flora, Adafactor: beta2(t) = 1 - t^decay-rate", kBelowZero, fixed);
+  v(optimizer.decay_rate, "decay-rate", "",
+    "Flora, Adafactor: beta2(t) = 1 - t^decay-rate, or that of half-life where it is smaller", kBelowZero, fixed);
   v(optimizer.eps1, "eps1", "", "Flora, Adafactor: added to squared gradients", at_least(0), fixed);
   v(optimizer.eps2, "eps2", "", "Flora, Adafactor: smallest rms(weight) for scale-parameter", at_least(0), fixed);
   v(optimizer.clip, "update-clip", "", "Flora, Adafactor: largest rms of an update; 0: off", at_least(0), fixed);

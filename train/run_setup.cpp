@@ -89,6 +89,7 @@ EngineConfig engine_config(Options& o, const Gpt2Config& model, bool training) {
   engine.sampling = training && o.sample_every > 0;
   OptimizerConfig& optimizer = engine.optimizer;
   optimizer.seed = static_cast<uint64_t>(o.seed);
+  optimizer.tokens_per_step = o.tokens_per_step;
   if (optimizer.kind != OptimizerKind::kFlora) optimizer.rank = 0;
   if (o.is_open("transfer")) {
     optimizer.transfer = TransferKind::kReencode;

@@ -11,6 +11,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/simd_math.h"
 #include "kernels/operands.h"
 
@@ -147,41 +148,51 @@ void head_backward(const AttentionShape& s, Grad* dqkv, const Grad* dout, const 
   store_head(dqkv + 2 * s.channels, stride, dv, s.sequence, head_dim);
 }
 
+// Calls f(token, its row as fp32) for each token: `width` numbers from `rows` on, `stride` from token to token.
+template <typename T, typename F>
+void for_each_row(const T* rows, int64_t stride, int64_t tokens, int64_t width, float* scratch, F&& f) {
+  const int64_t ahead = rows_ahead<T>(width) * stride;
+  for (int64_t t = 0; t < tokens; ++t, rows += stride) {
+    prefetch(rows + ahead, width);
+    if constexpr (std::is_same_v<T, float>) {
+      f(t, rows);
+    } else {
+      load_head(scratch, rows, stride, 1, width);
+      f(t, scratch);
+    }
+  }
+}
+
 // The last query of `heads` neighbouring heads; `out` and `qkv` begin at the first one's channels. A token's heads lie
 // side by side, so memory is read in long pieces when they are taken together.
 template <typename Out, typename In>
 void decode_heads(const AttentionShape& s, Out* out, const In* qkv, int64_t heads, float* scratch) {
   const int64_t head_dim = s.head_dim, stride = 3 * s.channels, width = heads * head_dim, row = score_stride(s);
-  float *const q = scratch, *const o = q + round_to_vectors(width), *const scores = o + round_to_vectors(width);
+  float *const q = scratch, *const o = q + round_to_vectors(width), *const wide = o + round_to_vectors(width);
+  float* const scores = wide + round_to_vectors(width);
   load_head(q, qkv + (s.sequence - 1) * stride, stride, 1, width, 1.0f / std::sqrt(static_cast<float>(head_dim)));
-  const In* const k = qkv + s.channels;
-  for (int64_t t = 0; t < s.sequence; ++t) {
+  for_each_row(qkv + s.channels, stride, s.sequence, width, wide, [&](int64_t t, const float* keys) {
     for (int64_t h = 0; h < heads; ++h) {
-      const In* const key = k + t * stride + h * head_dim;
-      const float* const query = q + h * head_dim;
       float dot = 0;
 #pragma omp simd reduction(+ : dot)
-      for (int64_t j = 0; j < head_dim; ++j) dot += query[j] * to_float(key[j]);
+      for (int64_t j = h * head_dim; j < (h + 1) * head_dim; ++j) dot += q[j] * keys[j];
       scores[h * row + t] = dot;
     }
-  }
-  std::fill_n(o, width, 0.0f);
+  });
   for (int64_t h = 0; h < heads; ++h) {
     float* const p = scores + h * row;
     const float inverse = 1.0f / exponentiate_row(p, hide_future(p, s.sequence, s.sequence)).sum;
 #pragma omp simd
     for (int64_t t = 0; t < s.sequence; ++t) p[t] *= inverse;
   }
-  const In* const v = k + s.channels;
-  for (int64_t t = 0; t < s.sequence; ++t) {
+  std::fill_n(o, width, 0.0f);
+  for_each_row(qkv + 2 * s.channels, stride, s.sequence, width, wide, [&](int64_t t, const float* values) {
     for (int64_t h = 0; h < heads; ++h) {
-      const In* const value = v + t * stride + h * head_dim;
       const float p = scores[h * row + t];
-      float* const sum = o + h * head_dim;
 #pragma omp simd
-      for (int64_t j = 0; j < head_dim; ++j) sum[j] += p * to_float(value[j]);
+      for (int64_t j = h * head_dim; j < (h + 1) * head_dim; ++j) o[j] += p * values[j];
     }
-  }
+  });
   store_head(out, width, o, 1, width);
 }
 
@@ -213,7 +224,8 @@ void CpuBackend::attention_decode(Tensor out, Tensor qkv, int heads) {
   const Profiler::Scope scope(profiler, "attention_decode", 2 * s.last_query_flops(), last_query_bytes(out, qkv));
   const size_t bytes = static_cast<size_t>(attention_scratch_floats(s.sequence, s.channels, heads)) * sizeof(float);
   thread_scratch(bytes);  // an error must not be thrown inside the parallel loop
-  const int64_t together = std::min(kQueryTile, divide_up(heads, threads_));  // their scores are a tile of rows
+  // Half a tile of them: then three rows and the scores fit into the scratch, however short the sequence is.
+  const int64_t together = std::min(kQueryTile / 2, divide_up(heads, threads_));
   dispatch(out.dtype, qkv.dtype, [&]<typename Out, typename In>() {
 #pragma omp parallel for schedule(static) num_threads(threads_)
     for (int64_t first = 0; first < heads; first += together) {

@@ -14,13 +14,14 @@ void use_one_blas_thread() {
   if (openblas_set_num_threads) openblas_set_num_threads(1);
 }
 
-bool blas_misses_avx2() {
+const char* better_blas_kernels() {
 #if defined(__x86_64__)
-  return openblas_get_corename && std::string(openblas_get_corename()) == "Prescott" &&
-         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
+  if (!openblas_get_corename || std::string(openblas_get_corename()) != "Prescott") return nullptr;
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return "SkylakeX";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "Haswell";
 #endif
+  return nullptr;
 }
 
 std::string blas_description() {
@@ -34,6 +35,6 @@ void choose_library_settings(char** argv) {
   };
   if (!std::getenv("OMP_WAIT_POLICY")) choose("GOMP_SPINCOUNT", "1000");
   choose("OPENBLAS_NUM_THREADS", "1");
-  if (blas_misses_avx2()) choose("OPENBLAS_CORETYPE", "Haswell");
+  if (const char* const kernels = better_blas_kernels()) choose("OPENBLAS_CORETYPE", kernels);
   if (again) execv("/proc/self/exe", argv);  // if it returns, the defaults will do
 }

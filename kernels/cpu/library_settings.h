@@ -7,8 +7,9 @@
 // Calls come from OpenMP threads that share the work among themselves, so the library must not start its own.
 void use_one_blas_thread();
 
-// Whether OpenBLAS does not know this processor and has taken its oldest kernels, although the processor has AVX2.
-bool blas_misses_avx2();
+// OPENBLAS_CORETYPE of better kernels, where OpenBLAS does not know this processor and has taken its oldest ones
+// although there is AVX-512 or AVX2; else null.
+const char* better_blas_kernels();
 
 // For the banner: "OpenBLAS SkylakeX", or "CBLAS" for a library that does not name itself.
 std::string blas_description();
@@ -19,7 +20,6 @@ std::string blas_description();
 //   spin costs nothing when the machine is quiet and saves a lot when it is not (docs/performance.md).
 // * OPENBLAS_NUM_THREADS. OpenBLAS starts a thread per core when it is loaded, none of which is used here; each maps a
 //   buffer, and waits for ever where address space is limited.
-// * OPENBLAS_CORETYPE, where OpenBLAS does not know the processor and would take its oldest kernels though there is
-//   AVX2.
+// * OPENBLAS_CORETYPE, where there are better_blas_kernels().
 // What is set is inherited, so it never happens twice.
 void choose_library_settings(char** argv);

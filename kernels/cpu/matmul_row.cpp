@@ -1,61 +1,50 @@
 // matmul_row.cpp: matrix products with one row, which is all that a sample of text asks for. Memory-bound: b is read
-// once, where it is and in its own dtype. (A library's sgemv would need a bf16 matrix widened first, and OpenBLAS's
-// reads fp32 at half the speed of these loops.)
+// once, where it is and in its own dtype, row after row. (A library's sgemv would need a bf16 matrix widened first, and
+// OpenBLAS's reads fp32 at half the speed of these loops.)
 #include <algorithm>
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/prefetch.h"
 #include "kernels/dispatch.h"
 
 namespace {
 
-constexpr int64_t kColumns = 1024, kDepth = 1024;  // of b at a time; sums and the piece of a are on the stack
+constexpr int64_t kColumns = 4096, kDepth = 1024;  // of b at a time; sums and the piece of a are on the stack
 constexpr double kWorthThreads = 1e5;              // operations
 
-// sums[j] += sum over k of a[k] * b[k, j]. Four rows of b at a time, so that sums are loaded and stored a quarter as
-// often.
+constexpr int64_t kStretch = 256;  // numbers that are asked for at a time
+
+// sums[j] += sum over k of a[k] * b[k, j].
 template <typename B>
 void add_rows(float* sums, const float* a, const B* b, int64_t stride, int64_t depth, int64_t columns) {
-  int64_t k = 0;
-  for (; k + 4 <= depth; k += 4) {
-    const B *const b0 = b + k * stride, *const b1 = b0 + stride, *const b2 = b1 + stride, *const b3 = b2 + stride;
-    const float a0 = a[k], a1 = a[k + 1], a2 = a[k + 2], a3 = a[k + 3];
+  const int64_t ahead = rows_ahead<B>(columns) * stride;
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t begin = 0; begin < columns; begin += kStretch) {
+      const int64_t end = std::min(columns, begin + kStretch);
+      const B* const row = b + k * stride;
+      prefetch(row + ahead + begin, end - begin);
 #pragma omp simd
-    for (int64_t j = 0; j < columns; ++j)
-      sums[j] += (a0 * to_float(b0[j]) + a1 * to_float(b1[j])) + (a2 * to_float(b2[j]) + a3 * to_float(b3[j]));
-  }
-  for (; k < depth; ++k) {
-    const B* const row = b + k * stride;
-#pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) sums[j] += a[k] * to_float(row[j]);
+      for (int64_t j = begin; j < end; ++j) sums[j] += a[k] * to_float(row[j]);
+    }
   }
 }
 
 // sums[j] += sum over k of a[k] * b[j, k].
 template <typename B>
 void add_dots(float* sums, const float* a, const B* b, int64_t stride, int64_t depth, int64_t columns) {
-  int64_t j = 0;
-  for (; j + 4 <= columns; j += 4) {
-    const B *const b0 = b + j * stride, *const b1 = b0 + stride, *const b2 = b1 + stride, *const b3 = b2 + stride;
-    float dot0 = 0, dot1 = 0, dot2 = 0, dot3 = 0;
-#pragma omp simd reduction(+ : dot0, dot1, dot2, dot3)
-    for (int64_t k = 0; k < depth; ++k) {
-      dot0 += a[k] * to_float(b0[k]);
-      dot1 += a[k] * to_float(b1[k]);
-      dot2 += a[k] * to_float(b2[k]);
-      dot3 += a[k] * to_float(b3[k]);
+  const int64_t ahead = rows_ahead<B>(depth) * stride, half = depth / 2;
+  for (int64_t j = 0; j < columns; ++j) {
+    const B *const row = b + j * stride, *const second = row + half;
+    prefetch(row + ahead, depth);
+    float dot0 = 0, dot1 = 0;
+#pragma omp simd reduction(+ : dot0, dot1)
+    for (int64_t k = 0; k < half; ++k) {
+      dot0 += a[k] * to_float(row[k]);
+      dot1 += a[half + k] * to_float(second[k]);
     }
-    sums[j] += dot0;
-    sums[j + 1] += dot1;
-    sums[j + 2] += dot2;
-    sums[j + 3] += dot3;
-  }
-  for (; j < columns; ++j) {
-    const B* const row = b + j * stride;
-    float dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t k = 0; k < depth; ++k) dot += a[k] * to_float(row[k]);
-    sums[j] += dot;
+    if (depth % 2 != 0) dot0 += a[depth - 1] * to_float(row[depth - 1]);
+    sums[j] += dot0 + dot1;
   }
 }
 

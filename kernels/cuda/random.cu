@@ -1,6 +1,7 @@
 // random.cu: tensors filled from the counter-based generator (philox.h). A lane makes eight numbers: two Philox blocks
 // and four Box-Muller pairs, about 60 instructions a normal, so that an H100 makes some 4e11 normals a second; fp32
 // ones take about as long to write.
+#include "kernels/cosine_projection.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/state_blocks.cuh"
@@ -69,6 +70,38 @@ __global__ void __launch_bounds__(kStateThreads)
   store(out, octet, x);
 }
 
+__global__ void __launch_bounds__(kStateThreads)
+    cosines_kernel(BlockTensor out, int64_t elements, CosineBasis basis, RandomStream stream, const uint32_t* index) {
+  const Octet octet = octet_of_lane(block_of_warp(), elements);
+  if (octet.block * kQuantBlock >= elements) return;
+  const uint64_t first = stream.offset + static_cast<uint64_t>(octet.first);
+  const PhiloxWords keys = random_block(stream, *index, kPermutationBlock);
+  uint32_t row = static_cast<uint32_t>(first / basis.dimension),
+           column = static_cast<uint32_t>(first % basis.dimension);
+  uint32_t frequency = 0, angle = 0, signs = 0;
+  float amplitude = 0;
+  float x[kOctet];
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) {
+    if (column == basis.dimension) {
+      column = 0;
+      ++row;
+    }
+    if (i == 0 || column == 0) {
+      frequency = row < basis.dimension ? cosine_frequency(basis, keys, row) : 0;  // rows past the end are not stored
+      amplitude = cosine_amplitude(basis, frequency);
+      angle = cosine_angle(basis, frequency, column);
+      signs = sign_bits(stream, *index, column);
+    }
+    const float value = cosine_of(basis, angle);
+    x[i] = (signs & 1u ? amplitude : -amplitude) * value;
+    angle = cosine_next(basis, frequency, angle);
+    signs >>= 1;
+    ++column;
+  }
+  store(out, octet, x);
+}
+
 }  // namespace
 
 void CudaBackend::fill_normal(Tensor x, float mean, float stddev, RandomKey key) {
@@ -79,7 +112,7 @@ void CudaBackend::fill_normal(Tensor x, float mean, float stddev, RandomKey key)
 }
 
 void CudaBackend::generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) {
-  check_projection(projection);
+  check_projection(projection, kind);
   const Timed timed(*this, "generate_projection", 0, static_cast<double>(projection.bytes()));
   const float inverse_root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(projection.shape[0])));
   const int64_t elements = projection.elements();
@@ -87,6 +120,9 @@ void CudaBackend::generate_projection(Tensor projection, ProjectionKind kind, Ra
   if (kind == ProjectionKind::kRademacher) {
     launch("generate_projection", signs_kernel, shape, block_tensor(projection), elements, inverse_root,
            random_stream(key), index);
+  } else if (kind == ProjectionKind::kCosine) {
+    launch("generate_projection", cosines_kernel, shape, block_tensor(projection), elements,
+           cosine_basis(projection.cols()), random_stream(key), index);
   } else {
     const float factor = kind == ProjectionKind::kOrthonormal ? 1.0f : inverse_root;
     // Adding -0 changes no number, not even -0 itself.

@@ -143,7 +143,7 @@ void generation_config(const std::string& input) {
 void memory_size(const std::string& input) { parse_memory_size("memory-budget", input); }
 
 void text(const std::string& input) {
-  printable(input);
+  printable(whole_characters(input));
   const Tokenizer bytes = Tokenizer::bytes();
   if (bytes.decode(bytes.encode(input)) != input) std::abort();
 }

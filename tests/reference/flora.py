@@ -36,8 +36,11 @@ class Options:
     relative_step: bool = False
     warmup_init: bool = False
     compress_embeddings: bool = False
-    projection: str = "gaussian"  # gaussian, rademacher, orthonormal
-    transfer: str = "reencode"  # reencode, restart, rescale
+    projection: str = "gaussian"  # gaussian, rademacher, orthonormal, cosine
+    transfer: str = "reencode"  # reencode, unbiased, rescale, restart
+    residual: bool = False
+    half_life: int = 0
+    tokens_per_step: int = 0
 
     def __post_init__(self):
         for field in ("beta1", "weight_decay", "beta2", "eps", "decay_rate", "eps1", "eps2", "clip"):
@@ -136,11 +139,38 @@ def projection(kind, rank, dimension, seed, purpose, name, index):
     stream = philox.Stream(seed, purpose, name, index)
     if kind == "rademacher":
         return stream.signs(rank * dimension).reshape(rank, dimension).astype(np.float64) / math.sqrt(rank)
+    if kind == "cosine":
+        return cosine_rows(stream, rank, dimension)
     p = stream.normals(rank * dimension).reshape(rank, dimension).astype(np.float64)
     if kind == "gaussian":
         return p / math.sqrt(rank)
     lower = np.linalg.cholesky(p @ p.T)  # orthonormal: p p^T = L L^T, so L^-1 p has orthonormal rows
     return np.linalg.solve(lower, p)
+
+
+def cosine_rows(stream, rank, dimension):
+    """Rows of the orthonormal DCT-II matrix in a random order, with a random sign for each column."""
+    keys = [int(word) for word in stream.block(2**64 - 1)]
+    half_bits = 0
+    while 4**half_bits < dimension:
+        half_bits += 1
+
+    def permuted(k):
+        left, right = divmod(k, 2**half_bits)
+        for key in keys:
+            x = (right + key) % 2**32
+            x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+            x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+            x ^= x >> 16
+            left, right = right, left ^ x % 2**half_bits
+        k = left * 2**half_bits + right
+        return k if k < dimension else permuted(k)
+
+    f = np.array([permuted(k) for k in range(rank)], dtype=np.float64)[:, None]
+    j = np.arange(dimension)[None, :]
+    amplitude = np.where(f == 0, math.sqrt(1 / dimension), math.sqrt(2 / dimension))
+    signs = stream.signs(dimension)[None, :]
+    return signs * amplitude * np.cos(np.pi * f * (2 * j + 1) / (2 * dimension))
 
 
 def down(u, p):
@@ -206,7 +236,7 @@ class Optimizer:
 
     def _adafactor(self, w, g, t, lr, decay):
         o = self.options
-        u = self._normalised(g, 1 - t**o.decay_rate)
+        u = self._normalised(g, min(1 - t**o.decay_rate, self._half_life_decay() or 1))
         if o.beta1 == 0:
             d = u
         elif not self.compressed:
@@ -221,6 +251,11 @@ class Optimizer:
         if o.scale_parameter:
             lr = lr * max(o.eps2, rms(w))
         return w - lr * (decay * w + d)
+
+    def _half_life_decay(self):
+        """Decay of a second moment in a step, a fraction in fp32, or None where steps alone count."""
+        o = self.options
+        return float(np.float32(0.5 ** (o.tokens_per_step / o.half_life))) if o.half_life else None
 
     def _normalised(self, g, beta2):
         """U: the gradient over the root of its second moment."""
@@ -247,13 +282,18 @@ class Optimizer:
             moved = down(up(m, p, u.shape), p_next)
             if o.transfer == "restart":
                 moved = np.zeros_like(m)
+            elif o.transfer == "unbiased" and o.projection in ("orthonormal", "cosine"):
+                moved = moved * (min(u.shape) / o.rank)
             elif o.transfer == "rescale":
                 before, after = np.sqrt((m * m).sum()), np.sqrt((moved * moved).sum())
                 moved = moved * (before / after if after > 0 else 1.0)
             stored.set(moved)  # M <- ... is an assignment: it has the precision of M
             m, p = stored.get(), p_next
-        stored.set(o.beta1 * m + (1 - o.beta1) * down(u, p))
-        return d
+        compressed = down(u, p)
+        new = o.beta1 * m + (1 - o.beta1) * compressed
+        stored.set(new)
+        # With residual: momentum where the projection looks, U itself elsewhere.
+        return u + up(new - compressed, p, u.shape) if o.residual else d
 
     def _projection(self, index):
         o, p = self.options, self.parameter
@@ -265,10 +305,11 @@ class Optimizer:
         if o.beta1 > 0:
             m = o.beta1 * self.state["momentum"].get() + (1 - o.beta1) * g
             self.state["momentum"].set(m)
-        v = o.beta2 * self.state["second_moment"].get() + (1 - o.beta2) * g * g
+        beta2 = self._half_life_decay() or o.beta2
+        v = beta2 * self.state["second_moment"].get() + (1 - beta2) * g * g
         self.state["second_moment"].set(v)
         m_hat = m / (1 - o.beta1**t)
-        v_hat = v / (1 - o.beta2**t)
+        v_hat = v / (1 - beta2**t)
         return w - lr * (m_hat / (np.sqrt(v_hat) + o.eps) + decay * w)
 
     def _sgd(self, w, g, t, lr, decay):

@@ -121,11 +121,14 @@ def run_case(name, rows, cols, seed, steps=10, check_steps=None, lr=0.05, weight
 def cases():
     compressed = dict(rank=4, kappa=3)
     for side, rows, cols in (("wide", 5, 12), ("tall", 12, 5), ("square", 7, 7)):
-        for kind in ("gaussian", "rademacher", "orthonormal"):
-            for transfer in ("reencode", "restart", "rescale"):
-                rank = 3 if kind == "orthonormal" else 4
+        for kind in ("gaussian", "rademacher", "orthonormal", "cosine"):
+            for transfer in ("reencode", "restart", "rescale", "unbiased"):
+                rank = 3 if kind in ("orthonormal", "cosine") else 4
                 yield make_case(f"{side}_{kind}_{transfer}", rows, cols, rank=rank, kappa=3, projection=kind,
                                 transfer=transfer, check_steps=(10,) if transfer != "reencode" else (1, 3, 4, 10))
+        for transfer in ("reencode", "restart", "rescale", "unbiased"):
+            yield make_case(f"{side}_residual_{transfer}", rows, cols, rank=3, kappa=3, projection="cosine",
+                            transfer=transfer, residual=True, check_steps=(1, 3, 4, 10))
     yield make_case("rank_equals_rows", 4, 13, **compressed)
     yield make_case("rank_above_rows", 3, 11, **compressed)
     yield make_case("kappa_one", 6, 11, rank=3, kappa=1, steps=6)
@@ -150,6 +153,11 @@ def cases():
     yield make_case("adafactor", 6, 11, kind="adafactor", rank=0)
     yield make_case("adafactor_no_momentum", 11, 6, kind="adafactor", rank=0, beta1=0.0, scale_parameter=True)
     yield make_case("flora_large", 33, 70, rank=8, kappa=4, steps=5, check_steps=(5,))
+    yield make_case("flora_half_life", 33, 70, rank=8, kappa=4, half_life=5000, tokens_per_step=1000)
+    yield make_case("adafactor_half_life_unfactored", 6, 11, kind="adafactor", rank=0, factored=False, half_life=3000,
+                    tokens_per_step=1000)
+    yield make_case("residual_unclipped", 6, 11, rank=3, kappa=4, projection="orthonormal", residual=True, clip=0.0)
+    yield make_case("adamw_half_life", 6, 11, kind="adamw", half_life=7_100_000, tokens_per_step=131072)
     yield make_case("adamw", 6, 11, kind="adamw", weight_decay=0.1)
     yield make_case("adamw_no_momentum", 6, 11, kind="adamw", beta1=0.0, beta2=0.999)
     yield make_case("adamw_vector", 0, 9, kind="adamw", weight_decay=0.1, decay=False)
@@ -161,6 +169,7 @@ def cases():
     yield make_case("int8_wide_transfer", 33, 70, rank=8, kappa=4, **eight_bit)
     yield make_case("int8_tall_transfer", 45, 30, rank=8, kappa=4, projection="orthonormal", transfer="rescale",
                     **eight_bit)
+    yield make_case("int8_residual", 33, 70, rank=8, kappa=4, projection="cosine", residual=True, **eight_bit)
     yield make_case("int8_uncompressed", 20, 33, rank=64, **eight_bit)
     yield make_case("int8_unfactored", 20, 33, factored=False, **eight_bit)
     yield make_case("int8_adamw", 20, 33, kind="adamw", **eight_bit)
@@ -170,12 +179,13 @@ def cases():
     half = dict(weight_dtype="bf16", state_dtype="bf16", steps=5, check_steps=(5,))
     yield make_case("bf16_flora", 13, 20, rank=4, kappa=1000, **half)
     yield make_case("bf16_flora_transfer", 20, 13, rank=4, kappa=2, **half)
+    yield make_case("bf16_residual", 20, 13, rank=4, kappa=2, projection="cosine", residual=True, **half)
     yield make_case("bf16_adamw", 13, 20, kind="adamw", **half)
     yield make_case("bf16_sgd", 13, 20, kind="sgd", beta1=0.0, **half)
     yield make_case("bf16_master", 13, 20, rank=4, kappa=1000, master=True, **half)
 
     plain = dict(kind="sgd", beta1=0.0, lr=0.02, steps=3, check_steps=(1, 3))
-    for kind in ("gaussian", "rademacher", "orthonormal"):
+    for kind in ("gaussian", "rademacher", "orthonormal", "cosine"):
         for side, rows, cols in (("wide", 6, 11), ("tall", 11, 6)):
             yield make_case(f"accumulated_{kind}_{side}", rows, cols,
                             accumulation={"micro_batches": 3, "rank": 4, "projection": kind}, **plain)
