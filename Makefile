@@ -1,6 +1,6 @@
 # make                  builds ./train_gpt2
 # make demo             installs what is missing, builds, trains a small GPT-2 with Flora for three minutes, samples from it;
-#                       TRAIN_SECONDS=170, or STEPS=number, and MODEL=preset change it
+#                       TRAIN_SECONDS=150, or STEPS=number, and MODEL=preset change it
 # make test             installs what is missing, builds, runs every test, ends with "N passed, N failed"
 # make check            the quick part of it, for work in progress: the CPU backend's tests that take seconds
 # make test-cuda-on-cpu the CUDA backend's part of it: its kernels and its host code, run on this CPU

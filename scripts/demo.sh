@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
-seconds=${TRAIN_SECONDS:-170}
+seconds=${TRAIN_SECONDS:-150}
 max_steps=15000 # about one epoch of the Bible: a faster machine needs less time
 run=runs/demo
 speed=runs/demo-speed
@@ -38,7 +38,7 @@ if [ ! -e $text/king_james_val_000000.bin ] && command -v bible >/dev/null; then
     echo "the program 'bible' prints something else; going on with other text"
   fi
 fi
-flags=(--optimizer flora --rank 32 --gradients fused --lr 2e-3 --seq-len 64 --micro-batch 4)
+flags=(--optimizer flora --rank 32 --projection cosine --residual --gradients fused --lr 3e-3 --seq-len 64 --micro-batch 4)
 flags+=(--model "${MODEL:-scripts/demo_model.json}")
 prompt="The "
 if [ -e $text/king_james_val_000000.bin ]; then
@@ -66,7 +66,7 @@ fi
 
 # The validation loss is that of all chapters held out.
 flags+=(--steps "$steps" --eval-batches 320 --eval-every $((steps / 4 + 1)) --log-every $((steps / 20 + 1)))
-flags+=(--sample-every $((steps / 2 + 1)) --prompt "$prompt" --sample-tokens 200 --temperature 0.7)
+flags+=(--sample-every $((steps / 2 + 1)) --prompt "$prompt" --sample-tokens 200 --temperature 0.7 --top-p 0.9)
 say "./train_gpt2 $(printf '%q ' "${flags[@]}")--out $run"
 echo "Ctrl-C ends it early and keeps a checkpoint; ./train_gpt2 --resume $run goes on"
 ./train_gpt2 "${flags[@]}" --out $run
@@ -74,5 +74,5 @@ echo "Ctrl-C ends it early and keeps a checkpoint; ./train_gpt2 --resume $run go
 say "the loss as a picture: $run/loss.png"
 "$python" scripts/plot_metrics.py $run -o $run/loss.png --smooth 20 --title "Flora, rank 32, fused backward pass"
 
-say "more text: ./train_gpt2 generate --model $run/latest --prompt '$prompt' --sample-tokens 600 --temperature 0.7"
-./train_gpt2 generate --model $run/latest --prompt "$prompt" --sample-tokens 600 --temperature 0.7
+say "more text: ./train_gpt2 generate --model $run/latest --prompt '$prompt' --sample-tokens 600 --temperature 0.7 --top-p 0.9"
+./train_gpt2 generate --model $run/latest --prompt "$prompt" --sample-tokens 600 --temperature 0.7 --top-p 0.9
