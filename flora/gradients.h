@@ -60,7 +60,7 @@ struct GradientConfig {
   DType gradient_dtype = DType::kF32;      // of a gradient as the backward pass writes it
   DType accumulation_dtype = DType::kF32;  // of one summed over micro-batches: fp32, or bf16 rounded stochastically
   int64_t accumulation_rank = 0;           // > 0: sums are kept projected (fused and compressed)
-  ProjectionKind projection = ProjectionKind::kGaussian;  // of the accumulated gradient
+  ProjectionKind projection = ProjectionKind::kCosine;  // of the accumulated gradient
   bool compress_embeddings = false;
   float clip_norm = 0;  // 0: off. Fused: needs two backward passes, see needs_norm_pass()
   uint64_t seed = 0;    // the run's seed

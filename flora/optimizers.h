@@ -93,7 +93,7 @@ struct OptimizerConfig {
 
   // Flora and Adafactor
   int64_t rank = 256;
-  uint32_t kappa = 1000;
+  uint32_t kappa = 200;
   float decay_rate = -0.8f;
   float eps1 = 1e-30f, eps2 = 1e-3f;
   float clip = 1.0f;  // of rms(update)
@@ -102,7 +102,7 @@ struct OptimizerConfig {
   bool relative_step = false;  // lr_t = min(1e-2 or, with warmup_init, 1e-6 t; 1/sqrt(t)) instead of the schedule
   bool warmup_init = false;
   bool compress_embeddings = false;
-  ProjectionKind projection = ProjectionKind::kGaussian;
+  ProjectionKind projection = ProjectionKind::kCosine;
   TransferKind transfer = TransferKind::kReencode;
   bool residual = false;  // what the projection does not hold is used at full weight; orthonormal projections only
 

@@ -49,7 +49,7 @@ USAGE = [
     (["--optimizer", "adamw", "--rank", 8], ["--rank", "adamw"]),
     (["--optimizer", "sgd", "--kappa", 8], ["--kappa", "sgd"]),
     (["--beta2", 0.9], ["--beta2", "flora"]),
-    (["--residual"], ["--residual", "--projection gaussian"]),
+    (["--residual", "--projection", "gaussian"], ["--residual", "--projection gaussian"]),
     (["--optimizer", "adafactor", "--residual"], ["--residual", "adafactor"]),
     (["--optimizer", "adamw", "--beta2", 0.9, "--half-life", 10**6], ["--beta2", "--half-life"]),
     (["--optimizer", "sgd", "--half-life", 10**6], ["--half-life", "sgd"]),

@@ -47,6 +47,19 @@ void choose_micro_batch(Options& o, bool cpu, Undecided undecided) {
   shapes.head_chunk = std::min(shapes.head_chunk, micro_tokens);
 }
 
+// Flora with orthonormal projections: measured at two widths (docs/learning.md), and close to what GPT-3's models of
+// 768 to 12,288 channels were trained at (arXiv 2005.14165, table 2.1).
+float default_rate(const OptimizerConfig& optimizer, int64_t channels) {
+  switch (optimizer.kind) {
+    case OptimizerKind::kFlora:
+      return has_orthonormal_rows(optimizer.projection) ? 0.5f / static_cast<float>(channels) : 5e-4f;
+    case OptimizerKind::kAdafactor: return 5e-4f;
+    case OptimizerKind::kAdamW: return 6e-4f;
+    case OptimizerKind::kSgd: return 0.1f;
+  }
+  return 0;
+}
+
 void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch, bool training, Undecided undecided) {
   ActivationShapes& shapes = o.engine.shapes;
   OptimizerConfig& optimizer = o.engine.optimizer;
@@ -68,7 +81,7 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
     config.positions = shapes.sequence;
   }
   choose_micro_batch(o, cpu, undecided);
-  o.choose("lr", o.schedule.peak, adaptive ? 5e-4f : sgd ? 0.1f : 6e-4f);
+  o.choose("lr", o.schedule.peak, default_rate(optimizer, config.channels));
   o.choose("weight-decay", optimizer.weight_decay, sgd ? 0.0f : 0.1f);
   o.choose("beta1", optimizer.beta1, sgd ? 0.0f : 0.9f);
   o.choose("warmup-steps", o.schedule.warmup_steps, percent(o.steps, 5));
