@@ -190,7 +190,7 @@ class OptimizerCases : CaseList {
       ProjectionKind kind;
     } kinds[] = {{"gaussian", ProjectionKind::kGaussian},
                  {"rademacher", ProjectionKind::kRademacher},
-                 {"orthonormal", ProjectionKind::kOrthonormal}};
+                 {"cosine", ProjectionKind::kCosine}};
     for (const auto& kind : kinds) {
       add(std::string("generate_projection ") + kind.name, shape, [=](Inputs& in) {
         const Tensor p = in.empty(kBF16, {r, C});
@@ -200,11 +200,6 @@ class OptimizerCases : CaseList {
         }};
       });
     }
-    add("orthonormalize_rows", shape, [=](Inputs& in) {
-      const Tensor p = in.normal(kBF16, {r, C}), factor = in.empty(kF32, {2 * r, r});  // r x r doubles
-      StepScalars* const scalars = in.scalars();
-      return Call{[=, &in] { in.backend.orthonormalize_rows(p, factor.data, scalars); }};
-    });
   }
 };
 

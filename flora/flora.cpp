@@ -56,7 +56,6 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
       decoded_momentum_("flora.decoded_momentum", gradient_dtype, kUpdatePhases),
       moved_("flora.moved_momentum", DType::kF32, kUpdatePhases),
       square_("flora.transfer", DType::kF32, kUpdatePhases),
-      factor_("flora.cholesky", DType::kF32, kUpdatePhases),
       copied_momentum_("flora.copied_momentum", config.state_dtype, kUpdatePhases) {
   for (const Parameter& parameter : parameters) {
     Entry entry;
@@ -104,13 +103,12 @@ void Flora::reserve_scratch(const Entry& entry) {
     moved_.reserve(shape.compressed_elements());
     square_.reserve(shape.rank * shape.rank);
   }
-  factor_.reserve(static_cast<int64_t>(factor_scratch_bytes(config_.projection, shape.rank) / sizeof(float)));
 }
 
 void Flora::declare(MemoryPlan& plan) {
   Optimizer::declare(plan);
   for (Scratch* scratch : {&row_scale_, &col_scale_, &projection_, &scaled_projection_, &compressed_,
-                           &decoded_momentum_, &moved_, &square_, &factor_, &copied_momentum_})
+                           &decoded_momentum_, &moved_, &square_, &copied_momentum_})
     scratch->declare(plan);
   plan.add(&squares_, "flora.squares", Category::kWorkspace, DType::kF32, {4});
 }
@@ -228,10 +226,10 @@ void Flora::apply(const Entry& entry, Tensor weight, Tensor master, Tensor updat
 void Flora::begin_momentum(const Entry& entry, StepScalars* scalars) {
   const Compression shape = compression(entry);
   const Tensor p = projection_of(entry, projection_), scaled = projection_of(entry, scaled_projection_);
-  generate(entry, p, &scalars->projection_index, scalars);
+  generate(entry, p, &scalars->projection_index);
   Tensor encoder = p;
   if (transfer_due_) {
-    generate(entry, scaled, &scalars->next_projection_index, scalars);
+    generate(entry, scaled, &scalars->next_projection_index);
     encoder = scaled;
     if (config_.residual) {
       decode_momentum(entry);
@@ -273,7 +271,7 @@ void Flora::end_momentum(const Entry& entry, StepScalars* scalars) {
     complete_compressed(entry);
     if (transfer_due_) {
       const Tensor p_new = projection_of(entry, scaled_projection_);
-      generate(entry, p_new, &scalars->next_projection_index, scalars);
+      generate(entry, p_new, &scalars->next_projection_index);
       change_projection(entry, projection_of(entry, projection_), p_new);
     }
   }
@@ -281,9 +279,9 @@ void Flora::end_momentum(const Entry& entry, StepScalars* scalars) {
 }
 
 // p <- the parameter's projection number *index.
-void Flora::generate(const Entry& entry, Tensor p, const uint32_t* index, StepScalars* scalars) {
+void Flora::generate(const Entry& entry, Tensor p, const uint32_t* index) {
   const RandomKey key{.seed = config_.seed, .purpose = RandomPurpose::kProjection, .tensor = entry.parameter.hash()};
-  make_projection(backend_, p, {config_.projection, key, index}, factor_.data(), scalars);
+  backend_.generate_projection(p, config_.projection, key, index);
 }
 
 Tensor Flora::projection_of(const Entry& entry, const Scratch& scratch) const {
@@ -317,9 +315,8 @@ void Flora::change_projection(const Entry& entry, Tensor p_old, Tensor p_new) {
     return;
   }
   const Tensor moved = compressed_of(entry, moved_);
-  const bool expand = config_.transfer == TransferKind::kUnbiased && has_orthonormal_rows(config_.projection);
   transfer(backend_, moved, momentum, p_old, p_new, square_.tensor({shape.rank, shape.rank}), shape,
-           expand ? static_cast<float>(shape.dimension()) / static_cast<float>(shape.rank) : 1.0f);
+           config_.transfer == TransferKind::kUnbiased ? unbiased_factor(config_.projection, shape) : 1.0f);
   if (config_.transfer == TransferKind::kRescale) {
     const Tensor before = squares_.slice(2, 1), after = squares_.slice(3, 1);
     backend_.sum_squares(before, momentum, false);

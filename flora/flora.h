@@ -60,7 +60,7 @@ class Flora final : public Optimizer {
              StepScalars* scalars);
   void end_momentum(const Entry& entry, StepScalars* scalars);
 
-  void generate(const Entry& entry, Tensor p, const uint32_t* index, StepScalars* scalars);
+  void generate(const Entry& entry, Tensor p, const uint32_t* index);
   void change_projection(const Entry& entry, Tensor p_old, Tensor p_new);
   Tensor projection_of(const Entry& entry, const Scratch& scratch) const;
   Tensor compressed_of(const Entry& entry, const Scratch& scratch) const;
@@ -79,7 +79,6 @@ class Flora final : public Optimizer {
   Scratch decoded_momentum_;                // a compressed momentum: of int8 states, or what --residual decodes
   Scratch moved_;                           // a compressed momentum of a transfer, fp32
   Scratch square_;                          // [r, r] of a transfer, fp32
-  Scratch factor_;                          // r*r doubles of an orthonormal projection, as fp32 pairs
   Scratch copied_momentum_;                 // a block's rows of an uncompressed momentum, in its dtype
   Tensor squares_;  // [4]: of the update, of the weight, of the momentum before and after a transfer
 };

@@ -181,8 +181,7 @@ Tensor Gradients::complete(Entry& e) {
   }
   const Tensor buffer = buffer_of(e);
   e.buffer_written = false;
-  if (e.keep == Keep::kProjectedSum && e.sum_written)
-    project_up(backend_, buffer, e.sum, projection(e), compression(e), 1.0f, true);
+  if (e.keep == Keep::kProjectedSum && e.sum_written) decode_sum(e, buffer, true);
   return buffer;
 }
 
@@ -191,8 +190,15 @@ Tensor Gradients::complete(Entry& e) {
 Tensor Gradients::whole(Entry& e) {
   if (e.keep == Keep::kSum) return sum_of(e);
   const Tensor buffer = buffer_of(e);
-  project_up(backend_, buffer, e.sum, projection(e), compression(e), 1.0f, false);
+  decode_sum(e, buffer, false);
   return buffer;
+}
+
+// A projected sum back to the size it had: the sum, on average, because it is added to what was never projected and has
+// the scale of a gradient for optimizers and for clipping.
+void Gradients::decode_sum(const Entry& e, Tensor out, bool accumulate) {
+  const Compression shape = compression(e);
+  project_up(backend_, out, e.sum, projection(e), shape, unbiased_factor(config_.projection, shape), accumulate);
 }
 
 // The accumulation projection of step t, into the scratch: purpose 3, index t.
@@ -201,7 +207,7 @@ Tensor Gradients::projection(const Entry& e) {
   const Tensor p = projection_.tensor({shape.rank, shape.dimension()});
   const RandomKey key{
       .seed = config_.seed, .purpose = RandomPurpose::kAccumulationProjection, .tensor = e.parameter.hash()};
-  make_projection(backend_, p, {config_.projection, key, &scalars_->step}, factor_.data(), scalars_);
+  backend_.generate_projection(p, config_.projection, key, &scalars_->step);
   return p;
 }
 
@@ -217,8 +223,7 @@ Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, Paramet
       top_vectors_("gradient.top_vectors", config.gradient_dtype, 0, Category::kGradients),
       rows_("gradient.rows", DType::kF32, kPhaseBackward, Category::kGradients),
       projection_("gradient.projection", config.gradient_dtype, 0),
-      projected_("gradient.projected", DType::kF32, 0),
-      factor_("gradient.cholesky", DType::kF32, 0) {
+      projected_("gradient.projected", DType::kF32, 0) {
   const bool fused = config.kind == GradientMode::kFused;
   if (config.micro_batches < 1) throw std::invalid_argument("a step has at least one micro-batch");
   if (config.blocks != GradientBlocks::kWhole && (!fused || config.micro_batches > 1))
@@ -273,8 +278,6 @@ void Gradients::reserve_buffers() {
       const Compression shape = compression(e);
       projection_.reserve(shape.projection_elements(), phases);
       if (config_.accumulation_dtype != DType::kF32) projected_.reserve(shape.compressed_elements(), phases);
-      factor_.reserve(static_cast<int64_t>(factor_scratch_bytes(config_.projection, shape.rank) / sizeof(float)),
-                      phases);
     }
     if (!e.buffered) continue;
     const int64_t block = block_rows(p) * p.cols;
@@ -303,8 +306,7 @@ void Gradients::declare(MemoryPlan& plan) {
     if (e.buffered && p.long_lived && !wants_blocks(p))
       plan.add(&e.buffer, p.name + ".gradient", kGradients, DType::kF32, {p.padded_rows, p.cols}, buffer_phases(p));
   }
-  for (Scratch* shared : {&matrix_, &rows_, &vectors_, &top_vectors_, &projection_, &projected_, &factor_})
-    shared->declare(plan);
+  for (Scratch* shared : {&matrix_, &rows_, &vectors_, &top_vectors_, &projection_, &projected_}) shared->declare(plan);
   plan.add(&squares_, "gradient.squares", Category::kWorkspace, DType::kF32, {1});
   if (config_.kind == GradientMode::kCompressed)
     plan.add(&sum_squares_, "gradient.sum_squares", Category::kWorkspace, DType::kF32, {1});

@@ -136,6 +136,7 @@ class Gradients final : public GradientSink {
   void add_rounded(Entry& e, Tensor added);
   Tensor complete(Entry& e);
   Tensor whole(Entry& e);
+  void decode_sum(const Entry& e, Tensor out, bool accumulate);
   Tensor projection(const Entry& e);
   Compression compression(const Entry& e) const { return {e.parameter, config_.accumulation_rank}; }
 
@@ -152,7 +153,7 @@ class Gradients final : public GradientSink {
   Backend& backend_;
   std::vector<Entry> entries_;                     // by Parameter::index
   Scratch matrix_, vectors_, top_vectors_, rows_;  // buffers
-  Scratch projection_, projected_, factor_;        // of projected sums
+  Scratch projection_, projected_;                 // of projected sums
   Tensor squares_, sum_squares_;                   // [1] of gradients, and of what is kept when that is compressed
   StepScalars* scalars_ = nullptr;
   bool is_last_ = false, squares_written_ = false;

@@ -12,17 +12,11 @@ bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embed
   return compress_embeddings || large <= kLargestRatio * small;
 }
 
-bool has_orthonormal_rows(ProjectionKind kind) {
-  return kind == ProjectionKind::kOrthonormal || kind == ProjectionKind::kCosine;
-}
+bool has_orthonormal_rows(ProjectionKind kind) { return kind == ProjectionKind::kCosine; }
 
-void make_projection(Backend& backend, Tensor p, const ProjectionId& id, void* factor_scratch, StepScalars* scalars) {
-  backend.generate_projection(p, id.kind, id.key, id.index);
-  if (id.kind == ProjectionKind::kOrthonormal) backend.orthonormalize_rows(p, factor_scratch, scalars);
-}
-
-size_t factor_scratch_bytes(ProjectionKind kind, int64_t rank) {
-  return kind == ProjectionKind::kOrthonormal ? static_cast<size_t>(rank * rank) * sizeof(double) : 0;
+float unbiased_factor(ProjectionKind kind, const Compression& shape) {
+  if (!has_orthonormal_rows(kind)) return 1.0f;
+  return static_cast<float>(shape.dimension()) / static_cast<float>(shape.rank);
 }
 
 void project_down(Backend& backend, Tensor out, Tensor g, Tensor p, const Compression& shape, bool accumulate) {

@@ -34,18 +34,8 @@ struct Compression {
   int64_t projection_elements() const { return rank * dimension(); }
 };
 
-// Which projection of a parameter: its random stream and, in device memory, its index in that stream.
-struct ProjectionId {
-  ProjectionKind kind;
-  RandomKey key;
-  const uint32_t* index;
-};
-
-// p [r, d] <- the projection `id`. factor_scratch: r*r doubles, for orthonormal ones only.
-void make_projection(Backend& backend, Tensor p, const ProjectionId& id, void* factor_scratch, StepScalars* scalars);
-
-// Bytes of factor_scratch for projections of this kind and rank.
-size_t factor_scratch_bytes(ProjectionKind kind, int64_t rank);
+// What up(down(G)) is multiplied by to be G on average: d / r for orthonormal rows, else 1.
+float unbiased_factor(ProjectionKind kind, const Compression& shape);
 
 // out (+)= down(g).
 void project_down(Backend& backend, Tensor out, Tensor g, Tensor p, const Compression& shape, bool accumulate);

@@ -51,11 +51,10 @@ struct MatmulOptions {
   Tensor bias = {};          // [N], added to every row of the product, or empty
 };
 
-enum class ProjectionKind : uint8_t { kGaussian, kRademacher, kOrthonormal, kCosine };
+enum class ProjectionKind : uint8_t { kGaussian, kRademacher, kCosine };
 inline constexpr std::pair<ProjectionKind, const char*> kProjectionNames[] = {
     {ProjectionKind::kGaussian, "gaussian"},
     {ProjectionKind::kRademacher, "rademacher"},
-    {ProjectionKind::kOrthonormal, "orthonormal"},
     {ProjectionKind::kCosine, "cosine"}};
 
 struct AdamWOptions {
@@ -216,14 +215,10 @@ class Backend {
 
   // Everything below that changes weights or state does nothing when scalars->gate is 0. Formulas: docs/design.md.
 
-  // projection [r, d] (fp32 or bf16), numbers of (key, *index): Gaussian N(0,1)/sqrt(r), Rademacher +-1/sqrt(r), or
-  // (orthonormal) plain N(0,1) to be followed by orthonormalize_rows(), element k*d + j; or (cosine, r <= d) rows of a
-  // cosine transform with random signs, orthonormal as they are (cosine_projection.h).
+  // projection [r, d] (fp32 or bf16), numbers of (key, *index): Gaussian N(0,1)/sqrt(r) or Rademacher +-1/sqrt(r),
+  // element k*d + j; or, with r <= d, rows of a cosine transform with random signs, which are orthonormal
+  // (cosine_projection.h).
   virtual void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) = 0;
-  // Makes the rows of p [r, d] orthonormal, r <= d: p <- L^-1 p with p p^T = L L^T (Cholesky; Gram matrix and factor in
-  // fp64 above r > 0.8 d). scratch: r*r doubles. Dependent rows (a pivot that is zero but for rounding) set
-  // scalars->gate = 0.
-  virtual void orthonormalize_rows(Tensor p, void* scratch, StepScalars* scalars) = 0;
 
   // Factored second moment of grad [n, m]: row_state[i] <- beta2 row_state[i] + (1-beta2) mean_j(g^2 + eps1), col_state
   // alike; then row_scale[i] = rsqrt(row_state[i] / mean(row_state)), col_scale[j] = rsqrt(col_state[j]). All fp32.

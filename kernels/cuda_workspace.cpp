@@ -29,7 +29,7 @@ size_t optimizer_scratch_bytes(const KernelShapes& shapes) {
     const SquaresTiling tiling(rows, cols);
     bytes = std::max(bytes, tiling.range_bytes(tiling.tiles));
   }
-  return std::max(static_cast<size_t>(bytes), orthonormalize_scratch_bytes(c));
+  return static_cast<size_t>(bytes);
 }
 
 }  // namespace
@@ -59,11 +59,6 @@ int64_t SquaresTiling::range_bytes(int64_t range) const {
 
 int64_t SquaresTiling::finish_bytes() const {
   return static_cast<int64_t>(sizeof(double)) * divide_up(rows, kFinishRows);
-}
-
-size_t orthonormalize_scratch_bytes(int64_t rows) {
-  constexpr int kTile = kOrthonormalizeTile;
-  return static_cast<size_t>(divide_up(rows, kTile)) * kTile * kTile * sizeof(double) + sizeof(double);
 }
 
 size_t cuda_workspace_bytes(const KernelShapes& shapes) {

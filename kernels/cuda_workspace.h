@@ -46,9 +46,5 @@ inline constexpr size_t kCudaRuntimeReserve = size_t{384} << 20;
 // And before anything is allocated, where nobody can measure it: an assumption, a little more than an H100 shows.
 inline constexpr size_t kCudaContextBytes = size_t{512} << 20;
 
-// The inverses of the diagonal tiles of a Cholesky factor (kernels/cuda/orthonormalize.cu).
-inline constexpr int kOrthonormalizeTile = 32;
-size_t orthonormalize_scratch_bytes(int64_t rows);
-
 // CudaBackend::workspace_bytes(): the largest need of any operation.
 size_t cuda_workspace_bytes(const KernelShapes& shapes);

@@ -131,11 +131,6 @@ void check_projection(const Tensor& projection, ProjectionKind kind) {
           "generate_projection: at most as many rows as columns");
 }
 
-void check_orthonormalize_rows(const Tensor& p) {
-  require(p.rank == 2 && p.contiguous() && p.rows() <= p.cols(),
-          "orthonormalize_rows: a contiguous matrix with rows <= columns");
-}
-
 void check_factored_second_moment(const Tensor& row_state, const Tensor& col_state, const Tensor& row_scale,
                                   const Tensor& col_scale, const Tensor& grad) {
   const int64_t rows = grad.rows(), cols = grad.cols();

@@ -52,7 +52,6 @@ void check_layernorm_backward(const Tensor& din, const Tensor& dweight, const Te
 void check_bias_backward(const Tensor& dbias, const Tensor& dout);
 
 void check_projection(const Tensor& projection, ProjectionKind kind);
-void check_orthonormalize_rows(const Tensor& p);
 void check_factored_second_moment(const Tensor& row_state, const Tensor& col_state, const Tensor& row_scale,
                                   const Tensor& col_scale, const Tensor& grad);
 void check_factored_squares(const Tensor& row_squares, const Tensor& col_squares, const Tensor& grad);

@@ -334,14 +334,4 @@ class Cases:
             p = inputs.normal(r, C)
             return Call(lambda: p.normal_(0.0, r ** -0.5), [p])
 
-        def orthonormalize(inputs):
-            p = inputs.normal(r, C, dtype=FP32)  # its Cholesky knows no bf16
-
-            def run():
-                factor, _ = torch.linalg.cholesky_ex(torch.mm(p, p.t()))
-                return torch.linalg.solve_triangular(factor, p, upper=False)
-
-            return Call(run, [p, p], 2 * r * r * C + r ** 3 / 3)
-
         self.add("generate_projection gaussian", shape, gaussian)
-        self.add("orthonormalize_rows", shape, orthonormalize)

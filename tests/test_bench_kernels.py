@@ -27,7 +27,7 @@ OPERATIONS = """
     copy fill convert add accumulate scale sum_squares sum restore_norm gate_on_finite clip_scale increment fill_normal
     fill_constant embedding_forward embedding_backward layernorm_forward residual_layernorm_forward layernorm_backward
     matmul bias_backward gelu_forward gelu_backward attention_forward attention_backward attention_decode classifier
-    classifier_gradient generate_projection orthonormalize_rows factored_second_moment factored_squares factored_scales
+    classifier_gradient generate_projection factored_second_moment factored_squares factored_scales
     full_second_moment scale_rows_cols momentum_update ema apply_update adamw_update sgd_update quantize dequantize
     quantize_weight dequantize_weight""".split()
 

@@ -61,7 +61,6 @@ class Bench {
                              {parameter.rows, parameter.cols});
     gradient_ = device_.poisoned(DType::kF32, {parameter.rows, parameter.cols});
     projection_ = device_.poisoned(DType::kF32, {shape_.rank, shape_.dimension()});
-    factor_ = device_.poisoned(DType::kF32, {2 * shape_.rank * shape_.rank});
     compressed_ = device_.poisoned(DType::kF32, {shape_.compressed_rows(), shape_.compressed_cols()});
     full_ = device_.poisoned(DType::kF32, {shape_.rows, shape_.cols});
   }
@@ -113,8 +112,7 @@ class Bench {
   void make_projection(uint32_t index) {
     number_.set(index);
     const RandomKey key{.seed = config_.seed, .purpose = RandomPurpose::kProjection, .tensor = parameter_.hash()};
-    ::make_projection(device_.backend(), projection_, {config_.projection, key, number_.data()}, factor_.data,
-                      open_gate_.data());
+    device_->generate_projection(projection_, config_.projection, key, number_.data());
   }
 
   TestDevice device_{test_backend_name()};
@@ -124,7 +122,7 @@ class Bench {
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<Arena> arena_;
   Tensor weight_, gradient_;
-  Tensor projection_, factor_, compressed_, full_;  // of the test itself
+  Tensor projection_, compressed_, full_;  // of the test itself
   DeviceValue<StepScalars> scalars_{device_}, open_gate_{device_};
   DeviceValue<uint32_t> number_{device_};
 };
@@ -231,9 +229,9 @@ TEST(Transfer, ChangesTheNormAsTheorySays) {
   };
   for (const Case& c : {Case{ProjectionKind::kGaussian, TransferKind::kReencode, gaussian},
                         Case{ProjectionKind::kRademacher, TransferKind::kReencode, gaussian},
-                        Case{ProjectionKind::kOrthonormal, TransferKind::kReencode, orthonormal},
+                        Case{ProjectionKind::kCosine, TransferKind::kReencode, orthonormal},
                         Case{ProjectionKind::kGaussian, TransferKind::kRescale, 1},
-                        Case{ProjectionKind::kOrthonormal, TransferKind::kRescale, 1},
+                        Case{ProjectionKind::kCosine, TransferKind::kRescale, 1},
                         Case{ProjectionKind::kGaussian, TransferKind::kRestart, 0}}) {
     Bench bench(flora_config(rank, 5, c.projection, c.transfer), matrix(rows, cols));
     for (uint32_t t = 1; t <= 4; ++t) bench.step(t, gradient_of(rows * cols, t));
@@ -263,7 +261,7 @@ TEST(Transfer, GrowthIsThatOfTheLargestCompressedParameter) {
   EXPECT_NEAR(growth(gaussian, reencode, 3, 0.9f), 0.729 * std::sqrt(1 + 193.0 / 48), 1e-6);
   EXPECT_NEAR(growth(rademacher, reencode, 3, 0.9f), 0.729 * std::sqrt(1 + 191.0 / 48), 1e-6);
   EXPECT_LT(growth(gaussian, reencode, 1000, 0.9f), 1e-40);
-  EXPECT_EQ(growth(ProjectionKind::kOrthonormal, reencode, 1, 0.9f), 0);
+  EXPECT_EQ(growth(ProjectionKind::kCosine, reencode, 1, 0.9f), 0);
   EXPECT_EQ(growth(gaussian, TransferKind::kRescale, 1, 0.9f), 0);
   EXPECT_EQ(growth(gaussian, TransferKind::kRestart, 1, 0.9f), 0);
   EXPECT_EQ(growth(gaussian, reencode, 1, 0.0f), 0);

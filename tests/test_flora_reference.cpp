@@ -95,7 +95,7 @@ const std::map<std::string, DType> kDTypes = {
     {"fp32", DType::kF32}, {"bf16", DType::kBF16}, {"int8", DType::kI8}, {"uint8", DType::kU8}};
 const std::map<std::string, ProjectionKind> kProjections = {{"gaussian", ProjectionKind::kGaussian},
                                                             {"rademacher", ProjectionKind::kRademacher},
-                                                            {"orthonormal", ProjectionKind::kOrthonormal},
+
                                                             {"cosine", ProjectionKind::kCosine}};
 
 OptimizerConfig read_options(const json& o) {

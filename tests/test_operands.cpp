@@ -147,9 +147,6 @@ TEST(Operands, Projections) {
   EXPECT_REFUSED(check_projection(tensor({5, 3}), ProjectionKind::kCosine));
   EXPECT_REFUSED(check_projection(strided({5, 3}), ProjectionKind::kGaussian));
   EXPECT_REFUSED(check_projection(tensor({15}), ProjectionKind::kGaussian));
-  EXPECT_NO_THROW(check_orthonormalize_rows(tensor({5, 5})));
-  EXPECT_REFUSED(check_orthonormalize_rows(tensor({5, 4})));
-  EXPECT_REFUSED(check_orthonormalize_rows(strided({3, 5})));
 }
 
 TEST(Operands, RowsAndColumns) {

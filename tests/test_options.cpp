@@ -154,7 +154,7 @@ TEST(Options, WhatIsNotSavedIsSaid) {
   json.erase("checkpoint_every");
   Options now = parse({"--checkpoint-every", "7"}).options;
   EXPECT_EQ(restore_options(now, json).missing, std::vector<std::string>{"kappa"});
-  EXPECT_EQ(now.engine.optimizer.kappa, 1000);
+  EXPECT_EQ(now.engine.optimizer.kappa, OptimizerConfig().kappa);
   EXPECT_EQ(now.checkpoint_every, 7);
   json["kappb"] = 5;  // a key with a flipped bit, or of a newer version
   EXPECT_HAS(message_of([&] { restore_options(now, json); }), "kappb");

@@ -120,8 +120,7 @@ TEST(PlanVariants, AreWhatIsAllocated) {
   });
   with("rank above every matrix", [](EngineConfig& c) { c.optimizer.rank = 1000; });
   for (const TransferKind transfer : {TransferKind::kReencode, TransferKind::kRestart, TransferKind::kRescale}) {
-    for (const auto projection : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal,
-                                  ProjectionKind::kCosine}) {
+    for (const auto projection : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kCosine}) {
       with("transfer", [&](EngineConfig& c) {
         c.optimizer.residual = projection == ProjectionKind::kCosine;
         c.optimizer.transfer = transfer, c.optimizer.projection = projection, c.gradients.projection = projection;

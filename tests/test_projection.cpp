@@ -1,4 +1,4 @@
-// test_projection.cpp: random projections: their entries, orthonormal rows, and what they do to a gradient on average.
+// test_projection.cpp: random projections: their entries, and what they do to a gradient on average.
 #include "flora/projection.h"
 
 #include <gtest/gtest.h>
@@ -126,76 +126,14 @@ TEST_P(Projection, CosineProjectionsOfOtherIndicesAreOthers) {
 }
 
 TEST_P(Projection, IsIndependentOfThreads) {
-  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal,
-                              ProjectionKind::kCosine}) {
-    const auto run = [&](TestDevice& device) {
+  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kCosine}) {
+    expect_independent_of_threads(backend(), [&](TestDevice& device) {
       const DeviceValue<uint32_t> index(device, 2);
-      const DeviceValue<StepScalars> scalars(device);
-      const Tensor p = device.poisoned(dtype(), {70, 301}), scratch = device.poisoned(DType::kF32, {2 * 70 * 70});
-      make_projection(device.backend(), p, {kind, kKey, index.data()}, scratch.data, scalars.data());
+      const Tensor p = device.poisoned(dtype(), {70, 301});
+      device->generate_projection(p, kind, kKey, index.data());
       return device.bits(p);
-    };
-    // Where the Gram matrix is an ordinary matmul its last bits may depend on the number of threads or on tuning.
-    if (kind == ProjectionKind::kOrthonormal && (dtype() == DType::kBF16 || backend() != "cpu")) {
-      expect_repeatable(backend(), run);
-    } else {
-      expect_independent_of_threads(backend(), run);
-    }
+    });
   }
-}
-
-// ---- orthonormal rows
-
-TEST_P(Projection, OrthonormalRowsAreOrthonormalAndSpanTheSame) {
-  const bool fp32 = dtype() == DType::kF32;
-  for (auto [r, d] :
-       {std::pair<int64_t, int64_t>{1, 1}, {1, 9}, {8, 100}, {80, 100}, {99, 100}, {130, 170}, {64, 65}}) {
-    TestDevice device(backend());
-    const size_t rows = static_cast<size_t>(r), cols = static_cast<size_t>(d);
-    const DeviceValue<uint32_t> index(device, 1);
-    const DeviceValue<StepScalars> scalars(device);
-    const Tensor p = device.poisoned(dtype(), {r, d}), scratch = device.poisoned(DType::kF32, {2 * r * r});
-    device->generate_projection(p, ProjectionKind::kOrthonormal, kKey, index.data());
-    const Values raw = device.read(p);
-    device->orthonormalize_rows(p, scratch.data, scalars.data());
-    EXPECT_EQ(scalars.get().gate, 1u);
-    const Values q = device.read(p);
-    EXPECT_LE(relative_error(product(q, q, rows, cols, rows, true), identity(rows)), fp32 ? 2e-5 : 1e-2)
-        << r << "x" << d;
-    // The projector q^T q leaves the raw rows where they are.
-    const Values coordinates = product(raw, q, rows, cols, rows, true);
-    EXPECT_LE(relative_error(product(coordinates, q, rows, rows, cols, false), raw), fp32 ? 2e-5 : 2e-2);
-
-    device->orthonormalize_rows(p, scratch.data, scalars.data());  // twice changes nothing
-    EXPECT_LE(relative_error(device.read(p), q), fp32 ? 3e-5 : 1e-2);
-  }
-}
-
-TEST_P(Projection, DependentRowsCloseTheGate) {
-  // Few rows (the Gram matrix in fp32) and many (in fp64); the dependence shows in the first panel or in a later one.
-  for (auto [r, d] : {std::pair<int64_t, int64_t>{3, 10}, {9, 10}, {70, 100}, {95, 100}}) {
-    TestDevice device(backend());
-    const DeviceValue<StepScalars> scalars(device);
-    Values rows = device.read(device.random(1, dtype(), {r, d}));
-    std::copy(rows.begin(), rows.begin() + d, rows.end() - d);  // the last row is the first one
-    const Tensor p = device.upload(rows, dtype(), {r, d}), scratch = device.poisoned(DType::kF32, {2 * r * r});
-    device->orthonormalize_rows(p, scratch.data, scalars.data());
-    EXPECT_EQ(scalars.get().gate, 0u) << r << "x" << d;
-    EXPECT_EQ(device.read(p), rows);
-  }
-}
-
-// A gate that is closed for another reason does not keep a projection from being made: a transfer needs it.
-TEST_P(Projection, IsMadeOrthonormalBehindAClosedGate) {
-  TestDevice device(backend());
-  StepScalars closed;
-  closed.gate = 0;
-  const DeviceValue<StepScalars> scalars(device, closed);
-  const Tensor p = device.random(1, dtype(), {8, 50}), scratch = device.poisoned(DType::kF32, {2 * 64});
-  device->orthonormalize_rows(p, scratch.data, scalars.data());
-  const Values q = device.read(p);
-  EXPECT_LE(relative_error(product(q, q, 8, 50, 8, true), identity(8)), dtype() == DType::kF32 ? 2e-5 : 1e-2);
-  EXPECT_EQ(scalars.get().gate, 0u);
 }
 
 // ---- compression
@@ -248,16 +186,13 @@ TEST_P(CompressionTest, IsUnbiased) {
   const Compression shape(matrix(n, m), r);
   const Tensor g = device.random(1, DType::kF32, {n, m});
   const Tensor p = device.poisoned(DType::kF32, {r, n}), down = device.poisoned(DType::kF32, {r, m});
-  const Tensor scratch = device.poisoned(DType::kF32, {2 * r * r});
-  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kOrthonormal,
-                              ProjectionKind::kCosine}) {
+  for (ProjectionKind kind : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kCosine}) {
     const uint32_t count = 600;
-    const DeviceValue<StepScalars> scalars(device);
     DeviceValue<uint32_t> number(device);
     const Tensor sum = device.upload(Values(n * m, 0.0), DType::kF32, {n, m});
     for (uint32_t index = 0; index < count; ++index) {
       number.set(index);
-      make_projection(device.backend(), p, {kind, kKey, number.data()}, scratch.data, scalars.data());
+      device->generate_projection(p, kind, kKey, number.data());
       project_down(device.backend(), down, g, p, shape, false);
       project_up(device.backend(), sum, down, p, shape, 1.0f / static_cast<float>(count), true);
     }
@@ -273,17 +208,16 @@ TEST_P(CompressionTest, IsUnbiased) {
 }
 
 TEST(IsCompressed, FollowsRankRatioAndKind) {
-  const auto gaussian = ProjectionKind::kGaussian, orthonormal = ProjectionKind::kOrthonormal;
+  const auto gaussian = ProjectionKind::kGaussian, cosine = ProjectionKind::kCosine;
   EXPECT_TRUE(is_compressed(matrix(64, 256), 64, false, gaussian));
   EXPECT_TRUE(is_compressed(matrix(256, 64), 64, false, gaussian));
   EXPECT_FALSE(is_compressed(matrix(64, 257), 64, false, gaussian));  // ratio above 4
   EXPECT_TRUE(is_compressed(matrix(64, 257), 64, true, gaussian));
   EXPECT_FALSE(is_compressed(matrix(63, 64), 64, false, gaussian));  // rank above the smaller dimension
   EXPECT_FALSE(is_compressed(matrix(64, 64), 0, false, gaussian));
-  EXPECT_FALSE(is_compressed(matrix(64, 64), 64, false, orthonormal));
-  EXPECT_FALSE(is_compressed(matrix(64, 64), 64, false, ProjectionKind::kCosine));
-  EXPECT_TRUE(is_compressed(matrix(65, 64), 63, false, ProjectionKind::kCosine));
-  EXPECT_TRUE(is_compressed(matrix(65, 65), 64, false, orthonormal));
+  EXPECT_FALSE(is_compressed(matrix(64, 64), 64, false, cosine));
+  EXPECT_TRUE(is_compressed(matrix(65, 64), 63, false, cosine));
+  EXPECT_TRUE(is_compressed(matrix(65, 65), 64, false, cosine));
   Parameter vector;
   vector.cols = 100;
   EXPECT_FALSE(is_compressed(vector, 1, true, gaussian));

@@ -19,7 +19,7 @@ on_shim = pytest.mark.skipif("cuda_on_cpu" not in str(PROGRAM), reason="simulate
 RUNS = {
     "flora-bf16": ["--rank", 16],
     "flora-fp32": ["--rank", 16, "--dtype", "fp32"],
-    "flora-kappa": ["--rank", 16, "--kappa", 4, "--projection", "orthonormal", "--transfer", "rescale"],
+    "flora-kappa": ["--rank", 16, "--kappa", 4, "--projection", "gaussian", "--transfer", "rescale"],
     "flora-residual": ["--rank", 16, "--kappa", 4, "--projection", "cosine", "--residual"],
     "flora-compressed": ["--rank", 16, "--gradients", "compressed", "--tokens-per-step", 128],
     "adamw-int8": ["--optimizer", "adamw", "--state-dtype", "int8"],

@@ -148,10 +148,11 @@ def test_a_transfer_that_can_blow_up_is_warned_of_and_is_no_default(data, tmp_pa
         saved = json.loads((out / "latest/trainer_state.json").read_text())["options"]["transfer"]
         return saved, result.stderr
 
-    assert transfer("--rank", 4, "--kappa", 3) == ("rescale", "")
-    assert transfer("--rank", 4, "--kappa", 1000) == ("reencode", "")
-    assert transfer("--rank", 4, "--kappa", 3, "--projection", "orthonormal") == ("reencode", "")
-    saved, warning = transfer("--rank", 4, "--kappa", 3, "--transfer", "reencode")
+    gaussian = ("--projection", "gaussian")
+    assert transfer("--rank", 4, "--kappa", 3, *gaussian) == ("rescale", "")
+    assert transfer("--rank", 4, "--kappa", 1000, *gaussian) == ("reencode", "")
+    assert transfer("--rank", 4, "--kappa", 3, "--projection", "cosine") == ("reencode", "")
+    saved, warning = transfer("--rank", 4, "--kappa", 3, *gaussian, "--transfer", "reencode")
     assert saved == "reencode"
     assert warning.startswith("train_gpt2: warning: --transfer reencode") and "without bound" in warning
     assert len(warning.splitlines()) == 1

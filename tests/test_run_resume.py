@@ -16,7 +16,7 @@ RUNS = {
     "flora": ["--rank", 16],
     "flora-int8": ["--rank", 16, "--state-dtype", "int8"],
     "flora-bf16": ["--rank", 16, "--dtype", "bf16", "--recompute", "block"],
-    "flora-kappa": ["--rank", 16, "--kappa", 7, "--projection", "orthonormal", "--transfer", "rescale"],
+    "flora-kappa": ["--rank", 16, "--kappa", 7, "--projection", "gaussian", "--transfer", "rescale"],
     "flora-residual": ["--rank", 16, "--kappa", 7, "--projection", "cosine", "--residual", "--half-life", 5000],
     "flora-compressed": ["--rank", 16, "--gradients", "compressed", "--tokens-per-step", 128],
     "adamw": ["--optimizer", "adamw"],

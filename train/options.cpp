@@ -130,7 +130,7 @@ void check_options(const Options& o) {
   only_for({"beta2"}, engine.optimizer.half_life == 0, "--half-life, which gives it");
   if (engine.optimizer.residual && !has_orthonormal_rows(engine.optimizer.projection)) {
     throw UsageError("--residual contradicts --projection " + name_of(kProjectionNames, engine.optimizer.projection) +
-                     ": it needs orthonormal rows");
+                     "; it needs cosine");
   }
   only_for({"warmup-init"}, engine.optimizer.relative_step, "the absence of --relative-step");
   only_for({"lr", "schedule", "warmup-steps", "final-lr"}, !engine.optimizer.relative_step,

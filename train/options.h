@@ -185,8 +185,7 @@ void describe(Options& o, Visitor& v) {
   v(optimizer.eps, "eps", "", "AdamW: added to the root of the second moment", at_least(0), fixed);
   v(optimizer.projection, "projection", "", "Flora: kind of projection", kProjectionNames, fixed);
   v(optimizer.residual, "residual", "",
-    "Flora: what the projection does not hold is used at full weight instead of 1 - beta1 (projection cosine or "
-    "orthonormal)",
+    "Flora: what the projection does not hold is used at full weight instead of 1 - beta1 (projection cosine)",
     Switch{}, fixed);
   v(optimizer.transfer, "transfer", "",
     "Flora: what happens to the momentum when the projection changes; default: reencode, or rescale where reencode "

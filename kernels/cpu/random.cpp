@@ -63,18 +63,17 @@ void CpuBackend::generate_projection(Tensor projection, ProjectionKind kind, Ran
   const Profiler::Scope scope(profiler, "generate_projection", 0, static_cast<double>(projection.bytes()));
   const uint32_t step = *index;
   const float inverse_root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(projection.shape[0])));
-  const float factor = kind == ProjectionKind::kOrthonormal ? 1.0f : inverse_root;
   const CosineBasis basis = cosine_basis(projection.cols());
   for_each_block(threads_, projection.elements(), [&](int64_t begin, int64_t count) {
     Block values;
     const uint64_t first = key.offset + static_cast<uint64_t>(begin);
     if (kind == ProjectionKind::kRademacher) {
-      fill_signs(values, first, count, factor, key, step);
+      fill_signs(values, first, count, inverse_root, key, step);
     } else if (kind == ProjectionKind::kCosine) {
       fill_cosines(values, first, count, basis, key, step);
     } else {
       fill_normals(values, first, count, key, step);
-      for (int64_t i = 0; i < count; ++i) values[i] *= factor;
+      for (int64_t i = 0; i < count; ++i) values[i] *= inverse_root;
     }
     store_block(projection, begin, count, values);
   });

@@ -84,7 +84,6 @@ class CudaBackend final : public Backend {
   void classifier_gradient(Tensor logits, Tensor targets, Tensor lse, int64_t first, int64_t vocabulary,
                            float gradient_scale) override;
   void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) override;
-  void orthonormalize_rows(Tensor p, void* scratch, StepScalars* scalars) override;
   void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale, Tensor grad,
                               float eps1, const StepScalars* scalars) override;
   void factored_squares(Tensor row_squares, Tensor col_squares, Tensor grad, float eps1, bool accumulate) override;

@@ -124,9 +124,8 @@ void CudaBackend::generate_projection(Tensor projection, ProjectionKind kind, Ra
     launch("generate_projection", cosines_kernel, shape, block_tensor(projection), elements,
            cosine_basis(projection.cols()), random_stream(key), index);
   } else {
-    const float factor = kind == ProjectionKind::kOrthonormal ? 1.0f : inverse_root;
     // Adding -0 changes no number, not even -0 itself.
-    launch("generate_projection", normals_kernel, shape, block_tensor(projection), elements, -0.0f, factor,
+    launch("generate_projection", normals_kernel, shape, block_tensor(projection), elements, -0.0f, inverse_root,
            random_stream(key), index);
   }
 }

@@ -26,7 +26,7 @@ class Options:
     beta2: float = 0.95
     eps: float = 1e-8
     rank: int = 256
-    kappa: int = 1000
+    kappa: int = 200
     decay_rate: float = -0.8
     eps1: float = 1e-30
     eps2: float = 1e-3
@@ -36,7 +36,7 @@ class Options:
     relative_step: bool = False
     warmup_init: bool = False
     compress_embeddings: bool = False
-    projection: str = "gaussian"  # gaussian, rademacher, orthonormal, cosine
+    projection: str = "cosine"  # gaussian, rademacher, cosine
     transfer: str = "reencode"  # reencode, unbiased, rescale, restart
     residual: bool = False
     half_life: int = 0
@@ -142,10 +142,7 @@ def projection(kind, rank, dimension, seed, purpose, name, index):
     if kind == "cosine":
         return cosine_rows(stream, rank, dimension)
     p = stream.normals(rank * dimension).reshape(rank, dimension).astype(np.float64)
-    if kind == "gaussian":
-        return p / math.sqrt(rank)
-    lower = np.linalg.cholesky(p @ p.T)  # orthonormal: p p^T = L L^T, so L^-1 p has orthonormal rows
-    return np.linalg.solve(lower, p)
+    return p / math.sqrt(rank)
 
 
 def cosine_rows(stream, rank, dimension):
@@ -282,7 +279,7 @@ class Optimizer:
             moved = down(up(m, p, u.shape), p_next)
             if o.transfer == "restart":
                 moved = np.zeros_like(m)
-            elif o.transfer == "unbiased" and o.projection in ("orthonormal", "cosine"):
+            elif o.transfer == "unbiased" and o.projection == "cosine":
                 moved = moved * (min(u.shape) / o.rank)
             elif o.transfer == "rescale":
                 before, after = np.sqrt((m * m).sum()), np.sqrt((moved * moved).sum())
@@ -328,4 +325,5 @@ def accumulate_compressed(parameter, gradients, rank, kind, seed, t, compress_em
     dimension = min(parameter.rows, parameter.cols)
     p = projection(kind, rank, dimension, seed, philox.ACCUMULATION_PROJECTION, parameter.name, t)
     total = sum(down(g.astype(np.float64), p) for g in gradients)
-    return up(total, p, (parameter.rows, parameter.cols))
+    unbiased = dimension / rank if kind == "cosine" else 1
+    return unbiased * up(total, p, (parameter.rows, parameter.cols))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flora import Optimizer, Options, Parameter, accumulate_compressed, projection
-from philox import ACCUMULATION_PROJECTION, PROJECTION, fnv1a32, round_to_bf16
+from flora import Optimizer, Options, Parameter, accumulate_compressed
+from philox import fnv1a32, round_to_bf16
 
 OUTPUT = Path(__file__).resolve().parent.parent / "fixtures" / "flora_reference.json.gz"
 
@@ -51,31 +51,15 @@ def stored_state(optimizer):
 
 
 def make_case(name, rows, cols, seed=7, **settings):
-    """The case with the first seed, from `seed` on, whose result does not hang on the last bit: 8-bit codes away from
-    rounding ties, and orthonormal projections of well-conditioned Gaussian matrices."""
+    """The case with the first seed, from `seed` on, whose result does not hang on the last bit: 8-bit codes are away from
+    rounding ties."""
     while True:
         case, optimizer = run_case(name, rows, cols, seed, **settings)
         distance = min((stored.tie_distance for stored in optimizer.state.values()), default=0.5)
-        if distance > 2e-4 and worst_condition(case) < 5:
+        if distance > 2e-4:
             return case
         seed += 1
         assert seed < 2000, name
-
-
-def worst_condition(case):
-    """The largest condition number among the Gaussian matrices that the case makes orthonormal."""
-    o, p, accumulation = case["options"], case["parameter"], case["accumulation"]
-    used = []
-    if case["compressed"] and o["projection"] == "orthonormal":
-        used += [(o["rank"], PROJECTION, index) for index in range(case["steps"] // o["kappa"] + 1)]
-    if accumulation and accumulation["projection"] == "orthonormal":
-        used += [(accumulation["rank"], ACCUMULATION_PROJECTION, t) for t in range(1, case["steps"] + 1)]
-    small = min(p["rows"], p["cols"])
-    return max(
-        (np.linalg.cond(projection("gaussian", rank, small, o["seed"], purpose, p["name"], index))
-         for rank, purpose, index in used),
-        default=1.0,
-    )
 
 
 def run_case(name, rows, cols, seed, steps=10, check_steps=None, lr=0.05, weight_dtype="fp32", master=False,
@@ -119,11 +103,11 @@ def run_case(name, rows, cols, seed, steps=10, check_steps=None, lr=0.05, weight
 
 
 def cases():
-    compressed = dict(rank=4, kappa=3)
+    compressed = dict(rank=4, kappa=3, projection="gaussian")
     for side, rows, cols in (("wide", 5, 12), ("tall", 12, 5), ("square", 7, 7)):
-        for kind in ("gaussian", "rademacher", "orthonormal", "cosine"):
+        for kind in ("gaussian", "rademacher", "cosine"):
             for transfer in ("reencode", "restart", "rescale", "unbiased"):
-                rank = 3 if kind in ("orthonormal", "cosine") else 4
+                rank = 3 if kind == "cosine" else 4
                 yield make_case(f"{side}_{kind}_{transfer}", rows, cols, rank=rank, kappa=3, projection=kind,
                                 transfer=transfer, check_steps=(10,) if transfer != "reencode" else (1, 3, 4, 10))
         for transfer in ("reencode", "restart", "rescale", "unbiased"):
@@ -156,7 +140,7 @@ def cases():
     yield make_case("flora_half_life", 33, 70, rank=8, kappa=4, half_life=5000, tokens_per_step=1000)
     yield make_case("adafactor_half_life_unfactored", 6, 11, kind="adafactor", rank=0, factored=False, half_life=3000,
                     tokens_per_step=1000)
-    yield make_case("residual_unclipped", 6, 11, rank=3, kappa=4, projection="orthonormal", residual=True, clip=0.0)
+    yield make_case("residual_unclipped", 6, 11, rank=3, kappa=4, projection="cosine", residual=True, clip=0.0)
     yield make_case("adamw_half_life", 6, 11, kind="adamw", half_life=7_100_000, tokens_per_step=131072)
     yield make_case("adamw", 6, 11, kind="adamw", weight_decay=0.1)
     yield make_case("adamw_no_momentum", 6, 11, kind="adamw", beta1=0.0, beta2=0.999)
@@ -167,7 +151,7 @@ def cases():
     eight_bit = dict(state_dtype="int8", steps=6, check_steps=(6,))
     yield make_case("int8_wide", 33, 70, rank=8, kappa=1000, **eight_bit)
     yield make_case("int8_wide_transfer", 33, 70, rank=8, kappa=4, **eight_bit)
-    yield make_case("int8_tall_transfer", 45, 30, rank=8, kappa=4, projection="orthonormal", transfer="rescale",
+    yield make_case("int8_tall_transfer", 45, 30, rank=8, kappa=4, projection="cosine", transfer="rescale",
                     **eight_bit)
     yield make_case("int8_residual", 33, 70, rank=8, kappa=4, projection="cosine", residual=True, **eight_bit)
     yield make_case("int8_uncompressed", 20, 33, rank=64, **eight_bit)
@@ -185,7 +169,7 @@ def cases():
     yield make_case("bf16_master", 13, 20, rank=4, kappa=1000, master=True, **half)
 
     plain = dict(kind="sgd", beta1=0.0, lr=0.02, steps=3, check_steps=(1, 3))
-    for kind in ("gaussian", "rademacher", "orthonormal", "cosine"):
+    for kind in ("gaussian", "rademacher", "cosine"):
         for side, rows, cols in (("wide", 6, 11), ("tall", 11, 6)):
             yield make_case(f"accumulated_{kind}_{side}", rows, cols,
                             accumulation={"micro_batches": 3, "rank": 4, "projection": kind}, **plain)

@@ -5,9 +5,6 @@
 
 enum CBLAS_ORDER { CblasRowMajor = 101, CblasColMajor = 102 };
 enum CBLAS_TRANSPOSE { CblasNoTrans = 111, CblasTrans = 112 };
-enum CBLAS_UPLO { CblasUpper = 121, CblasLower = 122 };
-enum CBLAS_DIAG { CblasNonUnit = 131, CblasUnit = 132 };
-enum CBLAS_SIDE { CblasLeft = 141, CblasRight = 142 };
 
 // C = alpha op(A) op(B) + beta C.
 void cblas_sgemm(CBLAS_ORDER order, CBLAS_TRANSPOSE transpose_a, CBLAS_TRANSPOSE transpose_b, int m, int n, int k,
@@ -16,13 +13,3 @@ void cblas_sgemm(CBLAS_ORDER order, CBLAS_TRANSPOSE transpose_a, CBLAS_TRANSPOSE
 // y = alpha op(A) x + beta y, row-major.
 void cblas_sgemv(CBLAS_ORDER order, CBLAS_TRANSPOSE transpose, int m, int n, float alpha, const float* a, int lda,
                  const float* x, int incx, float beta, float* y, int incy);
-
-// B = A^-1 B (left, A not transposed) or B = B A^-T (right, A transposed), A lower triangular, row-major.
-void cblas_strsm(CBLAS_ORDER order, CBLAS_SIDE side, CBLAS_UPLO uplo, CBLAS_TRANSPOSE transpose, CBLAS_DIAG diag, int m,
-                 int n, float alpha, const float* a, int lda, float* b, int ldb);
-void cblas_dtrsm(CBLAS_ORDER order, CBLAS_SIDE side, CBLAS_UPLO uplo, CBLAS_TRANSPOSE transpose, CBLAS_DIAG diag, int m,
-                 int n, double alpha, const double* a, int lda, double* b, int ldb);
-
-// Lower triangle of C = alpha A A^T + beta C, row-major.
-void cblas_dsyrk(CBLAS_ORDER order, CBLAS_UPLO uplo, CBLAS_TRANSPOSE transpose, int n, int k, double alpha,
-                 const double* a, int lda, double beta, double* c, int ldc);

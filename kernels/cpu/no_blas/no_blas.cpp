@@ -92,42 +92,6 @@ void multiply(int m, int n, int k, float alpha, const float* a, Strides sa, cons
   }
 }
 
-// Solves in place with a lower triangular A: from the left row by row, from the right (transposed) column by column.
-template <typename T>
-void solve(CBLAS_SIDE side, int m, int n, T alpha, const T* a, int lda, T* b, int ldb) {
-  const long la = lda, lb = ldb;
-  if (side == CblasLeft) {
-    for (int i = 0; i < m; ++i) {
-      T* row = b + i * lb;
-      for (int j = 0; j < n; ++j) row[j] *= alpha;
-      for (int k = 0; k < i; ++k) {
-        const T factor = a[i * la + k];
-        const T* solved = b + k * lb;
-        for (int j = 0; j < n; ++j) row[j] -= factor * solved[j];
-      }
-      for (int j = 0; j < n; ++j) row[j] /= a[i * la + i];
-    }
-    return;
-  }
-  for (int i = 0; i < m; ++i) {
-    T* row = b + i * lb;
-    for (int j = 0; j < n; ++j) {
-      T sum = alpha * row[j];
-      for (int k = 0; k < j; ++k) sum -= row[k] * a[j * la + k];
-      row[j] = sum / a[j * la + j];
-    }
-  }
-}
-
-template <typename T>
-void checked_solve(CBLAS_ORDER order, CBLAS_SIDE side, CBLAS_UPLO uplo, CBLAS_TRANSPOSE transpose, CBLAS_DIAG diag,
-                   int m, int n, T alpha, const T* a, int lda, T* b, int ldb) {
-  require(order == CblasRowMajor && uplo == CblasLower && diag == CblasNonUnit &&
-              (side == CblasLeft) == (transpose == CblasNoTrans),
-          "this kind of triangular solve");
-  solve(side, m, n, alpha, a, lda, b, ldb);
-}
-
 }  // namespace
 
 void cblas_sgemm(CBLAS_ORDER order, CBLAS_TRANSPOSE transpose_a, CBLAS_TRANSPOSE transpose_b, int m, int n, int k,
@@ -158,29 +122,6 @@ void cblas_sgemv(CBLAS_ORDER order, CBLAS_TRANSPOSE transpose, int m, int n, flo
 #pragma omp simd reduction(+ : sum)
       for (int j = 0; j < n; ++j) sum += row[j] * x[j * sx];
       y[i * sy] += alpha * sum;
-    }
-  }
-}
-
-void cblas_strsm(CBLAS_ORDER order, CBLAS_SIDE side, CBLAS_UPLO uplo, CBLAS_TRANSPOSE transpose, CBLAS_DIAG diag, int m,
-                 int n, float alpha, const float* a, int lda, float* b, int ldb) {
-  checked_solve(order, side, uplo, transpose, diag, m, n, alpha, a, lda, b, ldb);
-}
-
-void cblas_dtrsm(CBLAS_ORDER order, CBLAS_SIDE side, CBLAS_UPLO uplo, CBLAS_TRANSPOSE transpose, CBLAS_DIAG diag, int m,
-                 int n, double alpha, const double* a, int lda, double* b, int ldb) {
-  checked_solve(order, side, uplo, transpose, diag, m, n, alpha, a, lda, b, ldb);
-}
-
-void cblas_dsyrk(CBLAS_ORDER order, CBLAS_UPLO uplo, CBLAS_TRANSPOSE transpose, int n, int k, double alpha,
-                 const double* a, int lda, double beta, double* c, int ldc) {
-  require(order == CblasRowMajor && uplo == CblasLower && transpose == CblasNoTrans, "this kind of dsyrk");
-  for (int i = 0; i < n; ++i) {
-    for (int j = 0; j <= i; ++j) {
-      double sum = 0;
-      for (int p = 0; p < k; ++p) sum += a[static_cast<long>(i) * lda + p] * a[static_cast<long>(j) * lda + p];
-      double& out = c[static_cast<long>(i) * ldc + j];
-      out = alpha * sum + (beta == 0.0 ? 0.0 : beta * out);
     }
   }
 }
