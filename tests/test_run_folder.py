@@ -16,6 +16,7 @@ def test_a_second_process_is_refused_while_the_first_one_lives(data, tmp_path):
     run = tmp_path / "run"
     process = start(*flags, "--steps", 100000, "--out", run)
     process.send_signal(signal.SIGSTOP)  # it must not end meanwhile, nor write
+    os.waitpid(process.pid, os.WUNTRACED)  # stopped, not only told to
     try:
         before = listing(run)
         for arguments in ([*flags, "--steps", 3, "--out", run], ["--resume", run], ["--resume", run / "latest"]):
