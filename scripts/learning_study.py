@@ -53,8 +53,6 @@ SETTINGS |= {name: (flags, 2e-3) for name, flags in [
     flora("gaussian", 4, 1000),
     flora("cosine", 4, 200),
     flora("cosine", 4, 200, "--residual"),
-    flora("orthonormal", 4, 200),
-    flora("orthonormal", 4, 200, "--residual"),
     flora("cosine", 4, 50, "--residual"),
     flora("cosine", 4, 1000, "--residual"),
     flora("cosine", 8, 200, "--residual"),
@@ -315,6 +313,9 @@ def draw(lines, path):
     for s in lines:
         if math.isfinite(s["loss"]):
             groups.setdefault((s["size"], s["tokens"], s["tokens_per_step"]), []).append(s)
+    groups = {key: group for key, group in groups.items() if len(group) > 1}
+    if not groups:
+        raise StudyError("no two settings to compare in a plot")
     figure, panels = plt.subplots(1, len(groups), figsize=(6 * len(groups), 5), squeeze=False, layout="constrained")
     for axes, ((size, tokens, per_step), group) in zip(panels[0], groups.items()):
         for s in group:
