@@ -186,10 +186,10 @@ void Flora::to_update(const Entry& entry, Tensor gradient, const RowRange& rows,
   if (entry.factored) {
     const Parameter& p = entry.parameter;
     backend_.scale_rows_cols(gradient, gradient, rows.of(row_scale_.tensor({p.rows})), col_scale_.tensor({p.cols}),
-                             entry.compressed && !config_.residual ? 1.0f - beta1 : 1.0f);
+                             entry.compressed && !keeps_residual(entry) ? 1.0f - beta1 : 1.0f);
   }
   if (entry.compressed) {
-    const Tensor momentum = config_.residual ? compressed_of(entry, decoded_momentum_) : momentum_numbers(entry);
+    const Tensor momentum = keeps_residual(entry) ? compressed_of(entry, decoded_momentum_) : momentum_numbers(entry);
     project_rows_up(backend_, gradient, momentum, projection_of(entry, projection_), compression(entry), rows.begin,
                     beta1, true);
   } else if (has_momentum()) {
@@ -305,8 +305,8 @@ Tensor Flora::momentum_numbers(const Entry& entry) const {
   return momentum.dtype == DType::kI8 ? compressed_of(entry, decoded_momentum_) : momentum;
 }
 
-// The stored momentum moves from p_old to p_new. This happens whatever the gate says,
-// because the next step decodes with p_new.
+// The stored momentum moves from p_old to p_new. This happens whatever the gate says, because the next step decodes
+// with p_new.
 void Flora::change_projection(const Entry& entry, Tensor p_old, Tensor p_new) {
   const Compression shape = compression(entry);
   const Tensor stored = states_.get(entry.momentum), momentum = momentum_numbers(entry);

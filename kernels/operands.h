@@ -23,12 +23,11 @@ MatmulShape check_matmul(const Tensor& out, const Tensor& a, const Tensor& b, co
 struct AttentionShape {
   int64_t batch = 0, sequence = 0, channels = 0, heads = 0, head_dim = 0;
   int64_t token_heads() const { return batch * sequence * heads; }
-  // The same for the last query alone.
-  double last_query_flops() const { return 2.0 * static_cast<double>(sequence * channels); }
-  // Operations of one product of all queries with the keys they see.
+  // Operations of one product of all queries with the keys they see, and of the last query alone.
   double score_flops() const {
     return static_cast<double>(batch * sequence) * static_cast<double>((sequence + 1) * channels);
   }
+  double last_query_flops() const { return 2.0 * static_cast<double>(sequence * channels); }
 };
 AttentionShape check_attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, int heads);
 AttentionShape check_attention_decode(const Tensor& out, const Tensor& qkv, int heads);

@@ -84,24 +84,13 @@ def test_cosine_projections_hold_every_direction_as_often():
     assert np.abs(total / 4000 - 3 / 7 * np.eye(7)).max() < 0.03
 
 
-def test_residual_at_full_rank_is_adafactor():
-    """A projection that holds everything leaves nothing at full weight."""
-    parameter = flora.Parameter("w", 5, 12)
-    rule = flora.Optimizer(flora.Options(rank=5, kappa=2, projection="cosine", residual=True, seed=1), parameter)
-    full = flora.Optimizer(flora.Options(kind="adafactor", seed=1), parameter)
-    a = b = make_flora_fixture.uniform_input("w", 60).reshape(5, 12)
-    for t in range(1, 8):
-        g = make_flora_fixture.gradient_input(f"g{t}", 5, 12, t)
-        a, b = rule.step(a, g, t, 0.1), full.step(b, g, t, 0.1)
-    assert np.abs(a - b).max() < 1e-6
-
-
-def test_flora_with_full_rank_cosine_projection_is_adafactor():
-    """Encoding loses nothing when r = min(n, m) and P is orthogonal, whatever kappa does."""
+@pytest.mark.parametrize("residual", [False, True])
+def test_flora_with_full_rank_cosine_projection_is_adafactor(residual):
+    """Encoding loses nothing when r = min(n, m) and P is orthogonal, whatever kappa does, and leaves no residual."""
     parameter = flora.Parameter("w", 5, 12)
     options = dict(seed=1, weight_decay=0.1)
-    compressed = flora.Optimizer(flora.Options(rank=5, kappa=2, projection="cosine", **options), parameter)
-    full = flora.Optimizer(flora.Options(kind="adafactor", **options), parameter)
+    settings = flora.Options(rank=5, kappa=2, projection="cosine", residual=residual, **options)
+    compressed, full = flora.Optimizer(settings, parameter), flora.Optimizer(flora.Options(kind="adafactor", **options), parameter)
     assert compressed.compressed and not full.compressed
     a = b = make_flora_fixture.uniform_input("w", 60).reshape(5, 12)
     for t in range(1, 8):

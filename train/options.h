@@ -128,8 +128,7 @@ void describe(Options& o, Visitor& v) {
     at_least(1), fixed);
   v(o.tokenizer, "tokenizer", "FILE",
     "tokenizer.bin for prompts, samples and bits per byte, or a Hugging Face tokenizer's folder; default: beside the "
-    "shards, or the "
-    "model's",
+    "shards, or the model's",
     Text{}, free);
   v(o.hellaswag, "hellaswag", "FILE",
     "eval: how often the likeliest of several endings is the right one, of questions made by data/hellaswag.py or "

@@ -47,8 +47,8 @@ void choose_micro_batch(Options& o, bool cpu, Undecided undecided) {
   shapes.head_chunk = std::min(shapes.head_chunk, micro_tokens);
 }
 
-// Flora with orthonormal projections: measured at two widths (docs/learning.md), and close to what GPT-3's models of
-// 768 to 12,288 channels were trained at (arXiv 2005.14165, table 2.1).
+// Flora with orthonormal projections: measured at two widths, and not far from what GPT-3's models were trained at
+// (docs/learning.md).
 float default_rate(const OptimizerConfig& optimizer, int64_t channels) {
   switch (optimizer.kind) {
     case OptimizerKind::kFlora:

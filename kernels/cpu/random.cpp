@@ -1,5 +1,5 @@
 // random.cpp: tensors filled from the counter-based generator (philox.h). Compute-bound: about 1.2 ns per normal on an
-// AVX-512 core, a quarter of that per sign, about as much per cosine.
+// AVX-512 core, a quarter of that per sign.
 #include <cmath>
 
 #include "kernels/cosine_projection.h"

@@ -1,6 +1,6 @@
 // random.cu: tensors filled from the counter-based generator (philox.h). A lane makes eight numbers: two Philox blocks
 // and four Box-Muller pairs, about 60 instructions a normal, so that an H100 makes some 4e11 normals a second; fp32
-// ones take about as long to write.
+// ones take about as long to write. Cosines need two integer divisions a lane and one polynomial a number.
 #include "kernels/cosine_projection.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.cuh"
