@@ -33,8 +33,6 @@ GPT2_END_OF_TEXT = 50256
 
 # name: layers, channels, heads, sequence length, sequences of a micro-batch
 SIZES = {"1m": (5, 128, 4, 128, 8), "3m": (4, 256, 4, 128, 8), "10m": (8, 320, 5, 128, 8)}
-VALIDATION_TOKENS = 1 << 17
-
 
 def flora(projection, fraction, kappa, *more):
     """Rank as a fraction of the width."""
@@ -96,7 +94,7 @@ def short_tokens(bpe, vocabulary):
             left, right = line.split(" ")
             parts[encoder[left + right]] = (encoder[left], encoder[right])
     table = {}
-    for token in range(len(encoder)):
+    for token in encoder.values():
         short = [token]
         while max(short) >= vocabulary - 1 and token != GPT2_END_OF_TEXT:
             short = [p for t in short for p in (parts[t] if t >= vocabulary - 1 else (t,))]
@@ -202,7 +200,7 @@ class Study:
         command = [self.arguments.program, "--data", f"{self.arguments.data}/*_train_*.bin", "--val-data",
                    f"{self.arguments.data}/*_val_*.bin", *shared, "--steps", steps, "--lr", f"{lr:.4g}", "--schedule",
                    "cosine", "--final-lr", "0.1", "--seed", seed, "--eval-every", steps, "--eval-batches",
-                   VALIDATION_TOKENS // (length * batch), "--checkpoint-every", max(1, steps // 4),
+                   max(1, self.arguments.validation_tokens // (length * batch)), "--checkpoint-every", max(1, steps // 4),
                    "--keep-checkpoints", 1, "--log-every", 100, "--out", out]
         if (out / "latest").exists():
             command = [self.arguments.program, "--resume", out]
@@ -343,6 +341,7 @@ def main():
     train.add_argument("--settings", nargs="+", default=["*"], help="shell patterns of names")
     train.add_argument("--tokens", type=int, default=10_240_000, help="of a run")
     train.add_argument("--tokens-per-step", type=int, default=1024)
+    train.add_argument("--validation-tokens", type=int, default=1 << 17)
     train.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     train.add_argument("--program", default="./train_gpt2")
     train.add_argument("--threads", type=int, default=1)

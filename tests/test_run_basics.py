@@ -1,4 +1,5 @@
 """test_run_basics.py: what a user does first: the default command, --help, a configuration file, seeds, samples."""
+import json
 import os
 import re
 from pathlib import Path
@@ -109,6 +110,21 @@ def test_help_of_a_subcommand_shows_its_flags(subcommand):
     for command in ([subcommand, "--help"], ["--help", subcommand]):
         flags = set(re.findall(r"^  --([\w-]+)", succeed(*command), re.MULTILINE))
         assert flags >= {*shown, "config"} and not flags & set(hidden)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "config").glob("*.toml")))
+def test_the_settings_by_name_train(data, tmp_path, name):
+    succeed("--config", ROOT / f"config/{name}.toml", "--data", data / "text_train_*.bin", *TINY, "--steps", 2,
+            *(["--rank", 16] if "flora" in name else []), "--out", tmp_path)
+    options = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["options"]
+    said = {  # flora-opt's defaults, and what the others are named after
+        "flora_as_published": {"optimizer": "flora", "projection": "gaussian", "transfer": "reencode", "kappa": 1000,
+                               "decay_rate": -0.8, "eps1": 1e-30, "eps2": 1e-3, "update_clip": 1, "weight_decay": 0,
+                               "scale_parameter": True, "relative_step": False, "half_life": 0, "residual": False},
+        "adafactor_int8": {"optimizer": "adafactor", "state_dtype": "int8", "beta1": 0.9},
+        "adafactor_no_momentum": {"optimizer": "adafactor", "beta1": 0, "half_life": 7_100_000},
+    }[name]
+    assert {key: options[key] for key in said} == pytest.approx(said)
 
 
 def test_a_configuration_file_sets_flags(data, tmp_path):
