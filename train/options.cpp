@@ -50,7 +50,8 @@ struct FromJson {
 
   template <typename T, typename Values>
   static void read_saved(T& value, const std::string& key, const nlohmann::json& saved, const Values& values) {
-    const std::string damaged = "; the file is damaged, or of another version", option = "the checkpoint's option '" + key + "' ";
+    const std::string damaged = "; the file is damaged, or of another version",
+                      option = "the checkpoint's option '" + key + "' ";
     const std::string text = saved.is_string() ? saved.get<std::string>() : saved.dump();
     const bool is_switch = std::is_same_v<Values, Switch>, is_number = std::is_same_v<Values, Range>;
     if (saved.is_boolean() != is_switch || saved.is_number() != is_number) {

@@ -2,8 +2,8 @@
 // Memory-bound: one read of all keys and values.
 //
 // A block owns a head and walks over pieces of kDecodeThreads keys. First each thread has a key and computes its score;
-// then the threads are groups of as many as make the head's channels, and group g of G adds the values of keys g, g + G, g + 2G, ... Sums
-// are kept relative to the largest score so far.
+// then the threads are groups of as many as make the head's channels, and group g of G adds the values of keys g, g +
+// G, g + 2G, ... Sums are kept relative to the largest score so far.
 #pragma once
 
 #include <cmath>
