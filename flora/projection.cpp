@@ -12,8 +12,6 @@ bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embed
   return compress_embeddings || large <= kLargestRatio * small;
 }
 
-bool has_orthonormal_rows(ProjectionKind kind) { return kind == ProjectionKind::kCosine; }
-
 float unbiased_factor(ProjectionKind kind, const Compression& shape) {
   if (!has_orthonormal_rows(kind)) return 1.0f;
   return static_cast<float>(shape.dimension()) / static_cast<float>(shape.rank);

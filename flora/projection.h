@@ -18,7 +18,7 @@ bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embed
 
 // True for projections with orthonormal rows: they decode to less than was there (r / d of it on average), Gaussian and
 // Rademacher ones to what was there and noise.
-bool has_orthonormal_rows(ProjectionKind kind);
+inline bool has_orthonormal_rows(ProjectionKind kind) { return kind == ProjectionKind::kCosine; }
 
 // The shape of a compressed parameter.
 struct Compression {
