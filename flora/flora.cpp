@@ -209,6 +209,7 @@ void Flora::apply(const Entry& entry, Tensor weight, Tensor master, Tensor updat
                  [&](const Tensor& w, const Tensor& copy, const RowRange& piece, const RandomKey& key) {
                    backend_.apply_update(w, copy, piece.of(update),
                                          {.weight_decay = decay_of(p),
+                                          .lr_scale = lr_scale_of(p),
                                           .clip = config_.clip,
                                           .scale_parameter = config_.scale_parameter,
                                           .eps2 = config_.eps2},

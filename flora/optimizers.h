@@ -81,6 +81,7 @@ struct OptimizerConfig {
   uint64_t seed = 0;                // the run's seed
   float beta1 = 0.9f;               // 0: no momentum and no memory for it
   float weight_decay = 0.0f;        // applied to parameters of the decay group
+  float matrix_lr_scale = 1.0f;     // factor on the learning rate of the blocks' matrices
   DType state_dtype = DType::kF32;  // kF32, kBF16 or kI8: momentum (and full second moments, as kU8, when kI8);
                                     // 1-D parameters and factored statistics stay fp32 under kI8
 
@@ -154,6 +155,7 @@ class Optimizer {
   // The key of a parameter's rounding, from row `begin` on.
   RandomKey rounding(const Parameter& parameter, int64_t begin = 0) const;
   float decay_of(const Parameter& parameter) const { return parameter.decay ? config_.weight_decay : 0.0f; }
+  float lr_scale_of(const Parameter& p) const { return p.matrix && p.layer >= 0 ? config_.matrix_lr_scale : 1.0f; }
 
   OptimizerConfig config_;
   Backend& backend_;

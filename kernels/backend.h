@@ -59,14 +59,15 @@ inline constexpr std::pair<ProjectionKind, const char*> kProjectionNames[] = {
 
 struct AdamWOptions {
   float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.0f;
+  float lr_scale = 1.0f;  // factor on the step's learning rate
 };
 
 struct SgdOptions {
-  float beta1 = 0.0f, weight_decay = 0.0f;
+  float beta1 = 0.0f, weight_decay = 0.0f, lr_scale = 1.0f;
 };
 
 struct ApplyOptions {
-  float weight_decay = 0.0f;
+  float weight_decay = 0.0f, lr_scale = 1.0f;
   float clip = 1.0f;             // on rms(update); 0 turns it off
   bool scale_parameter = false;  // multiply the learning rate by max(eps2, rms(weight))
   float eps2 = 1e-3f;
@@ -242,7 +243,7 @@ class Backend {
   // Compressed momentum: M <- beta1 M + (1-beta1) in. M fp32, bf16 or int8; `in` fp32 or bf16.
   virtual void ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) = 0;
   // W <- W - lr' (weight_decay W + update / max(1, rms(update)/clip)), lr' = lr * max(eps2, rms(W)) with
-  // scale_parameter, else lr. The sums of squares (fp32 scalars in device memory) belong to the whole parameter of
+  // scale_parameter, else lr; lr is lr_scale times the step's, here and below. The sums of squares (fp32 scalars in device memory) belong to the whole parameter of
   // `elements` elements; weight_squares may be null without scale_parameter. With a master copy (fp32) the update goes
   // to it and weight is its nearest rounding; without one a bf16 weight is rounded stochastically with the numbers of
   // (key, step).

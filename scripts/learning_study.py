@@ -74,6 +74,11 @@ SETTINGS |= {
     "adafactor": (["--optimizer", "adafactor", "--gradients", "fused"], 2e-3),
     "adafactor int8 momentum": (["--optimizer", "adafactor", "--gradients", "fused", "--state-dtype", "int8"], 2e-3),
     "sgd": (["--optimizer", "sgd"], 0.2),
+    "adamw matrix lr 1/3": (["--optimizer", "adamw", "--matrix-lr-scale", "0.333"], 4e-3),
+    "adamw matrix lr 1/10": (["--optimizer", "adamw", "--matrix-lr-scale", "0.1"], 4e-3),
+    "adafactor no momentum matrix lr 1/3": (
+        ["--optimizer", "adafactor", "--beta1", "0", "--gradients", "fused", "--matrix-lr-scale", "0.333"], 4e-3),
+    "flora cosine C/4 kappa 200 matrix lr 3": ([*flora("cosine", 4, 200)[1], "--matrix-lr-scale", "3"], 2e-3),
 }
 
 

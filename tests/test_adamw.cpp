@@ -88,6 +88,26 @@ TEST(AdamW, StateHasTheDocumentedTypes) {
   }
 }
 
+// The learning rate of the blocks' matrices has a factor of its own, for every optimizer.
+TEST(Optimizers, ScaleTheRateOfTheBlocksMatrices) {
+  for (OptimizerKind kind :
+       {OptimizerKind::kAdamW, OptimizerKind::kSgd, OptimizerKind::kAdafactor, OptimizerKind::kFlora}) {
+    FakeOptions options = options_of(kind);
+    FakeModel plain(options);
+    options.optimizer.matrix_lr_scale = 0.5f;
+    FakeModel scaled(options);
+    const Values initial = plain.weights();
+    plain.step(1), scaled.step(1);
+    const Values a = plain.weights(), b = scaled.weights();
+    size_t i = 0;
+    for (const Parameter& p : FakeModel::make_parameters()) {
+      const double factor = p.matrix && p.layer >= 0 ? 0.5 : 1;
+      for (int64_t k = 0; k < p.elements(); ++k, ++i)
+        ASSERT_NEAR(b[i] - initial[i], factor * (a[i] - initial[i]), 2e-7) << p.name;
+    }
+  }
+}
+
 TEST(AdamW, WithoutMomentumKeepsNone) {
   FakeOptions options = options_of(OptimizerKind::kAdamW);
   options.optimizer.beta1 = 0;

@@ -173,6 +173,9 @@ void describe(Options& o, Visitor& v) {
   v(schedule.cooldown_steps, "cooldown-steps", "steps", "cooldown of wsd; default: 20% of steps", at_least(0), said);
   v(schedule.final_fraction, "final-lr", "fraction", "learning rate at the end, as a fraction of the peak", at_least(0),
     said);
+  v(optimizer.matrix_lr_scale, "matrix-lr-scale", "",
+    "factor on the learning rate of the blocks' matrices; embeddings, the head, biases and LayerNorms keep lr",
+    kAboveZero, said);
   v(optimizer.weight_decay, "weight-decay", "", "of matrices and embeddings, times lr; default: 0.1, sgd 0",
     at_least(0), said);
   v(optimizer.beta1, "beta1", "", "momentum; 0 keeps none; default: 0.9, sgd 0", kFraction, fixed);

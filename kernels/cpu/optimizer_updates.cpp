@@ -54,7 +54,7 @@ void CpuBackend::apply_update(Tensor weight, Tensor master, Tensor update, const
   const Profiler::Scope scope(profiler, "apply_update", 0, update_bytes(weight, master, update));
   if (scalars->gate == 0) return;
   const float count_f = static_cast<float>(elements);
-  float lr = scalars->lr, shrink = 1.0f;
+  float lr = scalars->lr * options.lr_scale, shrink = 1.0f;
   if (options.clip > 0) shrink = 1.0f / std::max(1.0f, std::sqrt(*update_squares / count_f) / options.clip);
   if (options.scale_parameter) lr *= std::max(options.eps2, std::sqrt(*weight_squares / count_f));
   const float decay = options.weight_decay;
@@ -76,7 +76,7 @@ void CpuBackend::adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, 
   const float beta1 = m.empty() ? 0.0f : options.beta1, rest1 = 1.0f - beta1;
   const float beta2 = options.beta2, rest2 = 1.0f - beta2;
   const float correct1 = 1.0f / scalars->bias_correction1, correct2 = 1.0f / scalars->bias_correction2;
-  const float lr = scalars->lr, eps = options.eps, decay = options.weight_decay;
+  const float lr = scalars->lr * options.lr_scale, eps = options.eps, decay = options.weight_decay;
   const Destination destination{weight, master, key, scalars->step};
   for_each_block(threads_, weight.elements(), [&](int64_t begin, int64_t count) {
     Block grad_buffer, m_buffer, v_buffer, weight_buffer, new_m, new_v, result;
@@ -101,7 +101,7 @@ void CpuBackend::sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad,
   check_update(weight, master, grad, m);
   const Profiler::Scope scope(profiler, "sgd_update", 0, update_bytes(weight, master, grad, m));
   if (scalars->gate == 0) return;
-  const float lr = scalars->lr, beta1 = options.beta1, decay = options.weight_decay;
+  const float lr = scalars->lr * options.lr_scale, beta1 = options.beta1, decay = options.weight_decay;
   const Destination destination{weight, master, key, scalars->step};
   for_each_block(threads_, weight.elements(), [&](int64_t begin, int64_t count) {
     Block grad_buffer, m_buffer, weight_buffer, new_m, result;

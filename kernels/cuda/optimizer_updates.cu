@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
     updates[k] = fetch(update, octet[k]);
   }
   if (scalars->gate == 0) return;
-  float lr = scalars->lr, shrink = 1.0f;
+  float lr = scalars->lr * options.lr_scale, shrink = 1.0f;
   if (options.clip > 0.0f) shrink = 1.0f / fmaxf(1.0f, sqrtf(*update_squares / parameter_elements) / options.clip);
   if (options.scale_parameter) lr *= fmaxf(options.eps2, sqrtf(*weight_squares / parameter_elements));
   const float decay = options.weight_decay;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
   const float beta1 = options.beta1, rest1 = 1.0f - beta1;
   const float beta2 = options.beta2, rest2 = 1.0f - beta2;
   const float correct1 = 1.0f / scalars->bias_correction1, correct2 = 1.0f / scalars->bias_correction2;
-  const float lr = scalars->lr, eps = options.eps, decay = options.weight_decay;
+  const float lr = scalars->lr * options.lr_scale, eps = options.eps, decay = options.weight_decay;
 
   float g[kOctet], mean[kOctet], square[kOctet], w[kOctet];
   decode(g, raw_g, grad.dtype);
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kStateThreads, kResidentBlocks)
   RawOctet raw_m = raw_g;
   if (m.data) raw_m = fetch(m, octet);
   if (scalars->gate == 0) return;
-  const float lr = scalars->lr, beta1 = options.beta1, decay = options.weight_decay;
+  const float lr = scalars->lr * options.lr_scale, beta1 = options.beta1, decay = options.weight_decay;
   float w[kOctet], u[kOctet];
   decode(u, raw_g, grad.dtype);
   if (m.data) {
