@@ -61,7 +61,7 @@ include kernels/cuda/rules.mk
 
 # ---- sources
 
-LIB_SOURCES  := $(wildcard kernels/*.cpp kernels/cpu/*.cpp kernels/cpu/no_blas/*.cpp flora/*.cpp model/*.cpp train/*.cpp data/*.cpp)
+LIB_SOURCES  := $(wildcard kernels/*.cpp kernels/cpu/*.cpp kernels/cpu/no_blas/*.cpp flora/*.cpp model/*.cpp parallel/*.cpp train/*.cpp data/*.cpp)
 ifeq ($(CUDA),1)
   LIB_SOURCES := $(filter-out kernels/without_cuda.cpp,$(LIB_SOURCES))
 endif
