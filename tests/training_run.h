@@ -76,14 +76,13 @@ class Batches {
 };
 
 // after_step(engine) is called between the steps.
-inline Outcome train(const std::string& backend_name, const EngineConfig& config, float lr, uint32_t steps = kSteps,
-                     const std::function<void(Engine&)>& after_step = {}) {
-  const std::unique_ptr<Backend> backend = make_test_backend(backend_name);
-  Engine engine(config, *backend);
+inline Outcome train(Backend& backend, Communicator& communicator, const EngineConfig& config, float lr,
+                     uint32_t steps = kSteps, const std::function<void(Engine&)>& after_step = {}) {
+  Engine engine(config, backend, communicator);
   engine.allocate();
   Outcome outcome;
   outcome.planned = engine.plan().device_bytes();
-  outcome.allocated = backend->allocated_bytes();
+  outcome.allocated = backend.allocated_bytes();
   engine.model().initialize(3);
   Batches batches;
   for (uint32_t t = 1; t <= steps; ++t) {
@@ -96,12 +95,18 @@ inline Outcome train(const std::string& backend_name, const EngineConfig& config
   HeldLayer<ParameterStore> held(engine.store());
   for (const Parameter& p : engine.store().parameters()) {
     held.hold(p.layer, Access::kRead);
-    append(outcome.bits, *backend, engine.store().stored(p));
+    append(outcome.bits, backend, engine.store().stored(p));
   }
   StateStore& states = engine.optimizer().states();
   for (size_t i = 0; i < states.list().size(); ++i) {
     states.hold(states.list()[i].layer, Access::kRead);
-    append(outcome.bits, *backend, states.get(static_cast<int>(i)));
+    append(outcome.bits, backend, states.get(static_cast<int>(i)));
   }
   return outcome;
+}
+
+inline Outcome train(const std::string& backend_name, const EngineConfig& config, float lr, uint32_t steps = kSteps,
+                     const std::function<void(Engine&)>& after_step = {}) {
+  const std::unique_ptr<Backend> backend = make_test_backend(backend_name);
+  return train(*backend, alone(), config, lr, steps, after_step);
 }
