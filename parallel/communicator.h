@@ -51,3 +51,8 @@ class AloneCommunicator final : public Communicator {
   void wait(Ticket) override {}
   int64_t bytes_sent() const override { return 0; }
 };
+
+inline Communicator& alone() {
+  static AloneCommunicator communicator;
+  return communicator;
+}
