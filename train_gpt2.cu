@@ -41,6 +41,7 @@ int train(Options options) {
                        ", or name another --out");
     }
   }
+  Job job;
   std::string why;
   const std::unique_ptr<Backend> backend = make_backend(options, why);
   const std::string no_validation = resolve_data(options);
@@ -53,7 +54,7 @@ int train(Options options) {
   RunSetup setup = choice ? choice->setup : resolve(request);
   find_tokenizer(setup);
   if (options.sample_every > 0) check_prompt(setup);
-  Trainer trainer(setup, *backend, checkpoint, state);
+  Trainer trainer(setup, *backend, job, alone(), checkpoint, state);
   print_banner(setup, *backend, why, choice ? budget_report(*choice) : "", no_validation, changes, trainer);
   return trainer.run();
 }

@@ -59,6 +59,11 @@ class AloneCommunicator final : public Communicator {
   int64_t bytes_sent() const override { return 0; }
 };
 
+inline Communicator& alone() {
+  static AloneCommunicator communicator;
+  return communicator;
+}
+
 // What the ranks of a job need on this device; all of them call it. A peer that does nothing for as long as `timeout`
 // is lost. Throws std::runtime_error in one line, also where the library that it takes is missing.
 std::unique_ptr<Communicator> make_communicator(Job& job, Backend& backend, std::chrono::milliseconds timeout);

@@ -57,10 +57,13 @@ struct Options {
   double top_p = 1;
   // device
   DeviceKind device = DeviceKind::kAuto;
+  int64_t check_ranks = 0;
   int64_t threads = 0;  // 0: as many as there are cores
   bool tf32 = false, autotune = true;
   bool profile = false;
   double peak_tflops = 0;  // 0: measured
+
+  int ranks = 1;  // processes of the run: what its launcher says, no flag
 
   std::vector<std::string> given;    // flags that were on the command line or in the configuration file
   std::vector<std::string> settled;  // those that something else has decided: a checkpoint, the planner, resolve()
@@ -262,6 +265,9 @@ void describe(Options& o, Visitor& v) {
   v(o.top_k, "top-k", "tokens", "sample from the k likeliest; 0: from all", at_least(0), free);
   v(o.top_p, "top-p", "", "of those from the fewest likeliest that are together as probable as this; 1: from all",
     kAboveZeroToOne, free);
+  v(o.check_ranks, "check-ranks", "steps",
+    "several ranks: compare the bits of weights and states over all of them so often; 0: only before a checkpoint",
+    at_least(0), free);
   v(o.log_every, "log-every", "steps", "progress line; metrics.jsonl has every step", at_least(1), free);
   v.group("device");
   v(o.device, "device", "", "where to compute", kDeviceNames, free);
