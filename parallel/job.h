@@ -15,6 +15,7 @@ class Job {
   virtual int size() const { return 1; }
   virtual int local_rank() const { return 0; }  // among the ranks on this machine
   virtual int local_size() const { return 1; }
+  virtual std::string address() const { return "127.0.0.1"; }  // an IP address of this machine that the others reach
 
   // Everybody's text, by rank; returns once all have given theirs. Every rank calls it as often, in the same order,
   // from one thread.
