@@ -113,9 +113,11 @@ Validation validate(Engine& engine, TokenLoader& loader, int64_t sequences, cons
   return result;
 }
 
-Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint, const TrainerState& state)
+Trainer::Trainer(const RunSetup& setup, Backend& backend, Job& job, const std::string& checkpoint,
+                 const TrainerState& state)
     : setup_(setup),
       backend_(backend),
+      job_(job),
       engine_(setup.engine, backend),
       loader_(loader_options(setup.options, setup.options.data, setup.engine.model.vocabulary, true)),
       progress_(setup.options.steps),

@@ -7,6 +7,7 @@
 
 #include "data/token_loader.h"
 #include "data/tokenizer.h"
+#include "parallel/job.h"
 #include "train/checkpoint.h"
 #include "train/engine.h"
 #include "train/metrics.h"
@@ -16,7 +17,7 @@ class Trainer {
  public:
   // Opens the data, allocates the engine, and brings in the weights: fresh, from --model, or from `checkpoint` when
   // that is not empty, whose `state` was read from it. Throws std::runtime_error or UsageError.
-  Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint, const TrainerState& state);
+  Trainer(const RunSetup& setup, Backend& backend, Job& job, const std::string& checkpoint, const TrainerState& state);
 
   // Trains to the last step, or to a signal, which leaves a checkpoint and says how to resume. Returns the exit code:
   // 0, or 128 + the signal when steps are left. Throws std::runtime_error naming step and last checkpoint when a loss
@@ -47,6 +48,7 @@ class Trainer {
 
   RunSetup setup_;
   Backend& backend_;
+  [[maybe_unused]] Job& job_;
   Engine engine_;
   TokenLoader loader_;
   std::unique_ptr<TokenLoader> validation_;
