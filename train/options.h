@@ -62,6 +62,9 @@ struct Options {
   bool tf32 = false, autotune = true;
   bool profile = false;
   double peak_tflops = 0;  // 0: measured
+  // many devices
+  int64_t devices = 1, rendezvous_port = 0;
+  double rendezvous_timeout = 60, comm_timeout = 60;
 
   int ranks = 1;  // processes of the run: what its launcher says, no flag
 
@@ -281,4 +284,14 @@ void describe(Options& o, Visitor& v) {
     free);
   v(o.profile, "profile", "", "time, rate and share of every operation at the end", Switch{}, free);
   v(o.peak_tflops, "peak-tflops", "TFLOP/s", "of the device, for MFU; 0: measured at the start", at_least(0), free);
+  v.group("many devices");
+  v(o.devices, "devices", "", "train with as many processes on this machine, one a device; they average gradients",
+    at_least(1, kMostThreads), free);
+  v(o.rendezvous_port, "rendezvous-port", "PORT",
+    "where rank 0 listens for the others; 0: one above MASTER_PORT, or one made from the job's name; with devices a "
+    "free one",
+    at_least(0, 65535), free);
+  v(o.rendezvous_timeout, "rendezvous-timeout", "seconds", "in which all processes must have come", kAboveZero, free);
+  v(o.comm_timeout, "comm-timeout", "seconds", "after which a process that gives no sign of life is lost", kAboveZero,
+    free);
 }

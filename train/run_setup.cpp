@@ -166,7 +166,7 @@ std::string absolute_file(const std::string& path) {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_backend(Options& options, std::string& why) {
+std::unique_ptr<Backend> make_backend(Options& options, std::string& why, const DevicePlace& place) {
   why = "as asked for";
   if (options.device != DeviceKind::kCpu) {
     const std::string problem = cuda_unavailable();
@@ -178,7 +178,7 @@ std::unique_ptr<Backend> make_backend(Options& options, std::string& why) {
       throw UsageError("--device cuda: " + problem + "; --device cpu works everywhere");
     why = "auto: " + problem;
   }
-  if (options.threads == 0) options.threads = usable_cores();
+  if (options.threads == 0) options.threads = share_of_cores(place.sharing);
   return make_cpu_backend({.threads = static_cast<int>(options.threads)});
 }
 
