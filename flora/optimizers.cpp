@@ -110,8 +110,11 @@ class AdamW final : public Optimizer {
     states_.hold(p.layer, Access::kUpdate);
     const size_t i = static_cast<size_t>(p.index);
     const Tensor momentum = states_.get(momentum_.at(i)), second_moment = states_.get(second_moment_.at(i));
-    const AdamWOptions options{
-        .beta1 = config_.beta1, .beta2 = beta2_, .eps = config_.eps, .weight_decay = decay_of(p), .lr_scale = lr_scale_of(p)};
+    const AdamWOptions options{.beta1 = config_.beta1,
+                               .beta2 = beta2_,
+                               .eps = config_.eps,
+                               .weight_decay = decay_of(p),
+                               .lr_scale = lr_scale_of(p)};
     gradient.pass([&](const RowRange& rows, const Tensor& g) {
       const Tensor m = rows.of(momentum), v = rows.of(second_moment);
       pieces_.update(p, rows.of(weight), rows.of(master), rounding(p, rows.begin), scalars,
