@@ -23,7 +23,10 @@ void Gradients::begin_step(const StepContext& context) {
   StepScalars scalars;
   scalars.lr = context.lr;
   scalars.step = context.step;
-  scalars.rounding_counter = context.step * static_cast<uint32_t>(config_.micro_batches);
+  // No two additions of a run, or of its ranks, round with the same numbers.
+  const uint32_t ranks = static_cast<uint32_t>(communicator_.size()),
+                 rank = static_cast<uint32_t>(communicator_.rank());
+  scalars.rounding_counter = (context.step * ranks + rank) * static_cast<uint32_t>(config_.micro_batches);
   optimizer_.begin_step(context.step, scalars);
   backend_.copy(scalars_, &scalars, sizeof scalars);
   const bool norm_is_known = norm_pass_ && !context.norm_pass;
@@ -34,7 +37,7 @@ void Gradients::begin_step(const StepContext& context) {
 
 void Gradients::begin_micro_batch(int index, bool is_last) {
   is_last_ = is_last;
-  // Unique within a run of up to 2^32 micro-batches, so that no two additions round with the same numbers.
+  for (LayerProgress& layer : layers_) layer.ready = 0;
   if (index > 0) backend_.increment(&scalars_->rounding_counter);
   if (index > 0) return;
   for (Entry& e : entries_) e.buffer_written = e.sum_written = false;
@@ -43,6 +46,11 @@ void Gradients::begin_micro_batch(int index, bool is_last) {
 GradientSink::Target Gradients::target(const Parameter& parameter) {
   Entry& e = entry(parameter);
   bool& written = e.buffered ? e.buffer_written : e.sum_written;
+  if (e.buffered && !written && shared() && config_.kind == GradientMode::kFused) {
+    if (parameter.matrix) last_turn_ = 1 - last_turn_;
+    e.turn = parameter.matrix ? last_turn_ : parameter.layer & 1;
+    free_buffer(e);
+  }
   const Target target{e.buffered ? buffer_of(e) : sum_of(e), written};
   written = true;
   return target;
@@ -50,15 +58,17 @@ GradientSink::Target Gradients::target(const Parameter& parameter) {
 
 void Gradients::ready(const Parameter& parameter) {
   Entry& e = entry(parameter);
-  if (config_.kind != GradientMode::kFused || !is_last_) {
-    add_to_sum(e);
-    return;
+  const bool used_at_once = config_.kind == GradientMode::kFused && is_last_;
+  if (!used_at_once) add_to_sum(e);
+  if (shared() && is_last_) {
+    share(e);
+  } else if (used_at_once) {
+    use(parameter, complete(e));
   }
-  const Tensor gradient = complete(e);
-  if (norm_pass_ || !clips()) add_squares(gradient);
-  if (norm_pass_) return;
-  clip(gradient);
-  update(parameter, gradient);
+}
+
+void Gradients::loss(Tensor loss) {
+  if (is_last_) communicator_.wait(communicator_.all_reduce(loss));
 }
 
 // In blocks: computed once for each pass that the update needs, and never kept.
@@ -71,6 +81,7 @@ void Gradients::from_rows(const Parameter& parameter, const Rows& rows) {
   const Gradient gradient(parameter.rows, block_rows(parameter), [&](int64_t begin, int64_t count) {
     const Tensor block = buffer_of(entry(parameter)).slice(0, count);
     rows(block, begin, false);
+    communicator_.wait(communicator_.all_reduce(block));
     if (first_pass) add_squares(block);
     if (begin + count == parameter.rows) first_pass = false;
     if (!norm_pass_) clip(block);
@@ -86,6 +97,7 @@ void Gradients::from_rows(const Parameter& parameter, const Rows& rows) {
 // Dense and compressed: the updates, layer by layer in the order of the backward pass. The norm of dense gradients is
 // known before the first of them; that of compressed ones, which costs a decompression, only where it clips.
 void Gradients::end_step() {
+  while (!travelling_.empty()) receive();
   if (config_.kind == GradientMode::kFused) return;
   if (config_.kind == GradientMode::kCompressed) gate_on_sums();
   const bool norm_first = config_.kind == GradientMode::kDense || clips();
@@ -110,6 +122,14 @@ void Gradients::end_step() {
   }
 }
 
+// Under fused updates: what becomes of a complete gradient.
+void Gradients::use(const Parameter& parameter, Tensor gradient) {
+  if (norm_pass_ || !clips()) add_squares(gradient);
+  if (norm_pass_) return;
+  clip(gradient);
+  update(parameter, gradient);
+}
+
 void Gradients::update(const Parameter& parameter, const Gradient& gradient) {
   if (optimizer_.updates_parts()) {  // in place; what is not in parts is not streamed
     if (store_.spread(parameter)) {
@@ -123,6 +143,55 @@ void Gradients::update(const Parameter& parameter, const Gradient& gradient) {
   store_.acquire(parameter.layer, Access::kUpdate);
   optimizer_.update(parameter, store_.stored(parameter), store_.master(parameter), gradient, scalars_);
   store_.release(parameter.layer, true);
+}
+
+// ---- ranks
+
+// What of a parameter's gradient the ranks add up.
+Tensor Gradients::shared_gradient(Entry& e) { return config_.kind == GradientMode::kFused ? complete(e) : sum_of(e); }
+
+// In the last micro-batch: the gradient of one parameter goes on its way, a layer's vectors with the last of them.
+// Where the weights of a layer are about to go, what is under way is waited for.
+void Gradients::share(Entry& e) {
+  LayerProgress& layer = layers_.at(static_cast<size_t>(e.parameter.layer + 1));
+  if (e.parameter.matrix) {
+    send({&e});
+  } else {
+    layer.waiting.push_back(&e);
+    if (layer.waiting.size() == layer.vectors) {
+      send(layer.waiting);
+      layer.waiting.clear();
+    }
+  }
+  const bool complete = ++layer.ready == layer.parameters;
+  if (complete && config_.layer_by_layer && config_.kind == GradientMode::kFused)
+    while (!travelling_.empty()) receive();
+}
+
+void Gradients::send(const std::vector<Entry*>& entries) {
+  std::vector<Tensor> gradients;
+  for (Entry* e : entries) gradients.push_back(shared_gradient(*e));
+  const Communicator::Ticket ticket = communicator_.all_reduce(gradients);
+  for (size_t i = 0; i < entries.size(); ++i) travelling_.push_back({entries[i], gradients[i], ticket});
+}
+
+// The gradient that has been under way for longest is there.
+void Gradients::receive() {
+  const Travelling first = travelling_.front();
+  travelling_.pop_front();
+  communicator_.wait(first.ticket);
+  if (config_.kind == GradientMode::kFused) use(first.entry->parameter, first.gradient);
+}
+
+// Before a buffer is written anew: what travels out of it has arrived.
+void Gradients::free_buffer(const Entry& e) {
+  const Tensor buffer = buffer_of(e);
+  const char* const begin = static_cast<const char*>(buffer.data);
+  const auto overlaps = [&](const Travelling& t) {
+    const char* const other = static_cast<const char*>(t.gradient.data);
+    return other < begin + buffer.bytes() && begin < other + t.gradient.bytes();
+  };
+  while (std::any_of(travelling_.begin(), travelling_.end(), overlaps)) receive();
 }
 
 // ---- norm and clipping
@@ -222,13 +291,17 @@ Tensor Gradients::projection(const Entry& e) {
 
 // ---- memory
 
-Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, ParameterStore& store, Backend& backend)
+Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, ParameterStore& store, Backend& backend,
+                     Communicator& communicator)
     : config_(config),
       optimizer_(optimizer),
       store_(store),
       backend_(backend),
-      matrix_("gradient.matrix", config.gradient_dtype, 0, Category::kGradients),
-      vectors_("gradient.vectors", config.gradient_dtype, 0, Category::kGradients),
+      communicator_(communicator),
+      matrices_{{"gradient.matrix", config.gradient_dtype, 0, Category::kGradients},
+                {"gradient.second_matrix", config.gradient_dtype, 0, Category::kGradients}},
+      vectors_{{"gradient.vectors", config.gradient_dtype, 0, Category::kGradients},
+               {"gradient.second_vectors", config.gradient_dtype, 0, Category::kGradients}},
       top_vectors_("gradient.top_vectors", config.gradient_dtype, 0, Category::kGradients),
       rows_("gradient.rows", DType::kF32, kPhaseBackward, Category::kGradients),
       projection_("gradient.projection", config.gradient_dtype, 0),
@@ -248,6 +321,10 @@ Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, Paramet
     const bool rounded_sum = config.micro_batches > 1 && sum_dtype(parameter) == DType::kBF16;
     e.buffered = e.keep != Keep::kSum || rounded_sum;
     entries_.push_back(e);
+    const size_t layer = static_cast<size_t>(parameter.layer + 1);
+    if (layers_.size() <= layer) layers_.resize(layer + 1);
+    ++layers_[layer].parameters;
+    layers_[layer].vectors += parameter.matrix ? 0 : 1;
   }
   reserve_buffers();
 }
@@ -271,15 +348,17 @@ uint32_t Gradients::sum_phases(const Parameter& parameter) const {
   return config_.micro_batches > 1 ? static_cast<uint32_t>(kPhaseAlways) : gradient_phases(parameter) | kPhaseUpdate;
 }
 
-// Buffers are used by the backward pass, and again where the updates come later and need them to decompress.
+// Buffers are used by the backward pass, and again where the updates come later: they decompress, or what is in them
+// has been under way.
 uint32_t Gradients::buffer_phases(const Parameter& parameter) const {
-  const uint32_t later = config_.kind == GradientMode::kCompressed ? static_cast<uint32_t>(kPhaseUpdate) : 0;
-  return gradient_phases(parameter) | later;
+  const bool later = config_.kind == GradientMode::kCompressed || (config_.kind == GradientMode::kFused && shared());
+  return gradient_phases(parameter) | (later ? static_cast<uint32_t>(kPhaseUpdate) : 0);
 }
 
 void Gradients::reserve_buffers() {
   constexpr int64_t kVectorAlignment = 64;  // elements
-  std::map<int, int64_t> vectors;           // elements by layer
+  const int turns = shared() && config_.kind == GradientMode::kFused ? 2 : 1;
+  std::map<int, int64_t> vectors;  // elements by layer
   for (Entry& e : entries_) {
     const Parameter& p = e.parameter;
     const uint32_t phases = buffer_phases(p);
@@ -293,12 +372,14 @@ void Gradients::reserve_buffers() {
     if (p.long_lived) {
       rows_.reserve(block);
     } else if (p.matrix) {
-      matrix_.reserve(block > 0 ? block : p.padded_elements(), phases);
+      for (int turn = 0; turn < (turns > 1 && block == 0 ? 2 : 1); ++turn)
+        matrices_[turn].reserve(block > 0 ? block : p.padded_elements(), phases);
     } else {
       int64_t& used = vectors[p.layer];
       e.vector_offset = used;
       used += (p.elements() + kVectorAlignment - 1) / kVectorAlignment * kVectorAlignment;
-      (p.layer < 0 ? top_vectors_ : vectors_).reserve(used, phases);
+      if (p.layer < 0) top_vectors_.reserve(used, phases);
+      for (int turn = 0; p.layer >= 0 && turn < turns; ++turn) vectors_[turn].reserve(used, phases);
     }
   }
 }
@@ -315,7 +396,9 @@ void Gradients::declare(MemoryPlan& plan) {
     if (e.buffered && p.long_lived && !wants_blocks(p))
       plan.add(&e.buffer, p.name + ".gradient", kGradients, DType::kF32, {p.padded_rows, p.cols}, buffer_phases(p));
   }
-  for (Scratch* shared : {&matrix_, &rows_, &vectors_, &top_vectors_, &projection_, &projected_}) shared->declare(plan);
+  for (Scratch* shared :
+       {&matrices_[0], &matrices_[1], &rows_, &vectors_[0], &vectors_[1], &top_vectors_, &projection_, &projected_})
+    shared->declare(plan);
   plan.add(&squares_, "gradient.squares", Category::kWorkspace, DType::kF32, {1});
   if (config_.kind == GradientMode::kCompressed)
     plan.add(&sum_squares_, "gradient.sum_squares", Category::kWorkspace, DType::kF32, {1});
@@ -325,8 +408,8 @@ Tensor Gradients::buffer_of(const Entry& e) const {
   const Parameter& p = e.parameter;
   const DType dtype = config_.gradient_dtype;
   if (p.long_lived) return wants_blocks(p) ? p.tensor(rows_.data(), DType::kF32) : p.tensor(e.buffer);
-  if (p.matrix) return p.tensor(matrix_.data(), dtype);
-  char* const vectors = static_cast<char*>((p.layer < 0 ? top_vectors_ : vectors_).data());
+  if (p.matrix) return p.tensor(matrices_[e.turn].data(), dtype);
+  char* const vectors = static_cast<char*>((p.layer < 0 ? top_vectors_ : vectors_[e.turn]).data());
   return p.tensor(vectors + static_cast<size_t>(e.vector_offset) * dtype_size(dtype), dtype);
 }
 

@@ -8,9 +8,15 @@
 //               last micro-batch one parameter at a time is decompressed and updated. Costs a matmul of 2 r n m
 //               operations per micro-batch and one to decompress (two with clipping, once for the norm).
 // All of them take one pass over each gradient for the global norm.
+//
+// Of several ranks each computes some of a step's micro-batches. Their sum is formed where a gradient is complete, in
+// the last micro-batch, beside the backward pass that goes on: of what is kept (dense, compressed: the projected sums
+// are all that travels) or of the gradient itself (fused, which therefore has two buffers in turn). Everything after
+// it, the norm, the second moment and the update, comes from the sum, so that it has the same bits on every rank.
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <utility>
 #include <vector>
@@ -20,6 +26,7 @@
 #include "flora/projection.h"
 #include "kernels/backend.h"
 #include "kernels/memory_plan.h"
+#include "parallel/communicator.h"
 
 // Protocol of one micro-batch: target()... ready() for each parameter.
 // target() may be called several times for one parameter before ready() (the head's chunks and the lookup of a tied
@@ -39,6 +46,10 @@ class GradientSink {
   virtual Target target(const Parameter& parameter) = 0;
   virtual void ready(const Parameter& parameter) = 0;
 
+  // loss[0] (fp32, device) is the step's so far, with this micro-batch; called before the first ready() of a
+  // micro-batch. With several ranks it is made the loss of all of them in the last one.
+  virtual void loss(Tensor /*loss*/) {}
+
   // rows(out, begin, accumulate): writes, or adds, rows [begin, begin + out.rows()) of a gradient to `out`. The sink
   // asks for the rows it wants, as often as it wants.
   using Rows = std::function<void(Tensor out, int64_t begin, bool accumulate)>;
@@ -56,7 +67,7 @@ inline constexpr std::pair<GradientMode, const char*> kGradientModeNames[] = {
 
 struct GradientConfig {
   GradientMode kind = GradientMode::kFused;
-  int micro_batches = 1;                   // per step
+  int micro_batches = 1;                   // per step, of one rank
   DType gradient_dtype = DType::kF32;      // of a gradient as the backward pass writes it
   DType accumulation_dtype = DType::kF32;  // of one summed over micro-batches: fp32, or bf16 rounded stochastically
   int64_t accumulation_rank = 0;           // > 0: sums are kept projected (fused and compressed)
@@ -65,6 +76,7 @@ struct GradientConfig {
   float clip_norm = 0;  // 0: off. Fused: needs two backward passes, see needs_norm_pass()
   uint64_t seed = 0;    // the run's seed
   GradientBlocks blocks = GradientBlocks::kWhole;
+  bool layer_by_layer = false;  // a layer's updates are made before the model lets go of it: its weights are streamed
 };
 
 struct StepContext {
@@ -77,7 +89,8 @@ struct StepContext {
 class Gradients final : public GradientSink {
  public:
   // Throws std::invalid_argument for a configuration that cannot be meant.
-  Gradients(const GradientConfig& config, Optimizer& optimizer, ParameterStore& store, Backend& backend);
+  Gradients(const GradientConfig& config, Optimizer& optimizer, ParameterStore& store, Backend& backend,
+            Communicator& communicator = alone());
 
   void declare(MemoryPlan& plan);
 
@@ -86,6 +99,7 @@ class Gradients final : public GradientSink {
   void begin_micro_batch(int index, bool is_last);
   Target target(const Parameter& parameter) override;
   void ready(const Parameter& parameter) override;
+  void loss(Tensor loss) override;
   bool wants_blocks(const Parameter& parameter) const override { return block_rows(parameter) > 0; }
   void from_rows(const Parameter& parameter, const Rows& rows) override;
   void end_step();
@@ -116,6 +130,21 @@ class Gradients final : public GradientSink {
     int64_t vector_offset = 0;  // in the vectors of its layer
     Tensor buffer, sum;         // as declared: with padding rows; see buffer_of(), sum_of()
     bool buffer_written = false, sum_written = false;
+    int turn = 0;  // which of the shared buffers it has
+  };
+
+  // A gradient that is becoming the sum of all ranks; the updates come in this order.
+  struct Travelling {
+    Entry* entry;
+    Tensor gradient;
+    Communicator::Ticket ticket;
+  };
+
+  // What of a layer the last micro-batch has had. Its vectors travel together.
+  struct LayerProgress {
+    size_t parameters = 0, vectors = 0;  // in all
+    size_t ready = 0;
+    std::vector<Entry*> waiting;  // its vectors that are ready
   };
 
   Entry& entry(const Parameter& parameter) { return entries_.at(static_cast<size_t>(parameter.index)); }
@@ -140,7 +169,16 @@ class Gradients final : public GradientSink {
   Tensor projection(const Entry& e);
   Compression compression(const Entry& e) const { return {e.parameter, config_.accumulation_rank}; }
 
+  // Ranks.
+  bool shared() const { return communicator_.size() > 1; }
+  Tensor shared_gradient(Entry& e);
+  void share(Entry& e);
+  void send(const std::vector<Entry*>& entries);
+  void receive();
+  void free_buffer(const Entry& e);
+
   // Norm, clipping, update.
+  void use(const Parameter& parameter, Tensor gradient);
   void add_squares(Tensor gradient);
   void gate_on_sums();
   void gate_and_clip();
@@ -151,10 +189,15 @@ class Gradients final : public GradientSink {
   Optimizer& optimizer_;
   ParameterStore& store_;
   Backend& backend_;
-  std::vector<Entry> entries_;                     // by Parameter::index
-  Scratch matrix_, vectors_, top_vectors_, rows_;  // buffers
-  Scratch projection_, projected_;                 // of projected sums
-  Tensor squares_, sum_squares_;                   // [1] of gradients, and of what is kept when that is compressed
+  Communicator& communicator_;
+  std::vector<Entry> entries_;        // by Parameter::index
+  Scratch matrices_[2], vectors_[2];  // buffers; one of each does without ranks
+  Scratch top_vectors_, rows_;
+  std::vector<LayerProgress> layers_;  // by layer + 1
+  std::deque<Travelling> travelling_;
+  int last_turn_ = 0;               // of a matrix
+  Scratch projection_, projected_;  // of projected sums
+  Tensor squares_, sum_squares_;    // [1] of gradients, and of what is kept when that is compressed
   StepScalars* scalars_ = nullptr;
   bool is_last_ = false, squares_written_ = false;
   bool norm_pass_ = false;  // this one; gradient_squares() of the one before are used in the next step

@@ -243,10 +243,10 @@ class Backend {
   // Compressed momentum: M <- beta1 M + (1-beta1) in. M fp32, bf16 or int8; `in` fp32 or bf16.
   virtual void ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) = 0;
   // W <- W - lr' (weight_decay W + update / max(1, rms(update)/clip)), lr' = lr * max(eps2, rms(W)) with
-  // scale_parameter, else lr; lr is lr_scale times the step's, here and below. The sums of squares (fp32 scalars in device memory) belong to the whole parameter of
-  // `elements` elements; weight_squares may be null without scale_parameter. With a master copy (fp32) the update goes
-  // to it and weight is its nearest rounding; without one a bf16 weight is rounded stochastically with the numbers of
-  // (key, step).
+  // scale_parameter, else lr; lr is lr_scale times the step's, here and below. The sums of squares (fp32 scalars in
+  // device memory) belong to the whole parameter of `elements` elements; weight_squares may be null without
+  // scale_parameter. With a master copy (fp32) the update goes to it and weight is its nearest rounding; without one a
+  // bf16 weight is rounded stochastically with the numbers of (key, step).
   virtual void apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
                             const float* update_squares, const float* weight_squares, int64_t elements, RandomKey key,
                             const StepScalars* scalars) = 0;

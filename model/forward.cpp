@@ -212,6 +212,7 @@ void Gpt2::train(GradientSink& sink, Tensor loss, bool accumulate_loss, float lo
   const float per_token = loss_scale / static_cast<float>(targets_.elements());
   head(&sink, per_token);
   backend_.sum(loss, activations_.losses, per_token, accumulate_loss);
+  sink.loss(loss);
   backend_.gate_on_finite(scalars, loss);
   backward(sink);
 }

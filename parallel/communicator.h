@@ -2,12 +2,16 @@
 // of it. Implementations: AloneCommunicator here, Gloo (CPU, gloo_communicator.h) and NCCL (CUDA, nccl_communicator.h).
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
-#include <stdexcept>
 
 #include "kernels/tensor.h"
+
+class Backend;
+class Job;
 
 // Every rank calls the same operations in the same order with the same shapes. An operation begins once all that was
 // given to the compute stream before is done, runs beside what is given to it after (CUDA: on a stream of its own, CPU:
@@ -41,6 +45,9 @@ class Communicator {
   virtual int64_t bytes_sent() const = 0;
 };
 
+// What a rank sends in an all_reduce of so many bytes by a ring.
+inline int64_t all_reduce_bytes(int64_t bytes, int ranks) { return 2 * (ranks - 1) * bytes / ranks; }
+
 // The only rank: nothing to say, nobody to wait for.
 class AloneCommunicator final : public Communicator {
  public:
@@ -56,3 +63,7 @@ inline Communicator& alone() {
   static AloneCommunicator communicator;
   return communicator;
 }
+
+// What the ranks of a job need on this device; all of them call it. A peer that does nothing for as long as `timeout`
+// is lost. Throws std::runtime_error in one line, also where the library that it takes is missing.
+std::unique_ptr<Communicator> make_communicator(Job& job, Backend& backend, std::chrono::milliseconds timeout);

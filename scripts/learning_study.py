@@ -78,6 +78,9 @@ SETTINGS |= {
     "adamw matrix lr 1/10": (["--optimizer", "adamw", "--matrix-lr-scale", "0.1"], 4e-3),
     "adafactor no momentum matrix lr 1/3": (
         ["--optimizer", "adafactor", "--beta1", "0", "--gradients", "fused", "--matrix-lr-scale", "0.333"], 4e-3),
+    "adafactor no momentum matrix lr 1/10": (
+        ["--optimizer", "adafactor", "--beta1", "0", "--gradients", "fused", "--matrix-lr-scale", "0.1"], 8e-3),
+    "adamw half-life matrix lr 1/10": (["--optimizer", "adamw", *HALF_LIFE, "--matrix-lr-scale", "0.1"], 8e-3),
     "flora cosine C/4 kappa 200 matrix lr 3": ([*flora("cosine", 4, 200)[1], "--matrix-lr-scale", "3"], 2e-3),
 }
 

@@ -296,8 +296,11 @@ TEST_P(OptimizerOps, ApplyUpdate) {
                 const Values sums = device.read(squares);
                 lr = 0.005 * (scale_parameter ? std::max(0.2, std::sqrt(sums[1] / static_cast<double>(n))) : 1);
                 shrink = clip > 0 ? 1 / std::max(1.0, std::sqrt(sums[0] / static_cast<double>(n)) / clip) : 1;
-                const ApplyOptions options{
-                    .weight_decay = 0.1f, .lr_scale = 0.5f, .clip = clip, .scale_parameter = scale_parameter, .eps2 = 0.2f};
+                const ApplyOptions options{.weight_decay = 0.1f,
+                                           .lr_scale = 0.5f,
+                                           .clip = clip,
+                                           .scale_parameter = scale_parameter,
+                                           .eps2 = 0.2f};
                 device->apply_update(weight, master, update, options, squares.as<float>(), squares.as<float>() + 1, n,
                                      kKey, s.data());
                 return device.read(update);
@@ -323,7 +326,8 @@ TEST_P(OptimizerOps, AdamW) {
               const Tensor v_state = make_state(device, state == DType::kI8 ? DType::kU8 : DType::kF32, v);
               Values m = momentum ? state_values(device, m_state) : Values(v.size(), 0);
               v = state_values(device, v_state);
-              const AdamWOptions options{.beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-3f, .weight_decay = 0.1f, .lr_scale = 0.5f};
+              const AdamWOptions options{
+                  .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-3f, .weight_decay = 0.1f, .lr_scale = 0.5f};
               device->adamw_update(weight, master, m_state, v_state, g, options, kKey, s.data());
               const Values grad = device.read(g);
               Values step(grad.size());
@@ -360,7 +364,8 @@ TEST_P(OptimizerOps, Sgd) {
                 const Values old = state_values(device, m);
                 for (size_t i = 0; i < step.size(); ++i) step[i] += 0.9 * old[i];
               }
-              device->sgd_update(weight, master, m, g, {.beta1 = 0.9f, .weight_decay = 0.1f, .lr_scale = 0.5f}, kKey, s.data());
+              device->sgd_update(weight, master, m, g, {.beta1 = 0.9f, .weight_decay = 0.1f, .lr_scale = 0.5f}, kKey,
+                                 s.data());
               if (momentum && s.get().gate == 1) {
                 EXPECT_LE(relative_error(state_values(device, m), step), state_tolerance(state));
               }

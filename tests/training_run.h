@@ -40,6 +40,7 @@ struct Outcome {
   std::vector<float> losses, norms;
   std::vector<uint8_t> bits;  // of all weights and optimizer states
   size_t planned = 0, allocated = 0;
+  int64_t bytes_sent = 0;
 };
 
 inline void append(std::vector<uint8_t>& bits, Backend& backend, const Tensor& tensor) {
@@ -57,7 +58,18 @@ inline void append(std::vector<uint8_t>& bits, Backend& backend, const Tensor& t
 // copy before the next one is made.
 class Batches {
  public:
+  // Of several ranks each draws all micro-batches and takes its own.
+  explicit Batches(int rank = 0, int ranks = 1) : before_(rank), after_(ranks - 1 - rank) {}
+
   HostBatch next() {
+    for (int i = 0; i < owed_ + before_; ++i) draw();
+    owed_ = after_;
+    draw();
+    return batch_->host();
+  }
+
+ private:
+  void draw() {
     std::vector<std::vector<int32_t>> rows(kBatch);
     for (auto& row : rows) {
       int32_t token = static_cast<int32_t>(generator_() % kVocabulary);
@@ -67,24 +79,23 @@ class Batches {
       }
     }
     batch_ = std::make_unique<BenchBatch>(rows, kVocabulary);
-    return batch_->host();
   }
 
- private:
+  int before_, after_, owed_ = 0;
   std::mt19937 generator_{17};
   std::unique_ptr<BenchBatch> batch_;
 };
 
 // after_step(engine) is called between the steps.
-inline Outcome train(Backend& backend, Communicator& communicator, const EngineConfig& config, float lr,
-                     uint32_t steps = kSteps, const std::function<void(Engine&)>& after_step = {}) {
+inline Outcome train(Backend& backend, Communicator& communicator, const EngineConfig& config, float lr, uint32_t steps,
+                     const std::function<void(Engine&)>& after_step = {}) {
   Engine engine(config, backend, communicator);
   engine.allocate();
   Outcome outcome;
   outcome.planned = engine.plan().device_bytes();
   outcome.allocated = backend.allocated_bytes();
   engine.model().initialize(3);
-  Batches batches;
+  Batches batches(communicator.rank(), communicator.size());
   for (uint32_t t = 1; t <= steps; ++t) {
     const StepResult result = engine.step(t, lr, [&](int) { return batches.next(); });
     EXPECT_TRUE(result.applied);
@@ -92,6 +103,7 @@ inline Outcome train(Backend& backend, Communicator& communicator, const EngineC
     outcome.norms.push_back(result.grad_norm);
     if (after_step) after_step(engine);
   }
+  outcome.bytes_sent = communicator.bytes_sent();
   HeldLayer<ParameterStore> held(engine.store());
   for (const Parameter& p : engine.store().parameters()) {
     held.hold(p.layer, Access::kRead);

@@ -1,8 +1,12 @@
 // checkpoint.cpp: see checkpoint.h.
 #include "train/checkpoint.h"
 
+#include <zlib.h>
+
+#include <algorithm>
 #include <filesystem>
 #include <functional>
+#include <sstream>
 #include <vector>
 
 #include "train/file_io.h"
@@ -129,6 +133,40 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
     warn(error.path1().string() + " cannot be removed: " + error.code().message());
   }
   return path;
+}
+
+std::string tensor_checksums(Engine& engine) {
+  ParameterStore& store = engine.store();
+  std::vector<SavedTensor> tensors;
+  for (const Parameter& parameter : store.parameters()) {
+    const Tensor shape = parameter.tensor(nullptr, parameter.quantized ? DType::kI8 : store.dtype(parameter));
+    tensors.push_back(
+        {parameter.name, parameter.layer, shape, [&store, &parameter] { return store.stored(parameter); }});
+  }
+  for (const SavedTensor& saved : optimizer_tensors(engine)) tensors.push_back(saved);
+  std::string text;
+  std::vector<unsigned char> piece(size_t{1} << 20);
+  for_each_tensor(engine, tensors, Access::kRead, [&](const SavedTensor& saved, const Tensor& tensor) {
+    const char* const data = static_cast<const char*>(tensor.data);
+    uLong checksum = crc32(0, nullptr, 0);
+    for (size_t done = 0; done < tensor.bytes(); done += piece.size()) {
+      const size_t bytes = std::min(piece.size(), tensor.bytes() - done);
+      engine.backend().copy(piece.data(), data + done, bytes);
+      engine.backend().synchronize();
+      checksum = crc32(checksum, piece.data(), static_cast<uInt>(bytes));
+    }
+    text += saved.name + " " + std::to_string(checksum) + "\n";
+  });
+  return text;
+}
+
+std::string first_difference(const std::vector<std::string>& checksums) {
+  for (size_t rank = 1; rank < checksums.size(); ++rank) {
+    std::istringstream first(checksums[0]), other(checksums[rank]);
+    for (std::string a, b; std::getline(first, a) && std::getline(other, b);)
+      if (a != b) return "rank " + std::to_string(rank) + " has another " + a.substr(0, a.find(' ')) + " than rank 0";
+  }
+  return "";
 }
 
 TrainerState read_checkpoint(const std::string& checkpoint) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "train/engine.h"
 #include "train/trainer_state.h"
@@ -21,6 +22,12 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
 // Reads trainer_state.json and checks it and every other file (train/trainer_state.h). Throws std::runtime_error naming
 // the file.
 TrainerState read_checkpoint(const std::string& checkpoint);
+
+// A line for each tensor of weights and optimizer states: its name and the CRC-32 of its bits.
+std::string tensor_checksums(Engine& engine);
+// Of such texts, one of each rank: the first rank and tensor that differ from rank 0's, in words; empty where none
+// does.
+std::string first_difference(const std::vector<std::string>& checksums);
 
 // Weights (and master copies) and optimizer state into an allocated engine. Throws std::runtime_error naming what is
 // missing.

@@ -64,6 +64,7 @@ EngineConfig completed(EngineConfig config, Communicator& communicator) {
   if (offload.activations) config.shapes.streamed_layers = offload.layers_in_flight;
   if (offload.activations || offload.state || offload.weights) config.graphs = false;
   config.master_weights = config.master_weights && config.weight_dtype == DType::kBF16;
+  config.gradients.layer_by_layer = config.optimizer.states.streamed_layers > 0 && !config.optimizer.states.parts;
   config.optimizer.blocks = config.gradients.blocks;
   config.shapes.head_blocks = config.shapes.training && config.gradients.blocks != GradientBlocks::kWhole;
   return config;
@@ -105,7 +106,7 @@ Engine::Engine(const EngineConfig& config, Backend& backend, std::unique_ptr<Com
       graphs_(backend, config_.graphs) {
   if (config_.shapes.training) {
     optimizer_ = make_optimizer(config_.optimizer, store_.parameters(), config_.gradients.gradient_dtype, backend);
-    gradients_ = std::make_unique<Gradients>(config_.gradients, *optimizer_, store_, backend);
+    gradients_ = std::make_unique<Gradients>(config_.gradients, *optimizer_, store_, backend, communicator_);
   }
   if (config_.sampling) sampler_ = std::make_unique<Gpt2>(config_.model, sampling_shapes(config_), store_, backend);
   store_.declare(plan_);
@@ -137,6 +138,11 @@ std::vector<float> Engine::token_losses(const HostBatch& batch) {
   backend_.copy(out.data(), losses.data, out.size() * sizeof(float));
   backend_.synchronize();
   return out;
+}
+
+float Engine::evaluate(const HostBatch& batch) {
+  model_.evaluate(batch, loss_, false, 1.0f);
+  return result().loss;
 }
 
 StepResult Engine::result() {

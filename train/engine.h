@@ -17,7 +17,8 @@
 
 // What ranks keep together, each a part of it, and gather layer by layer.
 enum class Spread : uint8_t { kNone, kWeights };  // kWeights: the blocks' matrices and their optimizer states
-inline constexpr std::pair<Spread, const char*> kSpreadNames[] = {{Spread::kNone, "none"}, {Spread::kWeights, "weights"}};
+inline constexpr std::pair<Spread, const char*> kSpreadNames[] = {{Spread::kNone, "none"},
+                                                                  {Spread::kWeights, "weights"}};
 
 // What stays in host memory and visits the device layer by layer.
 struct Offload {
@@ -36,7 +37,7 @@ struct EngineConfig {
   GradientConfig gradients;
   Offload offload;
   Spread spread = Spread::kNone;
-  int ranks = 1;         // of the run, for a plan; with a communicator as many as it has
+  int ranks = 1;          // of the run, for a plan; with a communicator as many as it has
   bool sampling = false;  // text will be sampled: there is a sampler()
   bool graphs = true;     // record a step's operations and replay them, where the backend can
 };
@@ -51,6 +52,7 @@ struct StepResult {
 
 class Engine {
  public:
+  // With a communicator of several ranks each computes config.gradients.micro_batches of a step's micro-batches.
   Engine(const EngineConfig& config, Backend& backend, Communicator& communicator);
   // One process alone; with several ranks in `config`, the plan of each of them.
   Engine(const EngineConfig& config, Backend& backend);
@@ -71,6 +73,7 @@ class Engine {
   const Optimizer& optimizer() const { return *optimizer_; }
   Gradients& gradients() { return *gradients_; }
   Backend& backend() { return backend_; }
+  Communicator& communicator() { return communicator_; }
   const EngineConfig& config() const { return config_; }
   const Arena& arena() const { return *arena_; }
 
@@ -91,21 +94,8 @@ class Engine {
   // The loss of every position of a batch, [B*T] in nats; 0 where it has no target.
   std::vector<float> token_losses(const HostBatch& batch);
 
-  // Mean loss over the tokens of batches supplied by next_batch(i), i < count. They may differ in size: each one's sum
-  // is added in double on the host, so that the mean does not depend on how the sequences were grouped.
-  template <typename NextBatch>
-  double evaluate(int64_t count, NextBatch&& next_batch) {
-    double sum = 0;
-    int64_t tokens = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const HostBatch batch = next_batch(i);
-      model_.evaluate(batch, loss_, false, 1.0f);
-      const int64_t here = batch.batch * batch.sequence;
-      sum += static_cast<double>(here) * result().loss;
-      tokens += here;
-    }
-    return sum / static_cast<double>(tokens);
-  }
+  // Mean loss over the tokens of a batch.
+  float evaluate(const HostBatch& batch);
 
  private:
   template <typename NextBatch>
@@ -117,12 +107,22 @@ class Engine {
       if (batch.batch != config_.shapes.batch || batch.sequence != config_.shapes.sequence)
         throw std::logic_error("a training step takes micro-batches of the planned shape");
       model_.load(batch);
-      graphs_.run(graph_key(i > 0 ? 1 : 0, i + 1 == count ? 1 : 0), [&] {
-        gradients_->begin_micro_batch(i, i + 1 == count);
-        model_.train(*gradients_, loss_, i > 0, 1.0f / static_cast<float>(count), scalars_);
-      });
+      const bool last = i + 1 == count;
+      const auto operations = [&] {
+        gradients_->begin_micro_batch(i, last);
+        model_.train(*gradients_, loss_, i > 0, 1.0f / static_cast<float>(count * communicator_.size()), scalars_);
+      };
+      if (last && communicator_.size() > 1) {
+        operations();  // what the ranks say to each other is not recorded
+      } else {
+        graphs_.run(graph_key(i > 0 ? 1 : 0, last ? 1 : 0), operations);
+      }
     }
-    graphs_.run(graph_key(2, 0), [&] { gradients_->end_step(); });
+    if (communicator_.size() > 1) {
+      gradients_->end_step();
+    } else {
+      graphs_.run(graph_key(2, 0), [&] { gradients_->end_step(); });
+    }
   }
   // Micro-batches that come first, last, or between issue different operations.
   uint32_t graph_key(uint32_t position, uint32_t last) const { return 8 * gradients_->variant() + 2 * position + last; }

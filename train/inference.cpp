@@ -61,7 +61,8 @@ void print_validation(Engine& engine, RunSetup& setup, int64_t vocabulary) {
   warn(loader.left_out());
   find_tokenizer_if_any(setup);
   const int64_t sequences = std::max<int64_t>(o.eval_batches, 0) * setup.engine.shapes.batch;
-  const Validation result = validate(engine, loader, sequences, setup.tokenizer.get());
+  Job job;
+  const Validation result = validate(engine, loader, sequences, setup.tokenizer.get(), job);
   if (!std::isfinite(result.loss)) {
     throw std::runtime_error("the validation loss is not finite: " + o.model +
                              " holds weights that are not, or overflows in " + dtype_name(setup.engine.shapes.dtype));

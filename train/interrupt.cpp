@@ -26,7 +26,8 @@ std::atomic<int> current_answers{0};
 
 std::atomic<int> first_signal{0};
 std::atomic<int64_t> first_time[NSIG];  // of each signal, in milliseconds; 0: not yet
-const char* line_start = "";            // a new line where the terminal shows ^C or half a progress line
+bool silent = false;
+const char* line_start = "";  // a new line where the terminal shows ^C or half a progress line
 
 int64_t milliseconds_now() {
   timespec now{};
@@ -35,6 +36,7 @@ int64_t milliseconds_now() {
 }
 
 void say(const char* text, const char* end) {
+  if (silent) return;
   char line[sizeof(Answers::second) + 64];
   size_t length = 0;
   for (const char* part : {line_start, text, end}) {
@@ -63,6 +65,8 @@ void on_signal(int signal) {
 }
 
 }  // namespace
+
+void answer_interrupts_silently() { silent = true; }
 
 void watch_for_interrupts() {
   if (isatty(STDERR_FILENO)) line_start = "\n";

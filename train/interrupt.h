@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <string>
 
+// Such a signal is answered in silence: another process of the job says it.
+void answer_interrupts_silently();
+
 // From here on such a signal asks for a stop. Before, each has its default action and ends the program.
 void watch_for_interrupts();
 

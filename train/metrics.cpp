@@ -104,15 +104,18 @@ void MetricsFile::write_sample(uint32_t step, const std::string& text) {
   write_line(json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
 }
 
-Progress::Progress(int64_t total_steps) : total_steps_(total_steps), terminal_(isatty(STDOUT_FILENO)) {}
+Progress::Progress(int64_t total_steps, int rank, int ranks)
+    : total_steps_(total_steps), ranks_(ranks), silent_(rank > 0), terminal_(isatty(STDOUT_FILENO)) {}
 
 void Progress::step(const StepMetrics& m, double seconds_left) {
-  char line[256];
+  if (silent_) return;
+  char line[256], ranks[32] = "";
+  if (ranks_ > 1) snprintf(ranks, sizeof ranks, " | %d ranks", ranks_);
   // What a narrow terminal cuts off comes last.
   snprintf(line, sizeof line,
-           "step %u/%lld | loss %.4f | ETA %s | %.0f tokens/s | %.0f ms | MFU %.1f%% | lr %.2e | grad norm %.3f",
+           "step %u/%lld | loss %.4f | ETA %s | %.0f tokens/s | %.0f ms | MFU %.1f%% | lr %.2e | grad norm %.3f%s",
            m.step, static_cast<long long>(total_steps_), m.loss, format_duration(seconds_left).c_str(),
-           m.tokens_per_second, m.step_ms, 100 * m.mfu, m.lr, m.grad_norm);
+           m.tokens_per_second, m.step_ms, 100 * m.mfu, m.lr, m.grad_norm, ranks);
   if (terminal_) {
     // A line that wraps could not be rewritten in place.
     std::printf("\r\033[K%s", std::string(line).substr(0, terminal_columns() - 1).c_str());
@@ -124,6 +127,7 @@ void Progress::step(const StepMetrics& m, double seconds_left) {
 }
 
 void Progress::message(const std::string& text) {
+  if (silent_) return;
   finish();
   std::printf("%s\n", text.c_str());
   std::fflush(stdout);

@@ -43,14 +43,16 @@ bool goes_on_from(const std::string& run, const std::string& other, uint32_t las
 // The live line: rewritten in place on a terminal, one line per call elsewhere.
 class Progress {
  public:
-  explicit Progress(int64_t total_steps);
+  // Several ranks: only the first one says anything; the line then names their number.
+  Progress(int64_t total_steps, int rank, int ranks);
   void step(const StepMetrics& metrics, double seconds_left);
   void message(const std::string& text);  // a line that stays
   void finish();                          // leaves the live line as it is
 
  private:
   int64_t total_steps_;
-  bool terminal_;
+  int ranks_;
+  bool silent_, terminal_;
   bool open_line_ = false;
 };
 

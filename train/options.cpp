@@ -103,6 +103,7 @@ Restored restore_options(Options& options, const nlohmann::json& saved) {
   options.profile = before.profile;
   options.memory_budget = before.memory_budget;  // what it led to is in the other options
   options.resume = before.resume;
+  options.devices = before.devices;
   return visitor.found;
 }
 

@@ -57,10 +57,16 @@ struct Options {
   double top_p = 1;
   // device
   DeviceKind device = DeviceKind::kAuto;
+  int64_t check_ranks = 0;
   int64_t threads = 0;  // 0: as many as there are cores
   bool tf32 = false, autotune = true;
   bool profile = false;
   double peak_tflops = 0;  // 0: measured
+  // many devices
+  int64_t devices = 1, rendezvous_port = 0;
+  double rendezvous_timeout = 60, comm_timeout = 60;
+
+  int ranks = 1;  // processes of the run: what its launcher says, no flag
 
   std::vector<std::string> given;    // flags that were on the command line or in the configuration file
   std::vector<std::string> settled;  // those that something else has decided: a checkpoint, the planner, resolve()
@@ -262,6 +268,9 @@ void describe(Options& o, Visitor& v) {
   v(o.top_k, "top-k", "tokens", "sample from the k likeliest; 0: from all", at_least(0), free);
   v(o.top_p, "top-p", "", "of those from the fewest likeliest that are together as probable as this; 1: from all",
     kAboveZeroToOne, free);
+  v(o.check_ranks, "check-ranks", "steps",
+    "several ranks: compare the bits of weights and states over all of them so often; 0: only before a checkpoint",
+    at_least(0), free);
   v(o.log_every, "log-every", "steps", "progress line; metrics.jsonl has every step", at_least(1), free);
   v.group("device");
   v(o.device, "device", "", "where to compute", kDeviceNames, free);
@@ -275,4 +284,14 @@ void describe(Options& o, Visitor& v) {
     free);
   v(o.profile, "profile", "", "time, rate and share of every operation at the end", Switch{}, free);
   v(o.peak_tflops, "peak-tflops", "TFLOP/s", "of the device, for MFU; 0: measured at the start", at_least(0), free);
+  v.group("many devices");
+  v(o.devices, "devices", "", "train with as many processes on this machine, one a device; they average gradients",
+    at_least(1, kMostThreads), free);
+  v(o.rendezvous_port, "rendezvous-port", "PORT",
+    "where rank 0 listens for the others; 0: one above MASTER_PORT, or one made from the job's name; with devices a "
+    "free one",
+    at_least(0, 65535), free);
+  v(o.rendezvous_timeout, "rendezvous-timeout", "seconds", "in which all processes must have come", kAboveZero, free);
+  v(o.comm_timeout, "comm-timeout", "seconds", "after which a process that gives no sign of life is lost", kAboveZero,
+    free);
 }

@@ -49,6 +49,13 @@ TrainerState read_or_name_another(const ResumePoint& from) {
 
 }  // namespace
 
+void follow_resume(Options& options, const std::string& checkpoint, const std::string& out, TrainerState& state) {
+  state = read_checkpoint(checkpoint);
+  restore(options, checkpoint, state);
+  options.out = out;
+  check_options(options);
+}
+
 ResumePoint resume(Options& options, std::optional<RunFolder>& folder, TrainerState& state,
                    std::vector<std::string>& changes) {
   ResumePoint from = find_checkpoint(options.resume);

@@ -16,3 +16,6 @@
 // later checkpoints or another run.
 ResumePoint resume(Options& options, std::optional<RunFolder>& folder, TrainerState& state,
                    std::vector<std::string>& changes);
+
+// The same for the other processes of a job, when rank 0 has done that: reads the checkpoint and fills in the options.
+void follow_resume(Options& options, const std::string& checkpoint, const std::string& out, TrainerState& state);

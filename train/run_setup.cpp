@@ -34,14 +34,15 @@ void choose_micro_batch(Options& o, bool cpu, Undecided undecided) {
   const bool given = o.was_given("micro-batch");
   o.choose("micro-batch", shapes.batch, cpu ? kCpuMicroBatch : kGpuMicroBatch);
   if (divide && !given) shapes.batch = starting_micro_batch(o, shapes.batch);
-  const int64_t micro_tokens = shapes.batch * shapes.sequence;
+  const int64_t micro_tokens = shapes.batch * shapes.sequence, all_ranks = o.ranks * micro_tokens;
   if (micro_tokens > INT32_MAX) {
     throw UsageError("--micro-batch x --seq-len is " + std::to_string(micro_tokens) + " tokens, more than fit a pass");
   }
-  o.choose("tokens-per-step", o.tokens_per_step, micro_tokens);
-  if (o.tokens_per_step % micro_tokens != 0) {
-    throw UsageError("--tokens-per-step " + std::to_string(o.tokens_per_step) +
-                     " is not a multiple of micro-batch x seq-len = " + std::to_string(micro_tokens));
+  o.choose("tokens-per-step", o.tokens_per_step, all_ranks);
+  if (o.tokens_per_step % all_ranks != 0) {
+    const std::string ranks = o.ranks > 1 ? std::to_string(o.ranks) + " ranks x " : "";
+    throw UsageError("--tokens-per-step " + std::to_string(o.tokens_per_step) + " is not a multiple of " + ranks +
+                     "micro-batch x seq-len = " + std::to_string(all_ranks));
   }
   o.choose("head-chunk", shapes.head_chunk, 512);
   shapes.head_chunk = std::min(shapes.head_chunk, micro_tokens);
@@ -110,7 +111,8 @@ EngineConfig engine_config(Options& o, const Gpt2Config& model, bool training) {
     optimizer.transfer = o.engine.optimizer.transfer;
   }
   GradientConfig& gradients = engine.gradients;
-  gradients.micro_batches = static_cast<int>(o.tokens_per_step / (engine.shapes.batch * engine.shapes.sequence));
+  gradients.micro_batches =
+      static_cast<int>(o.tokens_per_step / (o.ranks * engine.shapes.batch * engine.shapes.sequence));
   gradients.projection = optimizer.projection;
   gradients.compress_embeddings = optimizer.compress_embeddings;
   gradients.seed = optimizer.seed;
@@ -128,8 +130,8 @@ void check_gradient_blocks(const Options& o, const EngineConfig& engine, Undecid
     throw UsageError(flag + " contradicts --no-factored: a full second moment sees a gradient once");
   if (gradients.micro_batches > 1 && undecided == Undecided::kNothing) {
     throw UsageError(flag + " needs all of --tokens-per-step " + std::to_string(o.tokens_per_step) +
-                     " in one micro-batch, which has " + std::to_string(engine.shapes.batch * engine.shapes.sequence) +
-                     " tokens");
+                     " in one micro-batch of each rank, which has " +
+                     std::to_string(engine.shapes.batch * engine.shapes.sequence) + " tokens");
   }
 }
 
@@ -164,7 +166,7 @@ std::string absolute_file(const std::string& path) {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_backend(Options& options, std::string& why) {
+std::unique_ptr<Backend> make_backend(Options& options, std::string& why, const DevicePlace& place) {
   why = "as asked for";
   if (options.device != DeviceKind::kCpu) {
     const std::string problem = cuda_unavailable();
@@ -176,7 +178,7 @@ std::unique_ptr<Backend> make_backend(Options& options, std::string& why) {
       throw UsageError("--device cuda: " + problem + "; --device cpu works everywhere");
     why = "auto: " + problem;
   }
-  if (options.threads == 0) options.threads = usable_cores();
+  if (options.threads == 0) options.threads = share_of_cores(place.sharing);
   return make_cpu_backend({.threads = static_cast<int>(options.threads)});
 }
 

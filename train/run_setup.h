@@ -12,9 +12,14 @@
 #include "train/options.h"
 #include "train/weights_io.h"
 
+// Where a process of several stands on its machine: which GPU is its own, and how many processes share its cores.
+struct DevicePlace {
+  int ordinal = 0, sharing = 1;
+};
+
 // The device the options ask for; chooses options.threads. Throws UsageError when it cannot be had; `why` says in words
 // what "auto" chose.
-std::unique_ptr<Backend> make_backend(Options& options, std::string& why);
+std::unique_ptr<Backend> make_backend(Options& options, std::string& why, const DevicePlace& place = {});
 
 // A usable device of the options' kind, or where there is none a stand-in that plans for one; `note` then says so.
 std::unique_ptr<Backend> make_backend_for_plan(Options& options, std::string& note);

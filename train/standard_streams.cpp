@@ -32,6 +32,21 @@ bool reader_has_gone() {
 
 }  // namespace
 
+namespace {
+std::string speaker;  // before a message
+bool warns = true;
+}  // namespace
+
+void speak_as_rank(int rank) {
+  if (rank == 0) return;
+  speaker = "rank " + std::to_string(rank) + ": ";
+  warns = false;
+  const int nowhere = open("/dev/null", O_WRONLY | O_CLOEXEC);
+  std::fflush(stdout);
+  if (nowhere < 0 || dup2(nowhere, STDOUT_FILENO) < 0) return;
+  close(nowhere);
+}
+
 void outlive_reader() { std::signal(SIGPIPE, SIG_IGN); }
 
 void say_on_error(std::string message) {
@@ -41,11 +56,11 @@ void say_on_error(std::string message) {
   }
   std::replace_if(
       message.begin(), message.end(), [](char c) { return c == '\n' || c == '\t'; }, ' ');
-  std::fprintf(stderr, "train_gpt2: %s\n", printable(message).c_str());
+  std::fprintf(stderr, "train_gpt2: %s%s\n", speaker.c_str(), printable(message).c_str());
 }
 
 void warn(const std::string& warning) {
-  if (!warning.empty()) say_on_error("warning: " + warning);
+  if (warns && !warning.empty()) say_on_error("warning: " + warning);
 }
 
 bool output_arrived() {

@@ -18,6 +18,10 @@ void say_on_error(std::string message);
 // The same as a warning; nothing for an empty one.
 void warn(const std::string& warning);
 
+// Of a job's processes rank 0 speaks: the others lose what is printed and their warnings, and errors begin with "rank
+// N: ".
+void speak_as_rank(int rank);
+
 // Flushes standard output. Whether all that was printed has arrived; if not, one line on standard error says so, but
 // for a reader that has gone.
 bool output_arrived();

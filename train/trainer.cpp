@@ -8,6 +8,7 @@
 #include <fstream>
 #include <numbers>
 #include <span>
+#include <sstream>
 #include <stdexcept>
 
 #include "train/file_io.h"
@@ -28,22 +29,12 @@ struct DataError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Something beside the training itself: when it fails, that is said and the run goes on.
-template <typename Job>
-void try_beside(uint32_t t, const char* without, Job&& job) {
-  try {
-    job();
-  } catch (const std::exception& error) {
-    warn("step " + std::to_string(t) + ": " + without + ": " + message_of(error));
-  }
-}
-
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-TokenLoaderOptions loader_options(const Options& options, const std::string& pattern, int64_t vocabulary,
-                                  bool shuffle) {
+TokenLoaderOptions loader_options(const Options& options, const std::string& pattern, int64_t vocabulary, bool shuffle,
+                                  const Job& job = {}) {
   TokenLoaderOptions loader;
   loader.pattern = pattern;
   loader.flag = shuffle ? "--data" : "--val-data";
@@ -54,6 +45,8 @@ TokenLoaderOptions loader_options(const Options& options, const std::string& pat
   loader.shuffle = shuffle;
   loader.prefetch = shuffle;
   loader.format = options.data_format;
+  loader.rank = job.rank();
+  loader.ranks = job.size();
   return loader;
 }
 
@@ -78,6 +71,29 @@ HostBatch host_batch(const MicroBatch& batch, int64_t sequences, int64_t length,
   return host;
 }
 
+// Of one rank's micro-batches: the sum of each one's losses, in double so that the mean does not depend on how
+// sequences were grouped, and the bytes of their text; -1 where that is not known.
+struct BatchSums {
+  std::vector<double> losses;
+  int64_t bytes = 0;
+
+  BatchSums() = default;
+  explicit BatchSums(const std::string& text) {
+    std::istringstream in(text);
+    in >> bytes;
+    for (std::string word; in >> word;) losses.push_back(std::strtod(word.c_str(), nullptr));
+  }
+  std::string text() const {
+    std::string text = std::to_string(bytes);
+    char word[40];
+    for (double loss : losses) {
+      snprintf(word, sizeof word, " %a", loss);
+      text += word;
+    }
+    return text;
+  }
+};
+
 }  // namespace
 
 TokenLoader open_loader(const Options& options, const std::string& pattern, int64_t vocabulary, bool shuffle) {
@@ -89,7 +105,7 @@ std::optional<double> Validation::bits_per_byte() const {
   return loss * static_cast<double>(tokens) / (std::numbers::ln2 * static_cast<double>(bytes));
 }
 
-Validation validate(Engine& engine, TokenLoader& loader, int64_t sequences, const Tokenizer* tokenizer) {
+Validation validate(Engine& engine, TokenLoader& loader, int64_t sequences, const Tokenizer* tokenizer, Job& job) {
   const ActivationShapes& shapes = engine.config().shapes;
   const int64_t available = loader.sequences_per_epoch();
   const int64_t total = sequences > 0 ? std::min(sequences, available) : available;
@@ -97,28 +113,41 @@ Validation validate(Engine& engine, TokenLoader& loader, int64_t sequences, cons
   loader.rewind();
   Validation result;
   result.tokens = total * shapes.sequence;
-  std::optional<int64_t> bytes = 0;
-  result.loss = engine.evaluate((total + shapes.batch - 1) / shapes.batch, [&](int64_t i) {
-    if (interrupting_signal() != signal_before) throw std::runtime_error("stopped by a signal");
+  const int64_t ranks = job.size(), micro_batches = (total + shapes.batch - 1) / shapes.batch;
+  BatchSums mine;
+  for (int64_t i = job.rank(); i < micro_batches; i += ranks) {
+    if (ranks == 1 && interrupting_signal() != signal_before) throw std::runtime_error("stopped by a signal");
     // The last micro-batch goes on into the next epoch; only what is left of this one is used.
     const int64_t rows = std::min(shapes.batch, total - i * shapes.batch);
     const MicroBatch& batch = loader.next();
-    if (tokenizer && bytes) {
-      const auto here = tokenizer->text_bytes(std::span(batch.targets).first(rows * shapes.sequence));
-      bytes = here ? std::optional(*bytes + *here) : std::nullopt;
+    if (tokenizer) {
+      const auto bytes = tokenizer->text_bytes(std::span(batch.targets).first(rows * shapes.sequence));
+      mine.bytes = bytes && mine.bytes >= 0 ? mine.bytes + *bytes : -1;
     }
-    return host_batch(batch, rows, shapes.sequence, false);
-  });
-  result.bytes = bytes.value_or(0);
+    const HostBatch host = host_batch(batch, rows, shapes.sequence, false);
+    mine.losses.push_back(static_cast<double>(rows * shapes.sequence) * engine.evaluate(host));
+  }
+  // One after another in the order of the micro-batches, whichever ranks computed them.
+  std::vector<BatchSums> all;
+  for (const std::string& text : job.gather(mine.text())) all.emplace_back(text);
+  double sum = 0;
+  for (int64_t i = 0; i < micro_batches; ++i)
+    sum += all[static_cast<size_t>(i % ranks)].losses.at(static_cast<size_t>(i / ranks));
+  result.loss = sum / static_cast<double>(result.tokens);
+  for (const BatchSums& sums : all)
+    result.bytes = std::min(sums.bytes, result.bytes) < 0 ? -1 : result.bytes + sums.bytes;
+  result.bytes = std::max<int64_t>(result.bytes, 0);
   return result;
 }
 
-Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint, const TrainerState& state)
+Trainer::Trainer(const RunSetup& setup, Backend& backend, Job& job, Communicator& communicator,
+                 const std::string& checkpoint, const TrainerState& state)
     : setup_(setup),
       backend_(backend),
-      engine_(setup.engine, backend),
-      loader_(loader_options(setup.options, setup.options.data, setup.engine.model.vocabulary, true)),
-      progress_(setup.options.steps),
+      job_(job),
+      engine_(setup.engine, backend, communicator),
+      loader_(loader_options(setup.options, setup.options.data, setup.engine.model.vocabulary, true, job)),
+      progress_(setup.options.steps, job.rank(), job.size()),
       saved_options_(options_to_json(with_absolute_paths(setup.options))) {
   const Options& o = setup_.options;
   if (!loader_.left_out().empty()) data_warnings_.push_back(loader_.left_out());
@@ -145,12 +174,16 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
     skipped_ = state.skipped;
     resumed = state.step;
     last_checkpoint_ = checkpoint;
+    job_.set_last_checkpoint(checkpoint);
   } else if (setup_.source.has_weights) {
     verify_model(setup_.source.path, CheckpointPart::kModel);
     load_weights(setup_.source, engine_.store(), backend_);
   } else {
     engine_.model().initialize(static_cast<uint64_t>(o.seed));
   }
+  // Algorithms that each rank chose by its own measurements would give each rank bits of its own.
+  if (job_.size() > 1) backend_.end_tuning();
+  if (!first_rank()) return;
   clean_run(o.out);
   metrics_ =
       std::make_unique<MetricsFile>(o.out, metrics_header(), resumed, std::filesystem::path(checkpoint).parent_path());
@@ -159,7 +192,8 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, const std::string& che
 void Trainer::open_validation() {
   const Options& o = setup_.options;
   try {
-    validation_ = std::make_unique<TokenLoader>(loader_options(o, o.val_data, setup_.engine.model.vocabulary, false));
+    validation_ =
+        std::make_unique<TokenLoader>(loader_options(o, o.val_data, setup_.engine.model.vocabulary, false, job_));
   } catch (const TooShort& error) {
     validation_problem_ = error.what();
     return;
@@ -172,7 +206,7 @@ void Trainer::open_validation() {
   }
   // A token that the model does not have is found now, not at the first evaluation.
   const int64_t all = validation_->sequences_per_epoch(), used = validation_sequences();
-  for (int64_t left = used > 0 ? std::min(used, all) : all; left > 0; left -= o.engine.shapes.batch)
+  for (int64_t left = used > 0 ? std::min(used, all) : all; left > 0; left -= job_.size() * o.engine.shapes.batch)
     validation_->next();
   validation_->rewind();
 }
@@ -187,6 +221,7 @@ nlohmann::ordered_json Trainer::metrics_header() const {
   return {{"options", options_to_json(setup_.options)},
           {"version", kVersion},
           {"device", backend_.description()},
+          {"ranks", job_.size()},
           {"parameters", setup_.engine.model.parameter_count()},
           {"peak_flops", peak_flops_}};
 }
@@ -257,7 +292,8 @@ StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double second
   m.lr = result.lr;
   m.step_ms = 1e3 * seconds;
   m.tokens_per_second = static_cast<double>(o.tokens_per_step) / seconds;
-  m.mfu = m.tokens_per_second * setup_.engine.model.flops_per_token(o.engine.shapes.sequence) / peak_flops_;
+  m.mfu =
+      m.tokens_per_second * setup_.engine.model.flops_per_token(o.engine.shapes.sequence) / (peak_flops_ * job_.size());
   m.device_bytes = backend_.allocated_bytes();
   m.skipped = skipped_;
   const double share = mean_step_seconds_ == 0 ? 1.0 : 0.05;
@@ -266,7 +302,7 @@ StepMetrics Trainer::measure(uint32_t t, const StepResult& result, double second
 }
 
 void Trainer::evaluate(StepMetrics& metrics) {
-  const Validation result = validate(engine_, *validation_, validation_sequences(), setup_.tokenizer.get());
+  const Validation result = validate(engine_, *validation_, validation_sequences(), setup_.tokenizer.get(), job_);
   metrics.val_loss = static_cast<float>(result.loss);
   metrics.val_bits_per_byte = result.bits_per_byte();
   char text[128], bits[48] = "";
@@ -280,11 +316,48 @@ void Trainer::print_sample(uint32_t t) {
   const Options& o = setup_.options;
   const std::string text = sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling_options(o, t));
   progress_.message("---- sample at step " + std::to_string(t) + "\n" + text + "\n----");
-  metrics_->write_sample(t, text);
+  if (metrics_) metrics_->write_sample(t, text);
 }
 
+// Something beside the training itself: when it fails, that is said and the run goes on. With several ranks it does
+// not: the others are in the middle of the same.
+template <typename Work>
+void Trainer::try_beside(uint32_t t, const char* without, Work&& work) {
+  try {
+    work();
+  } catch (const std::exception& error) {
+    const std::string problem = "step " + std::to_string(t) + ": " + without + ": " + message_of(error);
+    if (job_.size() > 1) throw std::runtime_error(problem + "; last checkpoint: " + last_checkpoint());
+    warn(problem);
+  }
+}
+
+// True on every rank when it is on one of them.
+bool Trainer::any_rank(bool mine) {
+  if (job_.size() == 1) return mine;
+  for (const std::string& text : job_.gather(mine ? "1" : "0"))
+    if (text == "1") return true;
+  return false;
+}
+
+// Weights and states have the same bits on every rank, because each made the same updates.
+void Trainer::check_ranks(uint32_t t) {
+  if (job_.size() == 1) return;
+  const std::string difference = first_difference(job_.gather(tensor_checksums(engine_)));
+  if (difference.empty()) return;
+  throw std::runtime_error("step " + std::to_string(t) + ": the ranks have drifted apart: " + difference +
+                           "; last checkpoint: " + last_checkpoint());
+}
+
+// The first rank writes, the others wait for it.
 void Trainer::checkpoint(uint32_t t, const DataPosition& position) {
   const Options& o = setup_.options;
+  check_ranks(t);
+  if (!first_rank()) {
+    last_checkpoint_ = job_.gather("").front();
+    job_.set_last_checkpoint(last_checkpoint_);
+    return;
+  }
   const TrainerState state{t, skipped_, position, saved_options_, backend_.tuning()};
   // In the middle of skipped updates an older checkpoint may be the last one that learned anything: all are kept.
   const int64_t keep = skipped_in_a_row_ > 0 ? 0 : o.keep_checkpoints;
@@ -294,13 +367,15 @@ void Trainer::checkpoint(uint32_t t, const DataPosition& position) {
     throw std::runtime_error("step " + std::to_string(t) + ": no checkpoint is written: " + message_of(error) +
                              "; last checkpoint: " + last_checkpoint());
   }
+  job_.gather(last_checkpoint_);
+  job_.set_last_checkpoint(last_checkpoint_);
   say_when_interrupted(t, last_checkpoint_);
 }
 
 // The state before step t, whose data could not be read: no update of step t has begun.
 void Trainer::checkpoint_before(uint32_t t, const DataPosition& position) {
   progress_.finish();
-  if (t == first_step_) return;  // nothing was learned
+  if (t == first_step_ || job_.size() > 1) return;  // nothing was learned, or the other ranks are in step t
   try {
     checkpoint(t - 1, position);
   } catch (const std::runtime_error& error) {
@@ -339,19 +414,23 @@ int Trainer::run() {
     const bool updated = finite_or_skipped(t, result);
     StepMetrics metrics = measure(t, result, seconds);
     const bool last = t == steps;
-    if (updated && (due(t, o.log_every) || last || interrupted()))
+    // What the ranks do together is decided once a step; one process alone answers at any moment.
+    const bool stop_all = any_rank(interrupted());
+    const auto stopping = [&] { return job_.size() > 1 ? stop_all : interrupted(); };
+    if (due(t, o.check_ranks)) check_ranks(t);
+    if (updated && (due(t, o.log_every) || last || stopping()))
       progress_.step(metrics, (steps - t) * mean_step_seconds_);
     backend_.profiler = nullptr;
     // Evaluations, samples and the metrics file come beside the run: none of them may cost it its checkpoint.
-    if (validation_ && (last || (due(t, o.eval_every) && !interrupted())))
+    if (validation_ && (last || (due(t, o.eval_every) && !stopping())))
       try_beside(t, "no validation loss", [&] { evaluate(metrics); });
     std::string unwritten;
     try {
-      metrics_->write(metrics);
+      if (metrics_) metrics_->write(metrics);
     } catch (const std::runtime_error& error) {
       unwritten = error.what();
     }
-    const bool stop = interrupted() || !unwritten.empty();
+    const bool stop = stopping() || any_rank(!unwritten.empty());
     owed = owed || due(t, o.checkpoint_every);
     const bool saved = (owed && updated) || last || stop;
     if (saved) {
@@ -365,7 +444,7 @@ int Trainer::run() {
     }
     if ((due(t, o.sample_every) || (last && o.sample_every > 0)) && !stop)
       try_beside(t, "no sample", [&] { print_sample(t); });
-    if (interrupted()) {
+    if (stopping()) {
       if (!saved) checkpoint(t, loader_.position());  // the signal came while the sample was made
       done = t;
       break;
@@ -374,14 +453,14 @@ int Trainer::run() {
   }
   backend_.profiler = nullptr;
   finish(done, step_seconds, seconds_since(run_start));
-  return done < steps ? 128 + interrupting_signal() : 0;
+  return done < steps && job_.size() == 1 ? 128 + interrupting_signal() : 0;
 }
 
 // The last lines: what was done, and how to go on.
 void Trainer::finish(uint32_t done, double step_seconds, double seconds) {
   const Options& o = setup_.options;
   progress_.finish();
-  if (o.profile) std::fputs(profile_table(profiler_, step_seconds).c_str(), stdout);
+  if (o.profile && first_rank()) std::fputs(profile_table(profiler_, step_seconds).c_str(), stdout);
   std::string summary = "trained " + std::to_string(done - first_step_ + 1) + " steps in " + format_duration(seconds) +
                         "; peak memory " + format_bytes(backend_.allocated_bytes()) + " on the device (planned), " +
                         format_bytes(peak_resident_bytes()) + " resident";

@@ -7,6 +7,8 @@
 
 #include "data/token_loader.h"
 #include "data/tokenizer.h"
+#include "parallel/communicator.h"
+#include "parallel/job.h"
 #include "train/checkpoint.h"
 #include "train/engine.h"
 #include "train/metrics.h"
@@ -15,12 +17,15 @@
 class Trainer {
  public:
   // Opens the data, allocates the engine, and brings in the weights: fresh, from --model, or from `checkpoint` when
-  // that is not empty, whose `state` was read from it. Throws std::runtime_error or UsageError.
-  Trainer(const RunSetup& setup, Backend& backend, const std::string& checkpoint, const TrainerState& state);
+  // that is not empty, whose `state` was read from it. Every rank of the job has one; the first prints and writes.
+  // Throws std::runtime_error or UsageError.
+  Trainer(const RunSetup& setup, Backend& backend, Job& job, Communicator& communicator, const std::string& checkpoint,
+          const TrainerState& state);
 
   // Trains to the last step, or to a signal, which leaves a checkpoint and says how to resume. Returns the exit code:
-  // 0, or 128 + the signal when steps are left. Throws std::runtime_error naming step and last checkpoint when a loss
-  // or gradient is not finite, or data cannot be read (then with a checkpoint of the step before).
+  // 0, or 128 + the signal when steps are left (several ranks: 0, so that no launcher takes it for a failure; a signal
+  // to one of them is enough). Throws std::runtime_error naming step and last checkpoint when a loss or gradient is not
+  // finite, or data cannot be read (then with a checkpoint of the step before).
   int run();
 
   const Engine& engine() const { return engine_; }
@@ -40,6 +45,11 @@ class Trainer {
   void print_sample(uint32_t t);
   void checkpoint(uint32_t t, const DataPosition& position);
   void checkpoint_before(uint32_t t, const DataPosition& position);
+  bool first_rank() const { return job_.rank() == 0; }
+  bool any_rank(bool mine);
+  void check_ranks(uint32_t t);
+  template <typename Work>
+  void try_beside(uint32_t t, const char* without, Work&& work);
   std::string last_checkpoint() const { return last_checkpoint_.empty() ? "none yet" : last_checkpoint_; }
   void finish(uint32_t done, double step_seconds, double seconds);
   StepMetrics measure(uint32_t t, const StepResult& result, double seconds);
@@ -47,6 +57,7 @@ class Trainer {
 
   RunSetup setup_;
   Backend& backend_;
+  Job& job_;
   Engine engine_;
   TokenLoader loader_;
   std::unique_ptr<TokenLoader> validation_;
@@ -75,8 +86,9 @@ struct Validation {
 };
 
 // The loss on the first `sequences` windows of the validation shards (0: all of them), each once, whatever the
-// micro-batch; the last one may be smaller. `tokenizer` may be null.
-Validation validate(Engine& engine, TokenLoader& loader, int64_t sequences, const Tokenizer* tokenizer);
+// micro-batch; the last one may be smaller. `tokenizer` may be null. With several ranks, whose loaders deliver to each
+// its own, every rank computes a share and has the result of all, with the same bits as one rank.
+Validation validate(Engine& engine, TokenLoader& loader, int64_t sequences, const Tokenizer* tokenizer, Job& job);
 
 // Training shards in their random order, or validation shards (--val-data) from first to last.
 TokenLoader open_loader(const Options& options, const std::string& pattern, int64_t vocabulary, bool shuffle);

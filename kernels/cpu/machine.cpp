@@ -103,6 +103,10 @@ int usable_cores(const std::string& root) {
   return std::max(1, static_cast<int>(cores + 0.5));
 }
 
+int share_of_cores(int processes) {
+  return std::getenv("OMP_NUM_THREADS") ? usable_cores() : std::max(1, usable_cores() / processes);
+}
+
 size_t available_memory(const std::string& root) {
   double available = number_after(root + "/proc/meminfo", "MemAvailable:", kUnlimited / 1024) * 1024;
   if (available >= kUnlimited) available = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);

@@ -9,6 +9,8 @@ inline constexpr int kMostThreads = 1024;  // above any machine's cores; each ha
 // OMP_NUM_THREADS, else the affinity mask, and the control groups' CPU quotas if less. `root` has /proc and
 // /sys/fs/cgroup below it.
 int usable_cores(const std::string& root = "");
+// OMP_NUM_THREADS, else what each of so many processes that share them has of usable_cores(), at least 1.
+int share_of_cores(int processes);
 // Bytes: MemAvailable, and what the control groups leave if less.
 size_t available_memory(const std::string& root = "");
 
