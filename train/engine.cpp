@@ -41,20 +41,12 @@ std::unique_ptr<Communicator> planned(int ranks) {
   return std::make_unique<PlannedRanks>(ranks);
 }
 
-bool is_sharded(const EngineConfig& config) { return config.spread == Spread::kWeights && config.ranks > 1; }
-
-// Of a sharded run: an update of AdamW or SGD needs nothing but a rank's part. 8-bit weights are updated by whole rows.
-bool updates_parts(const EngineConfig& config) {
-  const OptimizerKind kind = config.optimizer.kind;
-  return (kind == OptimizerKind::kAdamW || kind == OptimizerKind::kSgd) && config.weight_dtype != DType::kI8;
-}
-
 // What follows from offloading, from ranks and from gradients in blocks for the parts. What visits the device is copied
 // on a stream of its own from and to memory that changes, so the operations are not the same each time.
 EngineConfig completed(EngineConfig config, Communicator& communicator) {
   const Offload& offload = config.offload;
   config.ranks = communicator.size();
-  if (is_sharded(config)) {
+  if (is_spread(config)) {
     if (offload.state || offload.weights) throw std::invalid_argument("weights and states are on ranks or on the host");
     config.optimizer.states = {offload.layers_in_flight, &communicator, updates_parts(config)};
     config.graphs = false;
@@ -85,10 +77,17 @@ WeightStoreConfig store_config(const EngineConfig& config) {
   return {.dtype = config.weight_dtype,
           .plain_dtype = config.shapes.dtype,
           .master_weights = config.master_weights,
-          .blocks = is_sharded(config) || config.offload.weights ? config.optimizer.states : LayerPlace{}};
+          .blocks = is_spread(config) || config.offload.weights ? config.optimizer.states : LayerPlace{}};
 }
 
 }  // namespace
+
+bool is_spread(const EngineConfig& config) { return config.spread == Spread::kWeights && config.ranks > 1; }
+
+bool updates_parts(const EngineConfig& config) {
+  const OptimizerKind kind = config.optimizer.kind;
+  return (kind == OptimizerKind::kAdamW || kind == OptimizerKind::kSgd) && config.weight_dtype != DType::kI8;
+}
 
 Engine::Engine(const EngineConfig& config, Backend& backend, Communicator& communicator)
     : Engine(config, backend, nullptr, &communicator) {}

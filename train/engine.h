@@ -42,6 +42,11 @@ struct EngineConfig {
   bool graphs = true;     // record a step's operations and replay them, where the backend can
 };
 
+// Whether ranks keep the blocks' matrices together, and an update then needs nothing but a rank's part: that of AdamW
+// and SGD; but 8-bit weights are updated by whole rows.
+bool is_spread(const EngineConfig& config);
+bool updates_parts(const EngineConfig& config);
+
 // What a step did, read back once per step.
 struct StepResult {
   float loss = 0;       // mean over the tokens of the step
