@@ -20,9 +20,9 @@ constexpr int64_t kMostActivations = int64_t{1} << 50;  // elements of the resid
 
 int64_t percent(int64_t steps, int64_t share) { return std::max<int64_t>(1, steps * share / 100); }
 
-// A micro-batch that divides the step, where the planner is going to choose another one.
+// A micro-batch that divides a rank's part of the step, where the planner is going to choose another one.
 int64_t starting_micro_batch(const Options& o, int64_t largest) {
-  const int64_t sequences = o.tokens_per_step / o.engine.shapes.sequence;
+  const int64_t sequences = o.tokens_per_step / (o.engine.shapes.sequence * o.ranks);
   if (sequences == 0) return largest;
   while (sequences % largest != 0) --largest;
   return largest;
