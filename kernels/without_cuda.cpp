@@ -3,7 +3,10 @@
 #include <stdexcept>
 
 #include "kernels/backend.h"
+#include "kernels/side_stream.h"
 
 std::string cuda_unavailable() { return "this program was built without CUDA (" WITHOUT_CUDA ")"; }
 
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions&) { throw std::runtime_error(cuda_unavailable()); }
+
+std::unique_ptr<SideStream> make_side_stream(Backend&) { throw std::runtime_error(cuda_unavailable()); }
