@@ -155,6 +155,13 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, Job& job, Communicator
       progress_(setup.options.steps, job.rank(), job.size()),
       saved_options_(options_to_json(with_absolute_paths(setup.options))) {
   const Options& o = setup_.options;
+  if (job_.size() > 1) {
+    agree(job_,
+          {{"--data", "shards of fingerprint " + std::to_string(loader_.position().fingerprint),
+            "all ranks read the same shards"},
+           {"model", config_json(setup_.engine.model), "--model is another one there"},
+           {"device", backend_.description(), "with another one, or other --threads, sums have other last bits"}});
+  }
   if (!loader_.left_out().empty()) data_warnings_.push_back(loader_.left_out());
   if (!o.val_data.empty() && o.eval_every > 0) open_validation();
   const MemoryPlan plan = engine_.plan();
