@@ -4,9 +4,10 @@
 #include "kernels/backend.h"
 #include "parallel/gloo_communicator.h"
 #include "parallel/job.h"
+#include "parallel/nccl_communicator.h"
 
 std::unique_ptr<Communicator> make_communicator(Job& job, Backend& backend, std::chrono::milliseconds timeout) {
   if (job.size() == 1) return std::make_unique<AloneCommunicator>();
   if (backend.name() == "cpu") return make_gloo_communicator(job, job.address(), timeout);
-  throw std::runtime_error("several ranks on GPUs are not there yet");
+  return make_nccl_communicator(job, backend, timeout);
 }

@@ -13,6 +13,11 @@
 class Backend;
 class Job;
 
+struct CommunicationTimes {
+  double busy = 0;    // seconds in which an operation was under way
+  double waited = 0;  // seconds in which the compute stream stood still for one
+};
+
 // Every rank calls the same operations in the same order with the same shapes. An operation begins once all that was
 // given to the compute stream before is done, runs beside what is given to it after (CUDA: on a stream of its own, CPU:
 // on a thread of its own), and operations run one after another. Until wait() its memory may not be touched. The order
@@ -43,6 +48,9 @@ class Communicator {
   // What this rank has sent so far, by the formulas of a ring of R ranks: 2 (R - 1) / R of the bytes of an all_reduce,
   // (R - 1) parts of an all_gather.
   virtual int64_t bytes_sent() const = 0;
+
+  // So far; zeros where they are not known.
+  virtual CommunicationTimes times() const { return {}; }
 };
 
 // What a rank sends in an all_reduce of so many bytes by a ring.

@@ -27,8 +27,8 @@
 
 namespace {
 
-// What travels at once. All ranks send a segment and receive one then: the network's buffers have to hold it, or they
-// would wait for each other. It is in the cache when it is added.
+// What travels at once. It is in the cache when it is added, and where the network's buffers hold it all ranks send at
+// the same time.
 constexpr size_t kSegment = 128 << 10;
 
 template <typename T>
@@ -122,14 +122,24 @@ class GlooCommunicator final : public Communicator {
   }
 
   void wait(Ticket ticket) override {
+    const auto start = std::chrono::steady_clock::now();
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [&] { return done_ >= ticket || error_; });
+    times_.waited += seconds_since(start);
     if (done_ < ticket) std::rethrow_exception(error_);
   }
 
   int64_t bytes_sent() const override { return bytes_sent_; }
+  CommunicationTimes times() const override {
+    const std::lock_guard lock(mutex_);
+    return times_;
+  }
 
  private:
+  static double seconds_since(std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
   void connect(Job& job, const std::string& address) {
     // Gloo takes a name that cannot be resolved for an address of its own.
     unsigned char bytes[sizeof(in6_addr)];
@@ -188,14 +198,17 @@ class GlooCommunicator final : public Communicator {
       queue_.pop_front();
       lock.unlock();
       std::exception_ptr error;
+      const auto start = std::chrono::steady_clock::now();
       try {
         operation();
       } catch (...) {
         error = std::current_exception();
       }
+      const double seconds = seconds_since(start);
       // Nothing can be agreed on any more, which the others should know at once.
       if (error) context_->closeConnections();
       lock.lock();
+      times_.busy += seconds;
       if (error) {
         error_ = error;
       } else {
@@ -241,17 +254,24 @@ class GlooCommunicator final : public Communicator {
     }
 
     // One step of a ring: some bytes go to the next rank, some come from the one before and are added, or taken as they
-    // are where `sum` is null.
+    // are where `sum` is null. Rank 0 receives before it sends: were all to send first, all would wait for room in the
+    // network's buffers where these are small.
     void exchange(Bytes out, Bytes in, void (*sum)(void*, const void*, size_t)) const {
       for (size_t offset = 0; offset < std::max(out.count, in.count); offset += kSegment) {
-        if (offset < out.count) send(out.begin + offset, std::min(kSegment, out.count - offset), sum != nullptr);
-        if (offset >= in.count) continue;
-        receive(sum ? *receive_to_add_ : *receive_in_place_);
-        if (sum) sum(memory_ + in.begin + offset, owner_.received_.data(), std::min(kSegment, in.count - offset));
+        if (owner_.rank_ > 0) send_segment(out, offset, sum != nullptr);
+        if (offset < in.count) {
+          receive(sum ? *receive_to_add_ : *receive_in_place_);
+          if (sum) sum(memory_ + in.begin + offset, owner_.received_.data(), std::min(kSegment, in.count - offset));
+        }
+        if (owner_.rank_ == 0) send_segment(out, offset, sum != nullptr);
       }
     }
 
    private:
+    void send_segment(Bytes out, size_t offset, bool to_add) const {
+      if (offset < out.count) send(out.begin + offset, std::min(kSegment, out.count - offset), to_add);
+    }
+
     void send(size_t begin, size_t count, bool to_add) const {
       try {
         (to_add ? send_to_add_ : send_in_place_)->send(begin, count, to_add ? 0 : begin);
@@ -309,11 +329,12 @@ class GlooCommunicator final : public Communicator {
   std::vector<char> received_ = std::vector<char>(kSegment);
   int64_t bytes_sent_ = 0;
 
-  std::mutex mutex_;  // of what follows
+  mutable std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
   std::deque<std::function<void()>> queue_;
   Ticket given_ = 0, done_ = 0;
   std::exception_ptr error_;
+  CommunicationTimes times_;
   bool ending_ = false;
 
   std::thread thread_;

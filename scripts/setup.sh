@@ -4,18 +4,18 @@
 # With --check it installs nothing: it names what is missing and the command that installs it, and exits 1. With --packages
 # it installs what comes from the distribution, and leaves the virtual environment for another call.
 #
-#   build   compiler and libraries of ./train_gpt2
+#   build   compiler and libraries of ./train_gpt2; Gloo, for several ranks on CPUs, where the distribution has it
 #   demo    build, the virtual environment .venv with the packages of requirements-demo.txt, and bible-kjv, whose text the
 #           demo learns from (where the distribution has it)
-#   test    build, GoogleTest, Boost.Context (of tests/cuda_on_cpu), PyTorch (where the distribution has it), and .venv with
-#           requirements-test.txt, too
+#   test    build with Gloo, GoogleTest, Boost.Context (of tests/cuda_on_cpu), PyTorch (where the distribution has it), and
+#           .venv with requirements-test.txt, too
 #   bench   build, and Google Benchmark
 #   fuzz    build, and Clang with the runtime of libFuzzer and the sanitizers
 #   format  clang-format
 #
 # For Debian 12 and Ubuntu 22.04 or 24.04. Elsewhere it checks, and names what is missing. What a thing is good for is
 # tested (a header, a library, a module), not which package it came from, so a run with nothing to do takes a fraction
-# of a second and needs no network. CXX and BLAS are those of the Makefile.
+# of a second and needs no network. CXX, BLAS and GLOO are those of the Makefile.
 set -euo pipefail
 
 check=
@@ -28,6 +28,7 @@ target=${1:-build}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 read -ra cxx <<<"${CXX:-g++}" # a name, or words like "ccache g++"
 blas=${BLAS:-openblas}
+gloo=${GLOO:-gloo}
 venv=$root/.venv
 log=$root/build/setup.log
 
@@ -51,11 +52,16 @@ python=/usr/bin/python3
 # ---- what is missing, as names of Debian packages
 
 required=()  # without these the target cannot be made
-optional=()  # it can do without these; `without` says how
-case $target in
-  demo) without="the demo learns from other text" ;;
-  *) without="tests that compare with PyTorch will be skipped" ;;
-esac
+optional=()  # it can do without these
+
+# What is missing without an optional package.
+without() {
+  case $1 in
+    libgloo-dev) echo "several ranks need GPUs" ;;
+    bible-kjv) echo "the demo learns from other text" ;;
+    python3-torch) echo "tests that compare with PyTorch will be skipped" ;;
+  esac
+}
 
 has_header() {
   printf '#if !__has_include(<%s>)\n#error\n#endif\n' "$1" | "${cxx[@]}" -std=c++20 -E -x c++ - >/dev/null 2>&1
@@ -101,6 +107,12 @@ find_missing() {
     : # a build without a BLAS
   elif ! has_library "$blas"; then
     fail "the library BLAS=$blas is not there"
+  fi
+  if [ "$gloo" != none ] && ! { has_header gloo/config.h && has_library gloo; }; then
+    case $target in
+      build | demo) optional+=(libgloo-dev) ;;
+      test) required+=(libgloo-dev) ;;
+    esac
   fi
   if [ "$target" = test ]; then
     need libgtest-dev gtest/gtest.h gtest
@@ -182,16 +194,19 @@ install_packages() {
       fail "could not install ${required[*]} with apt-get: $(last_error)"
   fi
   [ ${#optional[@]} -gt 0 ] || return 0
-  if command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; }; then
-    echo "setup: installing ${optional[*]}"
-    # No long wait for what it can do without.
-    apt_options+=(-o Acquire::Retries=1 -o Acquire::http::Timeout=10 -o Acquire::https::Timeout=10)
-    apt_update
-    apt_get install -y --no-install-recommends "${optional[@]}" && return 0
-    echo "setup: going on without ${optional[*]} ($without): $(last_error)"
-  else
-    echo "setup: going on without ${optional[*]} ($without): it takes apt-get, and root or sudo"
-  fi
+  # No long wait for what it can do without.
+  apt_options+=(-o Acquire::Retries=1 -o Acquire::http::Timeout=10 -o Acquire::https::Timeout=10)
+  local name
+  for name in "${optional[@]}"; do
+    if command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; }; then
+      echo "setup: installing $name"
+      apt_update
+      apt_get install -y --no-install-recommends "$name" ||
+        echo "setup: going on without $name ($(without "$name")): $(last_error)"
+    else
+      echo "setup: going on without $name ($(without "$name")): it takes apt-get, and root or sudo"
+    fi
+  done
 }
 
 # ---- the virtual environment

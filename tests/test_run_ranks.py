@@ -4,12 +4,14 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from program import PROGRAM, ROOT, TINY, call, losses, metrics, same_state, steps_saved, succeed
+from program import (PROGRAM, ROOT, TINY, call, language, losses, metrics, same_state, steps_saved, succeed,
+                     write_shard)
 
 # Twelve micro-batches of 64 tokens a step, whatever the ranks.
 SHARED = ["--tokens-per-step", 768, "--rank", 8, "--kappa", 3]
@@ -124,3 +126,27 @@ def test_tokens_of_a_step_must_be_divisible(data, tmp_path):
     result = call("--devices", 5, "--data", data / "text_train_*.bin", *TINY, *SHARED, "--out", tmp_path / "run")
     assert result.returncode != 0 and "--tokens-per-step 768 is not a multiple of 5 ranks" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def start_by_hand(rank, port, *flags):
+    """One process of two, as torchrun would start it."""
+    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen([str(part) for part in (PROGRAM, *TINY, *SHARED, "--rendezvous-port", port, *flags)], cwd=ROOT,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            stdin=subprocess.DEVNULL)
+
+
+def test_ranks_with_other_shards_or_threads_end_in_one_line(data, tmp_path):
+    write_shard(tmp_path / "other_train_0.bin", language(20000, seed=5))
+    ours, other = ["--data", data / "text_train_*.bin"], ["--data", tmp_path / "other_train_0.bin"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for mine, theirs, word in ((ours, other, "--data"), (ours, [*ours, "--threads", 2], "device")):
+        both = [start_by_hand(0, port, "--out", tmp_path / "run", *mine),
+                start_by_hand(1, port, "--out", tmp_path / "run", *theirs)]
+        said = [process.communicate(timeout=120)[1] for process in both]
+        assert all(process.returncode != 0 for process in both), said
+        assert any(f"rank 1 has another {word}" in text for text in said), said
+        assert steps_saved(tmp_path / "run") == [] if (tmp_path / "run").exists() else True

@@ -150,6 +150,13 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, Job& job, Communicator
       progress_(setup.options.steps, job.rank(), job.size()),
       saved_options_(options_to_json(with_absolute_paths(setup.options))) {
   const Options& o = setup_.options;
+  if (job_.size() > 1) {
+    agree(job_,
+          {{"--data", "shards of fingerprint " + std::to_string(loader_.position().fingerprint),
+            "all ranks read the same shards"},
+           {"model", config_json(setup_.engine.model), "--model is another one there"},
+           {"device", backend_.description(), "with another one, or other --threads, sums have other last bits"}});
+  }
   if (!loader_.left_out().empty()) data_warnings_.push_back(loader_.left_out());
   if (!o.val_data.empty() && o.eval_every > 0) open_validation();
   const MemoryPlan plan = engine_.plan();
@@ -464,6 +471,21 @@ void Trainer::finish(uint32_t done, double step_seconds, double seconds) {
   std::string summary = "trained " + std::to_string(done - first_step_ + 1) + " steps in " + format_duration(seconds) +
                         "; peak memory " + format_bytes(backend_.allocated_bytes()) + " on the device (planned), " +
                         format_bytes(peak_resident_bytes()) + " resident";
+  const Communicator& communicator = engine_.communicator();
+  if (job_.size() > 1 && done >= first_step_) {
+    const double steps = done - first_step_ + 1;
+    const CommunicationTimes times = communicator.times();
+    char text[160];
+    snprintf(text, sizeof text, "%d ranks: each sent %.1f MB a step", job_.size(),
+             static_cast<double>(communicator.bytes_sent()) / 1e6 / steps);
+    std::string line = text;
+    if (times.busy > 0) {
+      snprintf(text, sizeof text, ", %.0f ms a step on the way, of which %.0f ms waited for", 1e3 * times.busy / steps,
+               1e3 * times.waited / steps);
+      line += text;
+    }
+    progress_.message(line);
+  }
   if (skipped_ > 0) summary += "; " + std::to_string(skipped_) + " updates skipped";
   progress_.message(summary);
   progress_.message("checkpoint: " + last_checkpoint_);

@@ -22,6 +22,8 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(const CudaOptions& options);
   ~CudaBackend() override;
 
+  cudaStream_t compute_stream() const { return stream_; }  // for side_stream.cu
+
   std::string name() const override;
   std::string description() const override;
   size_t memory_available() const override;

@@ -1,6 +1,7 @@
 // queue.h: the insides of streams, events and captures; for stream.cpp, graph.cpp, copy.cpp.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -13,8 +14,9 @@ namespace cuda_on_cpu {
 
 // One cudaEventRecord: done when the work enqueued on the stream before it is.
 struct Record {
+  explicit Record(Stream* on) : stream(on) {}
   Stream* stream;  // that has to advance for this to happen
-  bool done = false;
+  std::atomic<bool> done = false;
   double seconds = 0;  // when
 };
 

@@ -24,6 +24,7 @@ std::set<Stream*>& streams() {
   return all;
 }
 std::set<Event*> events;
+std::mutex latest_mutex;  // of Event::latest, beside the one of the interface
 
 Random& order() {
   static Random random(seed());
@@ -101,7 +102,7 @@ void drain_all() {
 // One stream's next operation comes after everything that is in the other one now.
 static void order_after(Stream& later, Stream& earlier) {
   if (earlier.queue.empty()) return;
-  const auto record = std::make_shared<Record>(Record{&earlier});
+  const auto record = std::make_shared<Record>(&earlier);
   earlier.queue.push_back({"", {}, record, {}});
   later.queue.push_back({"", {}, {}, record});
 }
@@ -250,7 +251,10 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
   event->capture = stream->capture;
   event->nodes = stream->last_nodes;
   if (stream->capture != nullptr) return finish(cudaSuccess);
-  event->latest = std::make_shared<Record>(Record{stream});
+  {
+    const std::lock_guard latest_lock(latest_mutex);
+    event->latest = std::make_shared<Record>(stream);
+  }
   append(*stream, {"event", {}, event->latest, {}});
   return finish(cudaSuccess);
 }
@@ -284,12 +288,17 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   if (!events.contains(event)) return finish(cudaErrorInvalidResourceHandle);
   if (event->capture != nullptr) return finish(cudaErrorCapturedEvent);
   const std::shared_ptr<Record> record = event->latest;
-  if (record != nullptr && !record->done) run_until(*record->stream, [&] { return record->done; });
+  if (record != nullptr && !record->done) run_until(*record->stream, [&] { return record->done.load(); });
   return finish(cudaSuccess);
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
-  const std::lock_guard lock(api_mutex());
+  // A question waits for nobody: not for another thread under whose hands the device works, either.
+  const std::unique_lock lock(api_mutex(), std::try_to_lock);
+  if (!lock) {
+    const std::lock_guard latest_lock(latest_mutex);
+    return event->latest == nullptr || event->latest->done ? cudaSuccess : cudaErrorNotReady;
+  }
   if (device_status() != cudaSuccess) return finish(device_status());
   if (!events.contains(event)) return finish(cudaErrorInvalidResourceHandle);
   if (event->capture != nullptr) return finish(cudaErrorCapturedEvent);

@@ -1,0 +1,57 @@
+// nccl_library.cpp: finds libnccl.so.2 and its functions with dlopen, where the dynamic linker looks.
+#include "parallel/nccl_library.h"
+
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+constexpr int kOldest = 22800;
+constexpr const char* kPackage =
+    "install libnccl2 from NVIDIA's repository, or PyPI's nvidia-nccl-cu13 or -cu12, and where it is in a folder of "
+    "its "
+    "own add that to LD_LIBRARY_PATH";
+
+template <typename Function>
+void find(Function& function, void* library, const char* name) {
+  function = reinterpret_cast<Function>(dlsym(library, name));
+  if (!function) throw std::runtime_error(std::string("this NCCL is damaged: it has no ") + name + "; " + kPackage);
+}
+
+Nccl load() {
+  void* const library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    throw std::runtime_error("several GPUs need NVIDIA's NCCL 2.28 or newer, which cannot be loaded (" +
+                             std::string(dlerror()) + "): " + kPackage);
+  }
+  Nccl table = {};
+  find(table.get_version, library, "ncclGetVersion");
+  int version = 0;
+  table.get_version(&version);
+  if (version < kOldest) {
+    throw std::runtime_error("several GPUs need NVIDIA's NCCL 2.28 or newer, and this one is " +
+                             std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + ": " +
+                             kPackage);
+  }
+  find(table.get_unique_id, library, "ncclGetUniqueId");
+  find(table.init, library, "ncclCommInitRankConfig");
+  find(table.finalize, library, "ncclCommFinalize");
+  find(table.destroy, library, "ncclCommDestroy");
+  find(table.abort, library, "ncclCommAbort");
+  find(table.get_async_error, library, "ncclCommGetAsyncError");
+  find(table.error_string, library, "ncclGetErrorString");
+  find(table.group_start, library, "ncclGroupStart");
+  find(table.group_end, library, "ncclGroupEnd");
+  find(table.all_reduce, library, "ncclAllReduce");
+  find(table.all_gather, library, "ncclAllGather");
+  return table;
+}
+
+}  // namespace
+
+const Nccl& nccl() {
+  static const Nccl table = load();  // a failed load is tried again by the next call
+  return table;
+}
