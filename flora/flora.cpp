@@ -205,7 +205,7 @@ void Flora::apply(const Entry& entry, Tensor weight, Tensor master, Tensor updat
   const Tensor weight_squares = squares_.slice(1, 1);
   if (config_.scale_parameter && rows.begin == 0)
     pieces_.sum_squares(p, weight_squares, master.empty() ? weight : master);
-  pieces_.update(p, rows.of(weight), rows.of(master), rounding(p, rows.begin), scalars,
+  pieces_.update(p, rows.of(weight), rows.of(master), rounding(p, rows.begin * p.cols), scalars,
                  [&](const Tensor& w, const Tensor& copy, const RowRange& piece, const RandomKey& key) {
                    backend_.apply_update(w, copy, piece.of(update),
                                          {.weight_decay = decay_of(p),

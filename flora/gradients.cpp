@@ -111,7 +111,7 @@ void Gradients::end_step() {
   layers.erase(std::unique(layers.begin(), layers.end()), layers.end());
   HeldLayer<ParameterStore> held(store_);
   for (int layer : layers) {
-    held.hold(layer, Access::kUpdate);
+    if (!optimizer_.updates_parts()) held.hold(layer, Access::kUpdate);
     for (Entry& e : entries_) {
       if (e.parameter.layer != layer) continue;
       const Tensor gradient = whole(e);
@@ -131,6 +131,15 @@ void Gradients::use(const Parameter& parameter, Tensor gradient) {
 }
 
 void Gradients::update(const Parameter& parameter, const Gradient& gradient) {
+  if (optimizer_.updates_parts()) {  // in place; what is not in parts is not streamed
+    if (store_.spread(parameter)) {
+      optimizer_.update_part(parameter, store_.part(parameter), gradient, scalars_);
+      store_.part_changed(parameter);
+    } else {
+      optimizer_.update(parameter, store_.stored(parameter), store_.master(parameter), gradient, scalars_);
+    }
+    return;
+  }
   store_.acquire(parameter.layer, Access::kUpdate);
   optimizer_.update(parameter, store_.stored(parameter), store_.master(parameter), gradient, scalars_);
   store_.release(parameter.layer, true);

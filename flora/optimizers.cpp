@@ -26,7 +26,7 @@ float half_life_decay(const OptimizerConfig& config) {
 Optimizer::Optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
     : config_(config),
       backend_(backend),
-      states_(parameters, config.streamed_layers, backend),
+      states_(parameters, config.states, backend),
       pieces_(config.weight_piece, backend) {
   require_indexed(parameters);
   for (const Parameter& parameter : parameters) pieces_.reserve(parameter);
@@ -52,46 +52,89 @@ RandomKey Optimizer::rounding(const Parameter& parameter, int64_t begin) const {
   return {.seed = config_.seed,
           .purpose = RandomPurpose::kWeightRounding,
           .tensor = parameter.hash(),
-          .offset = static_cast<uint64_t>(begin * parameter.cols)};
+          .offset = static_cast<uint64_t>(begin)};
+}
+
+void Optimizer::update_part(const Parameter& parameter, const ParameterStore::Kept&, const Gradient&, StepScalars*) {
+  throw std::logic_error(parameter.name + ": this optimizer needs whole matrices");
 }
 
 namespace {
 
+// What AdamW and SGD share: an update of any elements of a parameter needs these elements only, of everything.
+class Elementwise : public Optimizer {
+ public:
+  using Optimizer::Optimizer;
+
+  void update(const Parameter& p, Tensor weight, Tensor master, const Gradient& gradient,
+              StepScalars* scalars) override {
+    if (!updates_parts()) states_.hold(p.layer, Access::kUpdate);  // else what comes here is on the device
+    const Tensor momentum = states_.get(momentum_of(p)), second_moment = states_.get(second_moment_of(p));
+    gradient.pass([&](const RowRange& rows, const Tensor& g) {
+      const Tensor m = rows.of(momentum), v = rows.of(second_moment);
+      pieces_.update(p, rows.of(weight), rows.of(master), rounding(p, rows.begin * p.cols), scalars,
+                     [&](const Tensor& w, const Tensor& copy, const RowRange& piece, const RandomKey& key) {
+                       update_elements(p, w, copy, piece.of(m), piece.of(v), piece.of(g), key, scalars);
+                     });
+    });
+  }
+
+  void update_part(const Parameter& p, const ParameterStore::Kept& kept, const Gradient& gradient,
+                   StepScalars* scalars) override {
+    const Tensor momentum = states_.part(momentum_of(p)), second_moment = states_.part(second_moment_of(p));
+    gradient.pass([&](const RowRange& rows, const Tensor& g) {
+      // Of these rows' elements the ones that are kept.
+      const int64_t first = rows.begin * p.cols, begin = std::max(first, kept.begin);
+      const int64_t count = std::min(first + g.elements(), kept.begin + kept.weight.elements()) - begin;
+      if (count <= 0) return;
+      const RowRange mine{begin - kept.begin, count};
+      update_elements(p, mine.of(kept.weight), mine.of(kept.master), mine.of(momentum), mine.of(second_moment),
+                      g.view({g.elements()}).slice(begin - first, count), rounding(p, begin), scalars);
+    });
+    states_.part_changed(momentum_of(p));
+    states_.part_changed(second_moment_of(p));
+  }
+
+ protected:
+  virtual void update_elements(const Parameter& p, Tensor weight, Tensor master, Tensor momentum, Tensor second_moment,
+                               Tensor gradient, const RandomKey& key, const StepScalars* scalars) = 0;
+
+  std::vector<int> momentum_, second_moment_;  // numbers in states_, by Parameter::index; empty: none
+
+ private:
+  static int number(const std::vector<int>& numbers, const Parameter& p) {
+    return numbers.empty() ? -1 : numbers.at(static_cast<size_t>(p.index));
+  }
+  int momentum_of(const Parameter& p) const { return number(momentum_, p); }
+  int second_moment_of(const Parameter& p) const { return number(second_moment_, p); }
+};
+
 // Stochastic gradient descent, with fused updates the LOMO of arXiv 2306.09782. No state without momentum; one pass
 // over gradient and weight.
-class Sgd final : public Optimizer {
+class Sgd final : public Elementwise {
  public:
   Sgd(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
-      : Optimizer(config, parameters, backend) {
+      : Elementwise(config, parameters, backend) {
     for (const Parameter& p : parameters) momentum_.push_back(add_momentum(p));
   }
 
   void begin_step(uint32_t, StepScalars&) override {}
 
-  void update(const Parameter& p, Tensor weight, Tensor master, const Gradient& gradient,
-              StepScalars* scalars) override {
-    states_.hold(p.layer, Access::kUpdate);
-    const Tensor momentum = states_.get(momentum_.at(static_cast<size_t>(p.index)));
-    const SgdOptions options{.beta1 = config_.beta1, .weight_decay = decay_of(p), .lr_scale = lr_scale_of(p)};
-    gradient.pass([&](const RowRange& rows, const Tensor& g) {
-      const Tensor m = rows.of(momentum);
-      pieces_.update(p, rows.of(weight), rows.of(master), rounding(p, rows.begin), scalars,
-                     [&](const Tensor& w, const Tensor& copy, const RowRange& piece, const RandomKey& key) {
-                       backend_.sgd_update(w, copy, piece.of(m), piece.of(g), options, key, scalars);
-                     });
-    });
-  }
-
  private:
-  std::vector<int> momentum_;  // numbers in states_, by Parameter::index
+  void update_elements(const Parameter& p, Tensor weight, Tensor master, Tensor momentum, Tensor, Tensor gradient,
+                       const RandomKey& key, const StepScalars* scalars) override {
+    const SgdOptions options{.beta1 = config_.beta1, .weight_decay = decay_of(p), .lr_scale = lr_scale_of(p)};
+    backend_.sgd_update(weight, master, momentum, gradient, options, key, scalars);
+  }
 };
 
 // AdamW (Loshchilov and Hutter, arXiv 1711.05101), the baseline. Two full-size states; one pass over gradient, states
 // and weight, 28 bytes a parameter in fp32.
-class AdamW final : public Optimizer {
+class AdamW final : public Elementwise {
  public:
   AdamW(const OptimizerConfig& config, const std::vector<Parameter>& parameters, Backend& backend)
-      : Optimizer(config, parameters, backend), beta2_(config.half_life > 0 ? half_life_decay(config) : config.beta2) {
+      : Elementwise(config, parameters, backend),
+        beta2_(config.half_life > 0 ? half_life_decay(config) : config.beta2) {
     for (const Parameter& p : parameters) {
       momentum_.push_back(add_momentum(p));
       second_moment_.push_back(add_second_moment(p));
@@ -105,28 +148,18 @@ class AdamW final : public Optimizer {
     scalars.bias_correction2 = static_cast<float>(1.0 - std::pow(static_cast<double>(beta2_), t));
   }
 
-  void update(const Parameter& p, Tensor weight, Tensor master, const Gradient& gradient,
-              StepScalars* scalars) override {
-    states_.hold(p.layer, Access::kUpdate);
-    const size_t i = static_cast<size_t>(p.index);
-    const Tensor momentum = states_.get(momentum_.at(i)), second_moment = states_.get(second_moment_.at(i));
+ private:
+  void update_elements(const Parameter& p, Tensor weight, Tensor master, Tensor momentum, Tensor second_moment,
+                       Tensor gradient, const RandomKey& key, const StepScalars* scalars) override {
     const AdamWOptions options{.beta1 = config_.beta1,
                                .beta2 = beta2_,
                                .eps = config_.eps,
                                .weight_decay = decay_of(p),
                                .lr_scale = lr_scale_of(p)};
-    gradient.pass([&](const RowRange& rows, const Tensor& g) {
-      const Tensor m = rows.of(momentum), v = rows.of(second_moment);
-      pieces_.update(p, rows.of(weight), rows.of(master), rounding(p, rows.begin), scalars,
-                     [&](const Tensor& w, const Tensor& copy, const RowRange& piece, const RandomKey& key) {
-                       backend_.adamw_update(w, copy, piece.of(m), piece.of(v), piece.of(g), options, key, scalars);
-                     });
-    });
+    backend_.adamw_update(weight, master, momentum, second_moment, gradient, options, key, scalars);
   }
 
- private:
   float beta2_;
-  std::vector<int> momentum_, second_moment_;  // numbers in states_, by Parameter::index
 };
 
 }  // namespace

@@ -108,7 +108,7 @@ struct OptimizerConfig {
   bool residual = false;  // what the projection does not hold is used at full weight; orthonormal projections only
 
   // Memory
-  int streamed_layers = 0;  // > 0: states of the blocks are in host memory, so many layers at a time on the device
+  LayerPlace states;                               // of the blocks; in parts: AdamW and SGD only
   GradientBlocks blocks = GradientBlocks::kWhole;  // which gradients come in blocks of rows
   int64_t weight_piece = int64_t{1} << 22;  // elements of an 8-bit weight that are decoded for an update at a time
 };
@@ -138,6 +138,12 @@ class Optimizer {
   virtual void update(const Parameter& parameter, Tensor weight, Tensor master, const Gradient& gradient,
                       StepScalars* scalars) = 0;
 
+  // Updates a rank's part of a matrix that is spread over ranks, as update() would; with config.states.parts, of
+  // optimizers that work element by element.
+  virtual void update_part(const Parameter& parameter, const ParameterStore::Kept& kept, const Gradient& gradient,
+                           StepScalars* scalars);
+  bool updates_parts() const { return config_.states.parts; }
+
   // All states, in the order of the parameters; those of streamed layers without their memory.
   const std::vector<StateTensor>& state() const { return states_.list(); }
   StateStore& states() { return states_; }
@@ -152,7 +158,7 @@ class Optimizer {
   int add_momentum(const Parameter& parameter);  // -1 with beta1 = 0
   int add_second_moment(const Parameter& parameter);
 
-  // The key of a parameter's rounding, from row `begin` on.
+  // The key of a parameter's rounding, from element `begin` on.
   RandomKey rounding(const Parameter& parameter, int64_t begin = 0) const;
   float decay_of(const Parameter& parameter) const { return parameter.decay ? config_.weight_decay : 0.0f; }
   float lr_scale_of(const Parameter& p) const { return p.matrix && p.layer >= 0 ? config_.matrix_lr_scale : 1.0f; }

@@ -44,7 +44,8 @@ inline void require_indexed(const std::vector<Parameter>& parameters) {
 }
 
 // Where the weights are. The model acquires a layer before it uses it and releases it after; resident layers are there
-// at once, a streamed one is fetched ahead and written back when it has changed.
+// at once, a streamed one is fetched ahead and written back when it has changed. Ranks that keep the weights together
+// acquire and release the same layers in the same order.
 class ParameterStore {
  public:
   virtual ~ParameterStore() = default;
@@ -70,4 +71,15 @@ class ParameterStore {
     fill(stored(parameter), 0);
   }
   virtual Tensor master(const Parameter& parameter) = 0;  // fp32 copy, or an empty tensor where there is none
+
+  // Whether each rank keeps a part of this parameter only; part(): its elements [begin, begin + weight.elements()) of
+  // it, in place, where the rank may change them without the others; no acquire() is needed, and part_changed() ends
+  // it.
+  struct Kept {
+    Tensor weight, master = {};  // [count], maybe none
+    int64_t begin = 0;
+  };
+  virtual bool spread(const Parameter&) const { return false; }
+  virtual Kept part(const Parameter& parameter) { return {stored(parameter), master(parameter), 0}; }
+  virtual void part_changed(const Parameter&) {}
 };

@@ -8,13 +8,14 @@ void zero_state(Backend& backend, const Tensor& state) {
   if (state.scales) backend.fill(state.scales, 0, static_cast<size_t>(quant_blocks(state.elements())) * sizeof(float));
 }
 
-StateStore::StateStore(const std::vector<Parameter>& parameters, int streamed_layers, Backend& backend)
-    : backend_(backend) {
-  if (streamed_layers == 0) return;
+StateStore::StateStore(const std::vector<Parameter>& parameters, const LayerPlace& place, Backend& backend)
+    : place_(place), backend_(backend) {
+  if (place.streamed_layers == 0) return;
   int layers = 0;
   for (const Parameter& parameter : parameters) layers = std::max(layers, parameter.layer + 1);
-  stream_ = std::make_unique<LayerStream>("state", Category::kOptimizerState, layers, streamed_layers,
-                                          LayerStream::Order::kDownAgain, backend);
+  stream_ =
+      std::make_unique<LayerStream>("state", Category::kOptimizerState, layers, place.parts ? 1 : place.streamed_layers,
+                                    LayerStream::Order::kDownAgain, backend, place.peers);
   held_ = std::make_unique<HeldLayer<LayerStream>>(*stream_);
 }
 
@@ -31,7 +32,8 @@ int StateStore::add(const Parameter& parameter, const char* what, const Tensor& 
 void StateStore::declare(MemoryPlan& plan) {
   for (StateTensor& state : states_)
     if (!streamed(state)) plan.add(&state.tensor, state.name, Category::kOptimizerState, state.tensor);
-  if (stream_) stream_->declare(plan, kPhaseAlways);
+  // In parts nobody needs a whole layer in a step, but checkpoints do between two.
+  if (stream_) stream_->declare(plan, place_.parts ? kPhaseSample : kPhaseAlways);
 }
 
 void StateStore::zero() {
@@ -55,4 +57,15 @@ Tensor StateStore::get(int number) const {
   if (number < 0) return {};
   const StateTensor& state = states_.at(static_cast<size_t>(number));
   return streamed(state) ? stream_->tensor(state.layer, numbers_[static_cast<size_t>(number)]) : state.tensor;
+}
+
+Tensor StateStore::part(int number) {
+  if (number < 0) return {};
+  held_->release();
+  const StateTensor& state = states_.at(static_cast<size_t>(number));
+  return stream_->part(state.layer, numbers_[static_cast<size_t>(number)]);
+}
+
+void StateStore::part_changed(int number) {
+  if (number >= 0) stream_->part_changed(states_.at(static_cast<size_t>(number)).layer);
 }

@@ -26,12 +26,12 @@ struct StateTensor {
 // Elements and, of an 8-bit state, scales become 0.
 void zero_state(Backend& backend, const Tensor& state);
 
-// All states of an optimizer: on the device, or those of the blocks streamed from host memory, a few layers at a time,
-// while the backward pass goes down the layers.
+// All states of an optimizer: on the device, or those of the blocks streamed from host memory or from ranks, a few
+// layers at a time, while the backward pass goes down the layers.
 class StateStore {
  public:
-  // streamed_layers > 0: states of the blocks are in host memory, so many layers at a time on the device.
-  StateStore(const std::vector<Parameter>& parameters, int streamed_layers, Backend& backend);
+  // `place`: of the states of the blocks.
+  StateStore(const std::vector<Parameter>& parameters, const LayerPlace& place, Backend& backend);
   ~StateStore();  // the memory may be gone, so nothing is written back
 
   // One more state, with dtype and shape of a tensor without memory. Returns its number.
@@ -45,11 +45,20 @@ class StateStore {
   void hold(int layer, Access access);
 
   Tensor get(int number) const;  // an empty tensor for -1
+
+  // Of a state that ranks keep: this rank's elements, [count], in place, and that they were written to. Layers that are
+  // held are given back.
+  Tensor part(int number);
+  void part_changed(int number);
+
   const std::vector<StateTensor>& list() const { return states_; }
 
  private:
-  bool streamed(const StateTensor& state) const { return stream_ && state.layer >= 0; }
+  bool streamed(const StateTensor& state) const {
+    return stream_ && state.layer >= 0 && (state.tensor.rank > 1 || !place_.peers);
+  }
 
+  LayerPlace place_;
   Backend& backend_;
   std::vector<StateTensor> states_;
   std::vector<int> numbers_;  // in the stream

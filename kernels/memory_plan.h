@@ -27,7 +27,7 @@ enum Phase : uint32_t {
   kPhaseHead = 2,      // final LayerNorm's output to loss and the gradient of the head
   kPhaseBackward = 4,  // blocks and embedding backward; fused updates happen here, too
   kPhaseUpdate = 8,    // the optimizer after the last micro-batch
-  kPhaseSample = 16,   // text from the model, between steps
+  kPhaseSample = 16,   // between steps: text from the model, what a checkpoint gathers
   kPhaseAlways = 31,   // survives from step to step
 };
 

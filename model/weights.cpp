@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "parallel/communicator.h"
+#include "parallel/part.h"
+
 WeightStore::WeightStore(std::vector<Parameter> parameters, const WeightStoreConfig& config, Backend& backend)
     : parameters_(std::move(parameters)), config_(config), backend_(backend), places_(parameters_.size()) {
   config_.master_weights = config.master_weights && config.dtype == DType::kBF16;
@@ -16,14 +19,24 @@ WeightStore::WeightStore(std::vector<Parameter> parameters, const WeightStoreCon
         quant_rows(p.cols) * p.cols * static_cast<int64_t>(sizeof(float) / dtype_size(config_.plain_dtype));
     decoded_elements_ = std::max({decoded_elements_, p.elements(), fp32_elements});
   }
-  if (config_.streamed_layers > 0)
-    stream_ = std::make_unique<LayerStream>("weights", Category::kWeights, layers, config_.streamed_layers,
-                                            LayerStream::Order::kUpAndDown, backend);
+  if (config_.blocks.streamed_layers > 0)
+    stream_ = std::make_unique<LayerStream>("weights", Category::kWeights, layers, config_.blocks.streamed_layers,
+                                            LayerStream::Order::kUpAndDown, backend, config_.blocks.peers);
+  if (config_.blocks.peers && config_.master_weights) {
+    masters_ = std::make_unique<LayerStream>("masters", Category::kWeights, layers, config_.blocks.parts ? 1 : 2,
+                                             LayerStream::Order::kDownAgain, backend, config_.blocks.peers);
+    held_masters_ = std::make_unique<HeldLayer<LayerStream>>(*masters_);
+  }
   for (const Parameter& p : parameters_) {
     if (!streamed(p)) continue;
     place(p).streamed_weight = stream_->add(p.layer, p.tensor(nullptr, stored_dtype(p)));
-    if (config_.master_weights) place(p).streamed_master = stream_->add(p.layer, p.tensor(nullptr, DType::kF32));
+    if (config_.master_weights)
+      place(p).streamed_master = (masters_ ? *masters_ : *stream_).add(p.layer, p.tensor(nullptr, DType::kF32));
   }
+}
+
+WeightStore::~WeightStore() {
+  if (held_masters_) held_masters_->forget();
 }
 
 DType WeightStore::stored_dtype(const Parameter& p) const {
@@ -39,6 +52,8 @@ void WeightStore::declare(MemoryPlan& plan) {
       plan.add(&place(p).master, p.name + ".master", Category::kWeights, p.tensor(nullptr, DType::kF32));
   }
   if (stream_) stream_->declare(plan, kPhaseAlways);
+  // In parts nobody needs a whole layer of masters in a step, but checkpoints do between two.
+  if (masters_) masters_->declare(plan, config_.blocks.parts ? kPhaseSample : kPhaseAlways);
   if (decoded_elements_ > 0)
     plan.add(&decoded_, "weights.decoded", Category::kWorkspace, config_.plain_dtype, {decoded_elements_},
              kPhaseForward | kPhaseBackward | kPhaseSample);
@@ -57,7 +72,9 @@ void WeightStore::acquire(int layer, Access access) {
 }
 
 void WeightStore::release(int layer, bool changed) {
-  if (stream_ && layer >= 0) stream_->release(layer, changed);
+  if (!stream_ || layer < 0) return;
+  stream_->release(layer, changed);
+  if (masters_ && config_.blocks.parts) held_masters_->release();  // a step has other things in that memory
 }
 
 Tensor WeightStore::stored(const Parameter& parameter) {
@@ -98,5 +115,25 @@ void WeightStore::assign(const Parameter& p, const std::function<void(Tensor, in
 
 Tensor WeightStore::master(const Parameter& parameter) {
   const Place& at = place(parameter);
-  return at.streamed_master >= 0 ? stream_->tensor(parameter.layer, at.streamed_master) : at.master;
+  if (at.streamed_master < 0) return at.master;
+  if (!masters_) return stream_->tensor(parameter.layer, at.streamed_master);
+  held_masters_->hold(parameter.layer, Access::kUpdate);
+  return masters_->tensor(parameter.layer, at.streamed_master);
+}
+
+ParameterStore::Kept WeightStore::part(const Parameter& parameter) {
+  const Place& at = place(parameter);
+  const Communicator& peers = *config_.blocks.peers;
+  Kept kept{.weight = stream_->part(parameter.layer, at.streamed_weight),
+            .begin = part_of(parameter.elements(), peers.rank(), peers.size()).begin};
+  if (masters_) {
+    held_masters_->release();
+    kept.master = masters_->part(parameter.layer, at.streamed_master);
+  }
+  return kept;
+}
+
+void WeightStore::part_changed(const Parameter& parameter) {
+  stream_->part_changed(parameter.layer);
+  if (masters_) masters_->part_changed(parameter.layer);
 }

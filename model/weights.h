@@ -1,5 +1,6 @@
-// weights.h: the weights of a model: on the device, or those of the blocks streamed from host memory; as numbers,
-// or those of the blocks' matrices as 8-bit codes (Q-GaLore, arXiv 2407.08296); with or without fp32 master copies.
+// weights.h: the weights of a model: on the device, those of the blocks streamed from host memory, or their matrices
+// spread over the ranks of a run; as numbers, or those of the blocks' matrices as 8-bit codes (Q-GaLore, arXiv
+// 2407.08296); with or without fp32 master copies.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +16,13 @@ struct WeightStoreConfig {
   DType dtype = DType::kF32;        // kF32, kBF16, or kI8: quantized parameters as codes, the rest in plain_dtype
   DType plain_dtype = DType::kF32;  // with kI8: of what is not quantized, and of decoded matrices
   bool master_weights = false;      // beside bf16
-  int streamed_layers = 0;          // > 0: blocks are in host memory, so many at a time on the device
+  LayerPlace blocks = {};
 };
 
 class WeightStore final : public ParameterStore {
  public:
   WeightStore(std::vector<Parameter> parameters, const WeightStoreConfig& config, Backend& backend);
+  ~WeightStore() override;  // the memory may be gone, so nothing is written back
 
   void declare(MemoryPlan& plan);
   void zero_padding();  // of all weights; the rest is undefined before it is assigned
@@ -36,6 +38,9 @@ class WeightStore final : public ParameterStore {
   Tensor stored(const Parameter& parameter) override;
   Tensor master(const Parameter& parameter) override;
   void assign(const Parameter& parameter, const std::function<void(Tensor, int64_t)>& fill) override;
+  bool spread(const Parameter& p) const override { return config_.blocks.peers && p.layer >= 0 && p.matrix; }
+  Kept part(const Parameter& parameter) override;
+  void part_changed(const Parameter& parameter) override;
 
  private:
   // Where one parameter is: in resident memory, or in the stream under these numbers.
@@ -45,7 +50,7 @@ class WeightStore final : public ParameterStore {
   };
 
   DType stored_dtype(const Parameter& p) const;
-  bool streamed(const Parameter& p) const { return stream_ && p.layer >= 0; }
+  bool streamed(const Parameter& p) const { return stream_ && p.layer >= 0 && (p.matrix || !config_.blocks.peers); }
   Place& place(const Parameter& p) { return places_[static_cast<size_t>(p.index)]; }
 
   std::vector<Parameter> parameters_;
@@ -53,6 +58,9 @@ class WeightStore final : public ParameterStore {
   Backend& backend_;
   std::vector<Place> places_;  // by Parameter::index
   std::unique_ptr<LayerStream> stream_;
+  // Master copies that ranks keep: whole only where somebody asks for one.
+  std::unique_ptr<LayerStream> masters_;
+  std::unique_ptr<HeldLayer<LayerStream>> held_masters_;
   int64_t decoded_elements_ = 0;  // as many as the largest 8-bit matrix needs
   Tensor decoded_;
 };

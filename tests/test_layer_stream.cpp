@@ -1,5 +1,6 @@
-// test_layer_stream.cpp: layers in host memory that visit the device, on every backend: their numbers come back after
-// any walk over them, copies wait for operations and operations for copies, and wrong use is refused.
+// test_layer_stream.cpp: layers in host memory, or spread over ranks, that visit the device, on every backend: their
+// numbers come back after any walk over them, copies wait for operations and operations for copies, and wrong use is
+// refused.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -7,7 +8,9 @@
 #include <vector>
 
 #include "kernels/layer_stream.h"
+#include "parallel/part.h"
 #include "tests/backends.h"
+#include "tests/thread_ranks.h"
 
 namespace {
 
@@ -16,8 +19,11 @@ constexpr int64_t kNumbers = 5000, kCodes = 700;
 
 class Bench {
  public:
-  Bench(int slots, LayerStream::Order order)
-      : backend(make_test_backend()), stream("layers", Category::kWeights, kLayers, slots, order, *backend) {
+  // `ranks`: those that keep the layers, of which this is one.
+  Bench(int slots, LayerStream::Order order, ThreadRanks* ranks = nullptr, int rank = 0)
+      : backend(make_test_backend()),
+        communicator(ranks ? ranks->communicator(rank, *backend) : nullptr),
+        stream("layers", Category::kWeights, kLayers, slots, order, *backend, communicator.get()) {
     for (int layer = 0; layer < kLayers; ++layer) {
       stream.add(layer, Tensor::of(nullptr, DType::kF32, {numbers_of(layer)}));
       stream.add(layer, Tensor::of(nullptr, DType::kI8, {kCodes}));
@@ -66,6 +72,7 @@ class Bench {
   }
 
   std::unique_ptr<Backend> backend;
+  std::unique_ptr<Communicator> communicator;
   LayerStream stream;
 
  private:
@@ -75,21 +82,40 @@ class Bench {
 struct Walk {
   int slots;
   LayerStream::Order order;
+  int ranks = 0;  // that keep the layers; 0: host memory does
 };
 
-class LayerStreams : public ::testing::TestWithParam<Walk> {};
-INSTANTIATE_TEST_SUITE_P(All, LayerStreams,
-                         ::testing::Values(Walk{2, LayerStream::Order::kUpAndDown},
-                                           Walk{3, LayerStream::Order::kUpAndDown}, Walk{2, LayerStream::Order::kDown},
-                                           Walk{3, LayerStream::Order::kDown}, Walk{2, LayerStream::Order::kDownAgain},
-                                           Walk{9, LayerStream::Order::kDownAgain}),
-                         [](const auto& info) {
-                           return std::string("slots") + std::to_string(info.param.slots) + "order" +
-                                  std::to_string(static_cast<int>(info.param.order));
-                         });
+class LayerStreams : public ::testing::TestWithParam<Walk> {
+ protected:
+  // f(bench), on each rank.
+  static void with_bench(const std::function<void(Bench&)>& f) {
+    const Walk walk = GetParam();
+    if (walk.ranks == 0) {
+      Bench bench(walk.slots, walk.order);
+      f(bench);
+      return;
+    }
+    ThreadRanks ranks(walk.ranks);
+    ranks.run([&](int rank) {
+      Bench bench(walk.slots, walk.order, &ranks, rank);
+      f(bench);
+    });
+  }
+};
+INSTANTIATE_TEST_SUITE_P(
+    All, LayerStreams,
+    ::testing::Values(Walk{2, LayerStream::Order::kUpAndDown}, Walk{3, LayerStream::Order::kUpAndDown},
+                      Walk{2, LayerStream::Order::kDown}, Walk{3, LayerStream::Order::kDown},
+                      Walk{2, LayerStream::Order::kDownAgain}, Walk{9, LayerStream::Order::kDownAgain},
+                      Walk{2, LayerStream::Order::kUpAndDown, 2}, Walk{3, LayerStream::Order::kUpAndDown, 3},
+                      Walk{3, LayerStream::Order::kDown, 2}, Walk{2, LayerStream::Order::kDownAgain, 3},
+                      Walk{9, LayerStream::Order::kDownAgain, 2}),
+    [](const auto& info) {
+      return std::string("slots") + std::to_string(info.param.slots) + "order" +
+             std::to_string(static_cast<int>(info.param.order)) + "ranks" + std::to_string(info.param.ranks);
+    });
 
-TEST_P(LayerStreams, KeepWhatTheyHold) {
-  Bench bench(GetParam().slots, GetParam().order);
+void keep_what_they_hold(Bench& bench) {
   std::vector<float> expected;
   for (int layer = 0; layer < kLayers; ++layer) {
     expected.push_back(static_cast<float>(layer + 1));
@@ -117,23 +143,26 @@ TEST_P(LayerStreams, KeepWhatTheyHold) {
   }
 }
 
+TEST_P(LayerStreams, KeepWhatTheyHold) { with_bench(keep_what_they_hold); }
+
 // A layer that is being fetched ahead is overwritten: the copy must not come after.
 TEST_P(LayerStreams, OverwriteWhatIsOnItsWay) {
   for (int round = 0; round < 8; ++round) {
-    Bench bench(GetParam().slots, GetParam().order);
-    for (int layer = 0; layer < kLayers; ++layer) bench.set(layer, 1);
-    for (int layer = kLayers - 1; layer > 0; layer -= 2) {
-      bench.expect(layer, 1);  // fetches the next one
-      bench.set(layer - 1, static_cast<float>(100 + layer));
-      bench.backend->synchronize();  // the compute stream may be ahead of the copies
-    }
-    for (int layer = 0; layer < kLayers; ++layer) bench.expect(layer, layer % 2 ? 1 : static_cast<float>(101 + layer));
+    with_bench([](Bench& bench) {
+      for (int layer = 0; layer < kLayers; ++layer) bench.set(layer, 1);
+      for (int layer = kLayers - 1; layer > 0; layer -= 2) {
+        bench.expect(layer, 1);  // fetches the next one
+        bench.set(layer - 1, static_cast<float>(100 + layer));
+        bench.backend->synchronize();  // the compute stream may be ahead of the copies
+      }
+      for (int layer = 0; layer < kLayers; ++layer)
+        bench.expect(layer, layer % 2 ? 1 : static_cast<float>(101 + layer));
+    });
   }
 }
 
 // Two layers held, as the forward pass does at the end of a block.
-TEST_P(LayerStreams, HoldTwoLayersAtATime) {
-  Bench bench(GetParam().slots, GetParam().order);
+void hold_two_layers_at_a_time(Bench& bench) {
   for (int layer = 0; layer < kLayers; ++layer) bench.set(layer, 1);
   for (int layer = 0; layer + 1 < kLayers; ++layer) {
     bench.stream.acquire(layer, Access::kRead);
@@ -150,6 +179,38 @@ TEST_P(LayerStreams, HoldTwoLayersAtATime) {
   for (int layer = 0; layer < kLayers; ++layer) bench.expect(layer, static_cast<float>(layer + 1));
 }
 
+TEST_P(LayerStreams, HoldTwoLayersAtATime) { with_bench(hold_two_layers_at_a_time); }
+
+// Every rank writes its part where it is kept; what is whole on the device is old then, also while it is held.
+TEST(LayerStream, PartsAreChangedInPlace) {
+  for (const int count : {1, 2, 3}) {
+    ThreadRanks ranks(count);
+    ranks.run([&](int rank) {
+      Bench bench(2, LayerStream::Order::kUpAndDown, &ranks, rank);
+      for (int layer = 0; layer < kLayers; ++layer) bench.set(layer, 1);
+      for (int layer = 0; layer < kLayers; ++layer) {
+        bench.expect(layer, 1);  // fetches the next one
+        bench.stream.acquire(layer, Access::kRead);
+        const Tensor whole = bench.stream.tensor(layer, 0), mine = bench.stream.part(layer, 0);
+        const Part part = part_of(Bench::numbers_of(layer), rank, count);
+        ASSERT_EQ(mine.elements(), part.count);
+        bench.backend->copy(mine.data, whole.slice(part.begin, part.count).data, mine.bytes());
+        bench.backend->add(mine, mine, mine);
+        const Tensor codes = bench.stream.part(layer, 1);
+        bench.backend->fill(codes.data, layer + 1, codes.bytes());
+        bench.stream.part_changed(layer);
+        bench.stream.release(layer, false);
+        if (layer > 0) {  // one that nobody holds
+          const Tensor before = bench.stream.part(layer - 1, 0);
+          bench.backend->add(before, before, before);
+          bench.stream.part_changed(layer - 1);
+        }
+      }
+      for (int layer = 0; layer < kLayers; ++layer) bench.expect(layer, layer + 1 < kLayers ? 4 : 2);
+    });
+  }
+}
+
 TEST(LayerStream, RefusesWrongUse) {
   Bench bench(2, LayerStream::Order::kUpAndDown);
   EXPECT_THROW(bench.stream.tensor(0, 0), std::logic_error);
@@ -160,7 +221,8 @@ TEST(LayerStream, RefusesWrongUse) {
   EXPECT_THROW(bench.stream.release(0, false), std::logic_error);
   EXPECT_THROW(bench.stream.tensor(0, 0), std::logic_error);
   EXPECT_NO_THROW(bench.stream.acquire(2, Access::kRead));
-  EXPECT_THROW(Bench(1, LayerStream::Order::kDown), std::invalid_argument);
+  EXPECT_THROW(bench.stream.part(0, 0), std::logic_error) << "not spread over ranks";
+  EXPECT_THROW(Bench(0, LayerStream::Order::kDown), std::invalid_argument);
 }
 
 }  // namespace

@@ -247,22 +247,23 @@ TEST(Planner, TheChoiceEndsInTheOptions) {
 }
 
 TEST(Budget, WhatTheRuntimeTakesIsSetAside) {
+  Job job;
   const auto device = make_planning_backend();
   Options options;
   options.memory_budget = "24GiB";
-  const Budget budget = find_budget(options, *device, false);
+  const Budget budget = find_budget(options, *device, false, job);
   EXPECT_GT(budget.set_aside, 0u);
   EXPECT_EQ(budget.set_aside, device->runtime_bytes());
   EXPECT_EQ(budget.limit.device + budget.set_aside, size_t{24} << 30);
   options.memory_budget = "1MiB";
-  EXPECT_THROW(find_budget(options, *device, false), std::runtime_error);
+  EXPECT_THROW(find_budget(options, *device, false, job), std::runtime_error);
   options.memory_budget = "auto";
-  EXPECT_THROW(find_budget(options, *device, false), UsageError);
+  EXPECT_THROW(find_budget(options, *device, false, job), UsageError);
 
   const auto cpu = make_cpu_backend({.threads = 1});
   options.memory_budget = "1000TiB";  // a run gets no more than there is
-  EXPECT_LE(find_budget(options, *cpu, true).limit.device, cpu->memory_available() + (size_t{1} << 30));
-  EXPECT_GT(find_budget(options, *cpu, false).limit.device, size_t{900} << 40);
+  EXPECT_LE(find_budget(options, *cpu, true, job).limit.device, cpu->memory_available() + (size_t{1} << 30));
+  EXPECT_GT(find_budget(options, *cpu, false, job).limit.device, size_t{900} << 40);
 }
 
 TEST(Rates, AreMeasuredOrNominal) {

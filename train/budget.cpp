@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+#include "train/agreement.h"
 #include "train/memory_advice.h"
 #include "train/memory_size.h"
 #include "train/metrics.h"
@@ -27,6 +28,21 @@ std::string described(const Candidate& candidate, bool measured) {
   return text + timing(candidate, measured);
 }
 
+// All ranks measure at the same time, as they will compute.
+Rates rates_of_rank_0(Job& job, const Rates& mine) {
+  char text[192];
+  snprintf(text, sizeof text, "%d %d %a %a %a %a %a", mine.measured, mine.copies_overlap, mine.flops, mine.bytes,
+           mine.transfer, mine.call, mine.wire);
+  const std::string first = from_rank_0(job, text);
+  Rates rates;
+  int measured = 0, overlap = 0;
+  std::sscanf(first.c_str(), "%d %d %la %la %la %la %la", &measured, &overlap, &rates.flops, &rates.bytes,
+              &rates.transfer, &rates.call, &rates.wire);
+  rates.measured = measured != 0;
+  rates.copies_overlap = overlap != 0;
+  return rates;
+}
+
 // By how much the smallest candidate is too large, and what would fit.
 std::string nothing_fits(const RunSetup& undecided, const Candidate& least, const Budget& budget, Backend& backend) {
   // Where it is the same memory, the host's part counts, too.
@@ -45,10 +61,10 @@ std::string nothing_fits(const RunSetup& undecided, const Candidate& least, cons
 
 }  // namespace
 
-Budget find_budget(const Options& options, Backend& backend, bool for_run) {
+Budget find_budget(const Options& options, Backend& backend, bool for_run, Job& job) {
   Budget budget;
   const bool automatic = options.memory_budget == "auto";
-  const MemoryLimit now = available_memory_limit(backend);
+  const MemoryLimit now = available_memory_limit(backend, job);
   if (automatic) {
     if (now.device == 0) throw UsageError("--memory-budget auto asks a device that is not here: give it in bytes");
     budget.bytes = now.device;  // the backend has set its own part aside already
@@ -56,7 +72,8 @@ Budget find_budget(const Options& options, Backend& backend, bool for_run) {
     return budget;
   }
   budget.bytes = parse_memory_size(kFlag, options.memory_budget);
-  budget.set_aside = backend.runtime_bytes();
+  for (const std::string& bytes : job.gather(std::to_string(backend.runtime_bytes())))
+    budget.set_aside = std::max<size_t>(budget.set_aside, std::stoull(bytes));
   if (budget.bytes <= budget.set_aside) {
     const bool bare = options.memory_budget.find_first_not_of("0123456789.") == std::string::npos;
     throw std::runtime_error("--memory-budget " + options.memory_budget + ": the runtime alone takes " +
@@ -81,18 +98,19 @@ RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice) {
   o.set("recompute", o.engine.shapes.recompute, choice.shapes.recompute);
   o.set("gradient-blocks", o.engine.gradients.blocks, choice.gradients.blocks);
   o.set("offload", o.engine.offload, choice.offload);
+  if (o.ranks > 1) o.set("shard", o.engine.spread, choice.spread);
   return resolve(request);
 }
 
-BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, bool for_run) {
+BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, bool for_run, Job& job) {
   BudgetChoice choice;
-  choice.budget = find_budget(request.options, backend, for_run);
+  choice.budget = find_budget(request.options, backend, for_run, job);
   const RunSetup undecided = resolve(request, Undecided::kPlannersSettings);
   Rates rates = nominal_rates(undecided.engine, backend.name());
   if (for_run) {
     Options options = request.options;
     std::string why;
-    rates = measure_rates(undecided.engine, *make_backend(options, why));
+    rates = rates_of_rank_0(job, measure_rates(undecided.engine, *make_backend(options, why, device_place(job))));
   }
   const std::vector<Candidate> all = candidates(undecided.engine, search_space(undecided), rates, backend);
   if (all.empty()) resolve(request);  // says what contradicts what

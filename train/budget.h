@@ -6,6 +6,7 @@
 
 #include <nlohmann/json_fwd.hpp>
 
+#include "parallel/job.h"
 #include "train/planner.h"
 #include "train/run_setup.h"
 
@@ -17,7 +18,8 @@ struct Budget {
 
 // The budget of the options. A run is limited by what the machine has now, too; a plan for another machine is not.
 // Throws std::runtime_error when nothing is left for a plan.
-Budget find_budget(const Options& options, Backend& backend, bool for_run);
+// With several ranks the one that has least decides, and those on one machine share its memory.
+Budget find_budget(const Options& options, Backend& backend, bool for_run, Job& job);
 
 // The run with the settings of `choice`, resolved anew.
 RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice);
@@ -31,9 +33,9 @@ struct BudgetChoice {
 };
 
 // The fastest setting of the request within its budget. A run measures its device first, on a backend of its own: what
-// that one chooses meanwhile (matmul algorithms) is no part of the run. A plan goes by nominal rates. Throws
-// std::runtime_error, in one line with advice, when nothing fits.
-BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, bool for_run);
+// that one chooses meanwhile (matmul algorithms) is no part of the run. A plan goes by nominal rates. Ranks
+// all choose the same, by what rank 0 measures. Throws std::runtime_error, in one line with advice, when nothing fits.
+BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, bool for_run, Job& job);
 
 // Lines for the banner: budget, choice, runner-up. And the same as JSON.
 std::string budget_report(const BudgetChoice& choice);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <sstream>
 #include <vector>
 
@@ -77,16 +78,19 @@ void for_each_tensor(Engine& engine, const std::vector<SavedTensor>& tensors, Ac
   engine.optimizer().states().hold(-1, access);
 }
 
+// "" as path: nothing is written.
 FileSummary save_optimizer(const std::string& path, Engine& engine) {
   const std::vector<SavedTensor> tensors = optimizer_tensors(engine);
   std::vector<TensorEntry> entries;
   for (const SavedTensor& saved : tensors) {
     entries.push_back({saved.name, safetensors_name(saved.shape.dtype), shape_of(saved.shape), nullptr});
   }
-  SafetensorsWriter writer(path, entries);
-  for_each_tensor(engine, tensors, Access::kRead,
-                  [&](const SavedTensor&, const Tensor& tensor) { writer.write(tensor, engine.backend()); });
-  return writer.finish();
+  std::optional<SafetensorsWriter> writer;
+  if (!path.empty()) writer.emplace(path, entries);
+  for_each_tensor(engine, tensors, Access::kRead, [&](const SavedTensor&, const Tensor& tensor) {
+    if (writer) writer->write(tensor, engine.backend());
+  });
+  return writer ? writer->finish() : FileSummary{};
 }
 
 void load_optimizer(const std::string& path, Engine& engine) {
@@ -133,6 +137,12 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
     warn(error.path1().string() + " cannot be removed: " + error.code().message());
   }
   return path;
+}
+
+void take_part_in_checkpoint(Engine& engine) {
+  if (!is_spread(engine.config())) return;
+  save_weights("", engine.store(), engine.backend());
+  save_optimizer("", engine);
 }
 
 std::string tensor_checksums(Engine& engine) {

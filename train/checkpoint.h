@@ -23,6 +23,9 @@ std::string save_checkpoint(const std::string& run, const TrainerState& state, E
 // the file.
 TrainerState read_checkpoint(const std::string& checkpoint);
 
+// What the other ranks do while rank 0 saves: with weights that ranks keep together, they take part in gathering them.
+void take_part_in_checkpoint(Engine& engine);
+
 // A line for each tensor of weights and optimizer states: its name and the CRC-32 of its bits.
 std::string tensor_checksums(Engine& engine);
 // Of such texts, one of each rank: the first rank and tensor that differ from rank 0's, in words; empty where none

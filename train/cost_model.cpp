@@ -124,14 +124,16 @@ double fastest(Backend& backend, const std::function<void()>& call) {
 
 }  // namespace
 
-// A GPU: an H100 at what matmuls and attention reach in practice, PCIe 4. A CPU: a few cores.
+// A GPU: an H100 at what matmuls and attention reach in practice, PCIe 4 to the host and to the others, which every
+// machine has (NVLink does 450 GB/s). A CPU: a few cores, processes on one machine.
 Rates nominal_rates(const EngineConfig& config, const std::string& backend) {
-  if (backend == "cpu") return {.flops = 2e11, .bytes = 3e10, .transfer = 1e10, .call = 2e-6};
+  if (backend == "cpu") return {.flops = 2e11, .bytes = 3e10, .transfer = 1e10, .call = 2e-6, .wire = 2e9};
   return {.copies_overlap = true,
           .flops = config.shapes.dtype == DType::kBF16 ? 4e14 : 5e13,
           .bytes = 2.5e12,
           .transfer = 2.5e10,
-          .call = 5e-6};
+          .call = 5e-6,
+          .wire = 2.5e10};
 }
 
 Rates measure_rates(const EngineConfig& config, Backend& backend) {
@@ -187,6 +189,7 @@ BlockBytes block_bytes(const EngineConfig& config, Backend& backend) {
   EngineConfig one = config;
   one.model.layers = 1;
   one.offload = {};
+  one.ranks = 1;
   one.gradients.blocks = GradientBlocks::kWhole;  // `config` may not have its micro-batches yet
   const MemoryPlan plan = Engine(one, backend).declared();
   BlockBytes bytes;
@@ -199,6 +202,35 @@ BlockBytes block_bytes(const EngineConfig& config, Backend& backend) {
   return bytes;
 }
 
+namespace {
+
+// Bytes that a rank sends in a step, by the formulas of a ring: the sums of gradients, and what it takes to gather the
+// blocks' weights in every pass, and, where an update needs them whole, their states.
+struct Wire {
+  double forward = 0, backward = 0, update = 0;
+};
+Wire wire_bytes(const EngineConfig& config, const BlockBytes& bytes, double passes) {
+  const double layers = static_cast<double>(config.model.layers), ranks = config.ranks, others = (ranks - 1) / ranks;
+  const double size = static_cast<double>(dtype_size(config.gradients.gradient_dtype));
+  const bool projected = config.gradients.kind == GradientMode::kCompressed;
+  const double C = static_cast<double>(config.model.channels);
+  // A sum of rank r has r rows of the four matrices' longer sides, 3 + 1 + 4 + 4 times C.
+  const double block =
+      projected ? 4.0 * 12 * C * static_cast<double>(config.gradients.accumulation_rank) : size * 12 * C * C;
+  const double tables = 4.0 * static_cast<double>(config.model.vocabulary * (config.model.tied_head ? 1 : 2)) * C;
+  Wire wire = {.backward = 2 * others * (layers * block + tables)};
+  if (!is_spread(config)) return wire;
+  wire.forward = passes * others * layers * bytes.weights;
+  wire.backward += passes * others * layers * bytes.weights;
+  if (!updates_parts(config)) {
+    const bool dense = config.gradients.kind != GradientMode::kFused;
+    wire.update = others * layers * (bytes.state + (dense ? bytes.weights : 0));
+  }
+  return wire;
+}
+
+}  // namespace
+
 double predict_step(const EngineConfig& config, const Rates& rates, const BlockBytes& bytes) {
   const Operations step{config};
   const double layers = static_cast<double>(config.model.layers);
@@ -208,24 +240,27 @@ double predict_step(const EngineConfig& config, const Rates& rates, const BlockB
   const bool fused = config.gradients.kind == GradientMode::kFused;
   const double micro_batches = config.gradients.micro_batches;
   const double passes = micro_batches * (fused && config.gradients.clip_norm > 0 ? 2 : 1);  // the first for the norm
-  // Work, and bytes that move meanwhile.
-  const auto seconds = [&](const Work& work, double moved) {
+  const Wire wire = config.ranks > 1 ? wire_bytes(config, bytes, passes) : Wire{};
+  // Work, and bytes that move meanwhile: to and from the host, and to other ranks, whose link is another one.
+  const auto seconds = [&](const Work& work, double moved, double sent) {
     const double compute = seconds_of(work, rates), transfer = moved / rates.transfer;
-    return rates.copies_overlap ? std::max(compute, transfer) : compute + transfer;
+    const double others = config.ranks > 1 ? sent / rates.wire : 0;
+    return std::max(rates.copies_overlap ? std::max(compute, transfer) : compute + transfer, others);
   };
   const Work forward = layers * (step.decode() + step.forward());
   const Work backward =
       passes * layers * (step.decode() + step.backward()) + micro_batches * layers * step.accumulate();
   const double back = passes * (weights + kept), changed = 2 * state + weights;
-  double total = passes * (kPerMicroBatch + seconds(forward, weights + kept) + seconds(step.head(), 0));
+  double total =
+      passes * (kPerMicroBatch + seconds(forward, weights + kept, wire.forward / passes) + seconds(step.head(), 0, 0));
   if (fused) {  // updates run beside the transfers of the next blocks
-    total += seconds(backward + step.update(), back + changed);
+    total += seconds(backward + step.update(), back + changed, wire.backward + wire.update);
   } else {
-    total += seconds(backward, back) + seconds(step.update(), changed + weights);
+    total += seconds(backward, back, wire.backward) + seconds(step.update(), changed + weights, wire.update);
   }
   return total;
 }
 
 int64_t tokens_per_step(const EngineConfig& config) {
-  return config.shapes.batch * config.shapes.sequence * config.gradients.micro_batches;
+  return config.ranks * config.shapes.batch * config.shapes.sequence * config.gradients.micro_batches;
 }

@@ -14,6 +14,7 @@ struct Rates {
   double bytes = 0;             // read and written by a copy on the device, per second
   double transfer = 0;          // bytes per second from host to device, and back
   double call = 0;              // seconds that every operation costs
+  double wire = 0;              // bytes per second that a rank sends to another; never measured
 };
 
 // For order only: what a device of this kind (the backend's name) reaches by its data sheet.
@@ -23,7 +24,7 @@ Rates nominal_rates(const EngineConfig& config, const std::string& backend);
 // memory for them and gives it back; the workspace is unset afterwards. Nominal rates where that memory is not there.
 Rates measure_rates(const EngineConfig& config, Backend& backend);
 
-// Bytes of one block that move between host and device when it does not stay there.
+// Bytes of one block that move when it does not stay on the device: to and from host memory, or between ranks.
 struct BlockBytes {
   double weights = 0, state = 0;
 };
@@ -33,4 +34,5 @@ BlockBytes block_bytes(const EngineConfig& config, Backend& backend);
 // never take longer per token.
 double predict_step(const EngineConfig& config, const Rates& rates, const BlockBytes& bytes);
 
+// Of all ranks.
 int64_t tokens_per_step(const EngineConfig& config);

@@ -19,15 +19,44 @@ KernelShapes kernel_shapes(const EngineConfig& config) {
   return shapes;
 }
 
-// What follows from the offloading and from gradients in blocks for the parts. What visits the device is copied on a
-// stream of its own from and to memory that changes, so the operations are not the same each time.
-EngineConfig completed(EngineConfig config) {
+// Stands for the ranks of a run that is only planned.
+class PlannedRanks final : public Communicator {
+ public:
+  explicit PlannedRanks(int size) : size_(size) {}
+  int rank() const override { return 0; }
+  int size() const override { return size_; }
+  Ticket all_reduce(std::span<const Tensor>) override { refuse(); }
+  Ticket all_gather(void*, size_t) override { refuse(); }
+  void wait(Ticket) override {}
+  int64_t bytes_sent() const override { return 0; }
+
+ private:
+  [[noreturn]] static void refuse() { throw std::logic_error("the ranks of a plan say nothing to each other"); }
+
+  int size_;
+};
+
+std::unique_ptr<Communicator> planned(int ranks) {
+  if (ranks == 1) return std::make_unique<AloneCommunicator>();
+  return std::make_unique<PlannedRanks>(ranks);
+}
+
+// What follows from offloading, from ranks and from gradients in blocks for the parts. What visits the device is copied
+// on a stream of its own from and to memory that changes, so the operations are not the same each time.
+EngineConfig completed(EngineConfig config, Communicator& communicator) {
   const Offload& offload = config.offload;
-  if (offload.state || offload.weights) config.optimizer.streamed_layers = offload.layers_in_flight;
+  config.ranks = communicator.size();
+  if (is_spread(config)) {
+    if (offload.state || offload.weights) throw std::invalid_argument("weights and states are on ranks or on the host");
+    config.optimizer.states = {offload.layers_in_flight, &communicator, updates_parts(config)};
+    config.graphs = false;
+  } else if (offload.state || offload.weights) {
+    config.optimizer.states = {.streamed_layers = offload.layers_in_flight};
+  }
   if (offload.activations) config.shapes.streamed_layers = offload.layers_in_flight;
   if (offload.activations || offload.state || offload.weights) config.graphs = false;
   config.master_weights = config.master_weights && config.weight_dtype == DType::kBF16;
-  config.gradients.layer_by_layer = offload.state || offload.weights;
+  config.gradients.layer_by_layer = config.optimizer.states.streamed_layers > 0 && !config.optimizer.states.parts;
   config.optimizer.blocks = config.gradients.blocks;
   config.shapes.head_blocks = config.shapes.training && config.gradients.blocks != GradientBlocks::kWhole;
   return config;
@@ -48,21 +77,35 @@ WeightStoreConfig store_config(const EngineConfig& config) {
   return {.dtype = config.weight_dtype,
           .plain_dtype = config.shapes.dtype,
           .master_weights = config.master_weights,
-          .streamed_layers = config.offload.weights ? config.offload.layers_in_flight : 0};
+          .blocks = is_spread(config) || config.offload.weights ? config.optimizer.states : LayerPlace{}};
 }
 
 }  // namespace
 
+bool is_spread(const EngineConfig& config) { return config.spread == Spread::kWeights && config.ranks > 1; }
+
+bool updates_parts(const EngineConfig& config) {
+  const OptimizerKind kind = config.optimizer.kind;
+  return (kind == OptimizerKind::kAdamW || kind == OptimizerKind::kSgd) && config.weight_dtype != DType::kI8;
+}
+
 Engine::Engine(const EngineConfig& config, Backend& backend, Communicator& communicator)
-    : config_(completed(config)),
+    : Engine(config, backend, nullptr, &communicator) {}
+
+Engine::Engine(const EngineConfig& config, Backend& backend)
+    : Engine(config, backend, planned(config.ranks), nullptr) {}
+
+Engine::Engine(const EngineConfig& config, Backend& backend, std::unique_ptr<Communicator> own, Communicator* given)
+    : own_communicator_(std::move(own)),
+      communicator_(given ? *given : *own_communicator_),
+      config_(completed(config, communicator_)),
       backend_(backend),
-      communicator_(communicator),
       store_(parameters_of(config_), store_config(config_), backend),
       model_(config_.model, config_.shapes, store_, backend),
       graphs_(backend, config_.graphs) {
   if (config_.shapes.training) {
     optimizer_ = make_optimizer(config_.optimizer, store_.parameters(), config_.gradients.gradient_dtype, backend);
-    gradients_ = std::make_unique<Gradients>(config_.gradients, *optimizer_, store_, backend, communicator);
+    gradients_ = std::make_unique<Gradients>(config_.gradients, *optimizer_, store_, backend, communicator_);
   }
   if (config_.sampling) sampler_ = std::make_unique<Gpt2>(config_.model, sampling_shapes(config_), store_, backend);
   store_.declare(plan_);

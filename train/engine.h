@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "flora/gradients.h"
@@ -12,13 +13,19 @@
 #include "kernels/memory_plan.h"
 #include "model/gpt2.h"
 #include "model/weights.h"
+#include "parallel/communicator.h"
+
+// What ranks keep together, each a part of it, and gather layer by layer.
+enum class Spread : uint8_t { kNone, kWeights };  // kWeights: the blocks' matrices and their optimizer states
+inline constexpr std::pair<Spread, const char*> kSpreadNames[] = {{Spread::kNone, "none"},
+                                                                  {Spread::kWeights, "weights"}};
 
 // What stays in host memory and visits the device layer by layer.
 struct Offload {
   bool activations = false;  // the residual stream between the blocks
   bool state = false;        // of the optimizer, of the blocks
   bool weights = false;      // of the blocks; their state comes along
-  int layers_in_flight = 2;  // on the device at a time
+  int layers_in_flight = 2;  // on the device at a time; of a sharded run, too
 };
 
 struct EngineConfig {
@@ -29,9 +36,16 @@ struct EngineConfig {
   OptimizerConfig optimizer;
   GradientConfig gradients;
   Offload offload;
+  Spread spread = Spread::kNone;
+  int ranks = 1;          // of the run, for a plan; with a communicator as many as it has
   bool sampling = false;  // text will be sampled: there is a sampler()
   bool graphs = true;     // record a step's operations and replay them, where the backend can
 };
+
+// Whether ranks keep the blocks' matrices together, and an update then needs nothing but a rank's part: that of AdamW
+// and SGD; but 8-bit weights are updated by whole rows.
+bool is_spread(const EngineConfig& config);
+bool updates_parts(const EngineConfig& config);
 
 // What a step did, read back once per step.
 struct StepResult {
@@ -44,7 +58,9 @@ struct StepResult {
 class Engine {
  public:
   // With a communicator of several ranks each computes config.gradients.micro_batches of a step's micro-batches.
-  Engine(const EngineConfig& config, Backend& backend, Communicator& communicator = alone());
+  Engine(const EngineConfig& config, Backend& backend, Communicator& communicator);
+  // One process alone; with several ranks in `config`, the plan of each of them.
+  Engine(const EngineConfig& config, Backend& backend);
 
   // What every part declares, not yet laid out.
   const MemoryPlan& declared() const { return plan_; }
@@ -118,9 +134,12 @@ class Engine {
 
   StepResult result();
 
+  Engine(const EngineConfig& config, Backend& backend, std::unique_ptr<Communicator> own, Communicator* given);
+
+  std::unique_ptr<Communicator> own_communicator_;  // where none was given
+  Communicator& communicator_;
   EngineConfig config_;
   Backend& backend_;
-  Communicator& communicator_;
   MemoryPlan plan_;
   std::unique_ptr<Arena> arena_;  // outlives what lives in it
   WeightStore store_;

@@ -50,6 +50,7 @@ std::string changed_settings(const EngineConfig& from, const EngineConfig& to) {
   add("recompute", from.shapes.recompute, to.shapes.recompute, name_of(kRecomputeNames, to.shapes.recompute));
   add("gradient-blocks", from.gradients.blocks, to.gradients.blocks,
       name_of(kGradientBlocksNames, to.gradients.blocks));
+  add("shard", from.spread, to.spread, name_of(kSpreadNames, to.spread));
   add("offload", offload_name(from.offload), offload_name(to.offload), offload_name(to.offload));
   return flags;
 }

@@ -141,7 +141,14 @@ void check_options(const Options& o) {
            "--schedule " + name_of(kScheduleNames, o.schedule.kind));
   only_for({"max-skips"}, o.skip_nonfinite, "the absence of --skip-nonfinite");
   only_for({"accumulation-rank"}, gradients != GradientMode::kDense, "--gradients dense");
-  only_for({"layers-in-flight"}, offload_name(engine.offload) != "none" || !o.memory_budget.empty(), "--offload none");
+  const bool spread = engine.spread != Spread::kNone;
+  only_for({"layers-in-flight"}, offload_name(engine.offload) != "none" || spread || !o.memory_budget.empty(),
+           "--offload none");
+  if (spread && (engine.offload.state || engine.offload.weights)) {
+    throw UsageError(
+        "--shard weights contradicts --offload " + offload_name(engine.offload) +
+        ": weights and states are with the processes or in host memory; --offload activations goes with it");
+  }
   const DType weights = o.is_open("weight-dtype") ? o.dtype : engine.weight_dtype;
   const bool known = !o.is_open("weight-dtype") || !o.is_open("dtype");
   if (engine.master_weights && known && weights != DType::kBF16) {

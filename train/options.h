@@ -287,6 +287,10 @@ void describe(Options& o, Visitor& v) {
   v.group("many devices");
   v(o.devices, "devices", "", "train with as many processes on this machine, one a device; they average gradients",
     at_least(1, kMostThreads), free);
+  v(engine.spread, "shard", "",
+    "weights: each process keeps its part of the blocks' matrices and of their optimizer states, and layers are "
+    "gathered one after another; for a model that is larger than one device",
+    kSpreadNames, free);
   v(o.rendezvous_port, "rendezvous-port", "PORT",
     "where rank 0 listens for the others; 0: one above MASTER_PORT, or one made from the job's name; with devices a "
     "free one",

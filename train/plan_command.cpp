@@ -23,17 +23,18 @@ struct FittingModel {
   int64_t parameters() const { return candidate.config.model.parameter_count(); }
 };
 
-// Models by what fits: Flora, fused, with recomputed blocks and one sequence of 1024 tokens per micro-batch, where the
-// options do not say otherwise.
+// Models by what fits: Flora, fused, with recomputed blocks and one sequence of 1024 tokens per micro-batch, and of
+// several devices with the weights spread over them, where the options do not say otherwise.
 class LargestModels {
  public:
   LargestModels(const Options& options, Backend& backend)
-      : options_(options), backend_(backend), budget_(find_budget(options, backend, false)) {
+      : options_(options), backend_(backend), budget_(find_budget(options, backend, false, alone_)) {
     Options base = options;
     base.model = "d12";
     base.choose("seq-len", base.engine.shapes.sequence, 1024);
     base.choose("micro-batch", base.engine.shapes.batch, 1);
     base.choose("recompute", base.engine.shapes.recompute, Recompute::kBlock);
+    if (options.ranks > 1) base.choose("shard", base.engine.spread, Spread::kWeights);
     base_ = resolve({base, backend.name(), 0, true, ""}, Undecided::kPlannersSettings).engine;
     space_.head_chunk = !options.was_given("head-chunk");
     space_.gradient_blocks = !options.was_given("gradient-blocks");
@@ -49,8 +50,9 @@ class LargestModels {
   }
 
   std::string report() const {
-    std::string text = "training within " + format_bytes(budget_.bytes) + " (" + format_bytes(budget_.set_aside) +
-                       " of it set aside for the runtime)\n";
+    const std::string devices = options_.ranks > 1 ? " on each of " + std::to_string(options_.ranks) + " devices" : "";
+    std::string text = "training within " + format_bytes(budget_.bytes) + devices + " (" +
+                       format_bytes(budget_.set_aside) + " of it set aside for the runtime)\n";
     const FittingModel* const best = largest();
     if (!best) return text + "  no model fits\n";
     char heading[128];
@@ -59,8 +61,8 @@ class LargestModels {
     text += "the deepest model of each width (up to " + std::to_string(kMostLayers) + " layers)\n" + heading;
     for (const FittingModel& model : widths_) text += line_of(model);
     if (streamed_preset_)
-      text += std::string("the largest preset with weights, state and activations in host memory\n") + heading +
-              line_of(*streamed_preset_);
+      text += "the largest preset with " + std::string(is_spread(base_) ? "" : "weights, state and ") +
+              "activations in host memory\n" + heading + line_of(*streamed_preset_);
     return text + "the largest one runs with (config.json as in its line)\n  ./train_gpt2 " + flags_of(*best) + "\n";
   }
 
@@ -82,7 +84,8 @@ class LargestModels {
     EngineConfig config = base_;
     model.positions = std::max(model.positions, config.shapes.sequence);
     config.model = model;
-    if (streamed) config.offload = {true, true, true, config.offload.layers_in_flight};
+    const bool here = is_spread(config);  // weights and state are with the ranks
+    if (streamed) config.offload = {true, !here, !here, config.offload.layers_in_flight};
     const Rates rates = nominal_rates(config, backend_.name());
     const std::optional<Candidate> least =
         smallest(candidates(config, space_, rates, backend_), budget_.limit, backend_);
@@ -121,9 +124,9 @@ class LargestModels {
   std::string flags_of(const FittingModel& model) const {
     std::string flags = "--model " + (model.name.empty() ? "config.json" : model.name);
     const nlohmann::ordered_json values = options_to_json(options_);
-    const std::vector<std::string> said_below = {"micro-batch",     "recompute", "head-chunk",
-                                                 "gradient-blocks", "offload",   "seq-len",
-                                                 "memory-budget",   "json",      "plan"};
+    const std::vector<std::string> said_below = {"micro-batch", "recompute", "head-chunk", "gradient-blocks",
+                                                 "offload",     "shard",     "seq-len",    "memory-budget",
+                                                 "json",        "plan"};
     for (const std::string& flag : options_.given) {
       if (std::find(said_below.begin(), said_below.end(), flag) != said_below.end()) continue;
       const nlohmann::ordered_json& value = values.at(json_key(flag));
@@ -162,6 +165,7 @@ class LargestModels {
             {"flags", flags_of(model)}};
   }
 
+  Job alone_;  // which plans for all
   Options options_;
   Backend& backend_;
   Budget budget_;
@@ -176,6 +180,7 @@ class LargestModels {
 
 void print_plan(Options options) {
   check_options(options);
+  options.ranks = static_cast<int>(options.devices);
   std::string note;
   const std::unique_ptr<Backend> backend = make_backend_for_plan(options, note);
   if (!note.empty()) std::fprintf(options.json ? stderr : stdout, "%s\n", note.c_str());
@@ -191,8 +196,9 @@ void print_plan(Options options) {
                              : options.model.empty()  ? 257
                                                       : 0;
   const RunRequest request{options, backend->name(), vocabulary, true, ""};
+  Job job;  // of this process alone
   std::optional<BudgetChoice> choice;
-  if (choose) choice = choose_within_budget(request, *backend, false);
+  if (choose) choice = choose_within_budget(request, *backend, false, job);
   const RunSetup setup = choice ? choice->setup : resolve(request);
   const MemoryPlan plan = Engine(setup.engine, *backend).plan();
   const std::vector<Technique> techniques = plan_techniques(setup, *backend);

@@ -91,5 +91,7 @@ nlohmann::ordered_json settings_json(const RunSetup& setup) {
           {"head_chunk", shapes.head_chunk},
           {"gradient_blocks", name_of(kGradientBlocksNames, setup.engine.gradients.blocks)},
           {"offload", offload_name(setup.engine.offload)},
+          {"ranks", setup.engine.ranks},
+          {"shard", name_of(kSpreadNames, setup.engine.spread)},
           {"layers_in_flight", setup.engine.offload.layers_in_flight}};
 }

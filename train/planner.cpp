@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <sstream>
 #include <tuple>
 
 namespace {
@@ -51,10 +52,14 @@ std::vector<int64_t> head_chunks(const EngineConfig& start, const SearchSpace& s
 
 // Settings that differ in nothing but micro-batch, head chunk and recomputation: more tokens, a longer chunk or less
 // recomputation never take fewer bytes.
-using Family = std::tuple<bool, GradientBlocks, bool, bool, bool>;
+using Family = std::tuple<bool, GradientBlocks, bool, bool, bool, Spread>;
 Family family(const EngineConfig& c) {
-  return {c.gradients.micro_batches == 1, c.gradients.blocks, c.offload.activations, c.offload.state,
-          c.offload.weights};
+  return {c.gradients.micro_batches == 1,
+          c.gradients.blocks,
+          c.offload.activations,
+          c.offload.state,
+          c.offload.weights,
+          c.spread};
 }
 
 bool at_most(const EngineConfig& a, const EngineConfig& b) {
@@ -93,8 +98,18 @@ Candidate with_bytes(Candidate candidate, Backend& backend) {
 
 }  // namespace
 
-MemoryLimit available_memory_limit(const Backend& backend) {
-  return {backend.memory_available(), backend.host_memory_available(), backend.name() == "cpu"};
+MemoryLimit available_memory_limit(const Backend& backend, Job& job) {
+  const size_t sharing = static_cast<size_t>(job.local_size());
+  MemoryLimit least{backend.memory_available(), backend.host_memory_available() / sharing, backend.name() == "cpu"};
+  if (least.shared) least.device /= sharing;
+  for (const std::string& text : job.gather(std::to_string(least.device) + " " + std::to_string(least.host))) {
+    std::istringstream rank(text);
+    size_t device, host;
+    rank >> device >> host;
+    least.device = std::min(least.device, device);
+    least.host = std::min(least.host, host);
+  }
+  return least;
 }
 
 SearchSpace search_space(const RunSetup& setup, bool given_too) {
@@ -104,11 +119,12 @@ SearchSpace search_space(const RunSetup& setup, bool given_too) {
   SearchSpace space;
   space.recompute = open("recompute");
   space.offload = open("offload");
+  space.spread = open("shard") && setup.options.ranks > 1;
   space.micro_batch = fresh && open("micro-batch");
   space.head_chunk = fresh && open("head-chunk");
   space.gradient_blocks = fresh && open("gradient-blocks");
   if (!asked.is_open("tokens-per-step")) {
-    space.sequences_per_step = asked.tokens_per_step / setup.engine.shapes.sequence;
+    space.sequences_per_step = asked.tokens_per_step / (setup.engine.shapes.sequence * setup.options.ranks);
   } else {
     // A micro-batch that was given is never made larger: without --tokens-per-step it is the whole step.
     space.largest_micro_batch =
@@ -145,7 +161,8 @@ std::string settings_flags(const EngineConfig& config) {
   return "--micro-batch " + std::to_string(config.shapes.batch) + " --recompute " +
          name_of(kRecomputeNames, config.shapes.recompute) + " --head-chunk " +
          std::to_string(config.shapes.head_chunk) + " --gradient-blocks " +
-         name_of(kGradientBlocksNames, config.gradients.blocks) + " --offload " + offload_name(config.offload);
+         name_of(kGradientBlocksNames, config.gradients.blocks) + " --offload " + offload_name(config.offload) +
+         (config.ranks > 1 ? " --shard " + name_of(kSpreadNames, config.spread) : "");
 }
 
 std::vector<Candidate> candidates(const EngineConfig& start, const SearchSpace& space, const Rates& rates,
@@ -167,9 +184,14 @@ std::vector<Candidate> candidates(const EngineConfig& start, const SearchSpace& 
         config.shapes.recompute = level;
         for (const int64_t chunk : head_chunks(start, space, batch * start.shapes.sequence)) {
           config.shapes.head_chunk = chunk;
-          for (const Offload& offload : offloads(start, space)) {
-            config.offload = offload;
-            all.push_back({.config = config, .seconds = predict_step(config, rates, bytes)});
+          for (const auto& [spread, spread_name] : kSpreadNames) {
+            if (!space.spread && spread != start.spread) continue;
+            config.spread = spread;
+            for (const Offload& offload : offloads(start, space)) {
+              if (spread != Spread::kNone && (offload.state || offload.weights)) continue;
+              config.offload = offload;
+              all.push_back({.config = config, .seconds = predict_step(config, rates, bytes)});
+            }
           }
         }
       }

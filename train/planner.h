@@ -1,5 +1,6 @@
 // planner.h: the fastest setting of a run that fits a memory limit. Only settings that leave the update rule alone are
-// searched: micro-batch, recompute level, head chunk, gradient blocks and offload.
+// searched: micro-batch, recompute level, head chunk, gradient blocks, offload, and with several ranks whether they
+// keep the weights together.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "parallel/job.h"
 #include "train/cost_model.h"
 #include "train/run_setup.h"
 
@@ -17,8 +19,9 @@ struct MemoryLimit {
   bool shared = false;
 };
 
-// What the device and the machine have now.
-MemoryLimit available_memory_limit(const Backend& backend);
+// What the device and the machine have now. Of several ranks the one that has least decides; those on one machine share
+// its memory.
+MemoryLimit available_memory_limit(const Backend& backend, Job& job);
 
 struct Bytes {
   size_t device = 0, host = 0;
@@ -28,10 +31,11 @@ bool fits(const Bytes& bytes, const MemoryLimit& limit);
 // Bytes that a plan takes at least: for each phase of a step, what is alive in it. No layout needed.
 Bytes least_bytes(const MemoryPlan& plan);
 
-// What may be chosen. Micro-batches divide sequences_per_step, or, where that is 0 and a step is one micro-batch, are
-// powers of two up to largest_micro_batch.
+// What may be chosen. Micro-batches divide sequences_per_step (of a rank), or, where that is 0 and a step is one
+// micro-batch, are powers of two up to largest_micro_batch.
 struct SearchSpace {
-  bool micro_batch = false, recompute = false, head_chunk = false, gradient_blocks = false, offload = false;
+  bool micro_batch = false, recompute = false, head_chunk = false, gradient_blocks = false, offload = false,
+       spread = false;
   int64_t sequences_per_step = 0, largest_micro_batch = 1;
 };
 

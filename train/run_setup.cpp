@@ -20,9 +20,9 @@ constexpr int64_t kMostActivations = int64_t{1} << 50;  // elements of the resid
 
 int64_t percent(int64_t steps, int64_t share) { return std::max<int64_t>(1, steps * share / 100); }
 
-// A micro-batch that divides the step, where the planner is going to choose another one.
+// A micro-batch that divides a rank's part of the step, where the planner is going to choose another one.
 int64_t starting_micro_batch(const Options& o, int64_t largest) {
-  const int64_t sequences = o.tokens_per_step / o.engine.shapes.sequence;
+  const int64_t sequences = o.tokens_per_step / (o.engine.shapes.sequence * o.ranks);
   if (sequences == 0) return largest;
   while (sequences % largest != 0) --largest;
   return largest;
@@ -99,6 +99,7 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
 EngineConfig engine_config(Options& o, const Gpt2Config& model, bool training) {
   EngineConfig engine = o.engine;
   engine.model = model;
+  engine.ranks = o.ranks;
   engine.shapes.training = training;
   engine.sampling = training && o.sample_every > 0;
   OptimizerConfig& optimizer = engine.optimizer;
@@ -201,6 +202,11 @@ RunSetup resolve(const RunRequest& request, Undecided undecided) {
   Options options = request.options;
   const bool cpu = request.device == "cpu";
   if (options.model.empty()) options.model = cpu ? "small" : "d12";
+  if (options.ranks == 1 && options.engine.spread != Spread::kNone) {
+    if (options.was_given("shard"))
+      throw UsageError("--shard weights needs several processes: --devices 2 or more, or a launcher such as torchrun");
+    options.engine.spread = Spread::kNone;  // a checkpoint of several goes on in one
+  }
   setup.source = find_model(request.checkpoint.empty() ? options.model : request.checkpoint);
   Gpt2Config config = setup.source.config;
   const bool preset_model = setup.source.kind == ModelSource::Kind::kPreset;

@@ -109,7 +109,7 @@ void sample(Engine& engine, std::vector<int32_t> tokens, const std::vector<int32
   const RandomKey key{options.seed, RandomPurpose::kSampling, hash_name("sample")};
   std::vector<float> logits(static_cast<size_t>(vocabulary));
   int64_t begin = -1;
-  for (int64_t i = 0; i < options.tokens && !interrupted(); ++i) {
+  for (int64_t i = 0; i < options.tokens && (options.to_the_end || !interrupted()); ++i) {
     const int64_t length = static_cast<int64_t>(tokens.size()), before = begin;
     begin = context_begin(length, window);
     const int64_t count = length - begin, cached = begin == before ? count - 1 : 0;

@@ -16,7 +16,8 @@ struct SamplingOptions {
   int64_t top_k = 50;        // 0: all
   float top_p = 1.0f;        // the fewest likeliest tokens that are together as probable as this; 1: all
   uint64_t seed = 0;
-  uint32_t step = 0;  // part of the random stream, so that samples of different steps differ
+  bool to_the_end = false;  // whatever signals come: ranks that gather weights make it together
+  uint32_t step = 0;        // part of the random stream, so that samples of different steps differ
 };
 SamplingOptions sampling_options(const Options& options, uint32_t step = 0);
 

@@ -24,8 +24,11 @@ constexpr Rung kLadder[] = {
     {"+ Flora, rank {rank}", "--optimizer flora --rank {rank}"},
     {"+ the embedding's gradient in blocks", "--gradient-blocks embedding"},
     {"+ 8-bit weights and states", "--weight-dtype int8 --state-dtype int8"},
-    {"+ weights, states and activations streamed", "--offload activations,state,weights"},
 };
+constexpr Rung kLast[] = {{"+ weights, states and activations streamed", "--offload activations,state,weights"}};
+// Of several ranks.
+constexpr Rung kLastOfRanks[] = {{"+ weights and states spread over the devices", "--shard weights"},
+                                 {"+ activations streamed", "--offload activations"}};
 
 std::string with_rank(std::string text, int64_t rank) {
   const std::string place = "{rank}";
@@ -54,13 +57,21 @@ std::vector<Technique> plan_techniques(const RunSetup& setup, Backend& backend) 
   const int layers_in_flight = setup.engine.offload.layers_in_flight;
   std::vector<Technique> rows;
   std::string flags;
-  for (const Rung& rung : kLadder) {
+  std::vector<Rung> rungs(std::begin(kLadder), std::end(kLadder));
+  if (setup.engine.ranks > 1) {
+    rungs.insert(rungs.end(), std::begin(kLastOfRanks), std::end(kLastOfRanks));
+  } else {
+    rungs.insert(rungs.end(), std::begin(kLast), std::end(kLast));
+  }
+  for (const Rung& rung : rungs) {
     std::string adds = with_rank(rung.flags, setup.options.engine.optimizer.rank);
-    if (adds.find("--offload") != std::string::npos && layers_in_flight != Offload{}.layers_in_flight)
+    const char* const streams = setup.engine.ranks > 1 ? "--shard" : "--offload";
+    if (adds.find(streams) != std::string::npos && layers_in_flight != Offload{}.layers_in_flight)
       adds += " --layers-in-flight " + std::to_string(layers_in_flight);
     flags += (flags.empty() ? "" : " ") + adds;
     RunRequest request = setup.request;
     request.options = parsed(flags + same, setup.options.model);
+    request.options.ranks = setup.engine.ranks;
     const MemoryPlan plan = Engine(resolve(request).engine, backend).plan();
     rows.push_back({with_rank(rung.name, setup.options.engine.optimizer.rank), adds, flags, plan.device_bytes(),
                     plan.host_bytes(), plan.bytes_by_category()});

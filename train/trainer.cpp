@@ -115,17 +115,22 @@ Validation validate(Engine& engine, TokenLoader& loader, int64_t sequences, cons
   result.tokens = total * shapes.sequence;
   const int64_t ranks = job.size(), micro_batches = (total + shapes.batch - 1) / shapes.batch;
   BatchSums mine;
-  for (int64_t i = job.rank(); i < micro_batches; i += ranks) {
+  // Ranks that gather weights make as many passes each; what is beyond the last micro-batch is thrown away.
+  const bool together = is_spread(engine.config());
+  const int64_t turns = together ? (micro_batches + ranks - 1) / ranks * ranks : micro_batches;
+  for (int64_t i = job.rank(); i < turns; i += ranks) {
     if (ranks == 1 && interrupting_signal() != signal_before) throw std::runtime_error("stopped by a signal");
     // The last micro-batch goes on into the next epoch; only what is left of this one is used.
-    const int64_t rows = std::min(shapes.batch, total - i * shapes.batch);
+    const bool counts = i < micro_batches;
+    const int64_t rows = counts ? std::min(shapes.batch, total - i * shapes.batch) : 1;
     const MicroBatch& batch = loader.next();
-    if (tokenizer) {
+    if (tokenizer && counts) {
       const auto bytes = tokenizer->text_bytes(std::span(batch.targets).first(rows * shapes.sequence));
       mine.bytes = bytes && mine.bytes >= 0 ? mine.bytes + *bytes : -1;
     }
     const HostBatch host = host_batch(batch, rows, shapes.sequence, false);
-    mine.losses.push_back(static_cast<double>(rows * shapes.sequence) * engine.evaluate(host));
+    const double loss = engine.evaluate(host);
+    if (counts) mine.losses.push_back(static_cast<double>(rows * shapes.sequence) * loss);
   }
   // One after another in the order of the micro-batches, whichever ranks computed them.
   std::vector<BatchSums> all;
@@ -160,7 +165,7 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, Job& job, Communicator
   if (!loader_.left_out().empty()) data_warnings_.push_back(loader_.left_out());
   if (!o.val_data.empty() && o.eval_every > 0) open_validation();
   const MemoryPlan plan = engine_.plan();
-  const MemoryLimit available = available_memory_limit(backend);
+  const MemoryLimit available = available_memory_limit(backend, job);
   if (!fits({plan.device_bytes(), plan.host_bytes()}, available))
     throw std::runtime_error(memory_advice(setup, available, backend));
   peak_flops_ = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : backend.measure_peak_flops();
@@ -321,7 +326,9 @@ void Trainer::evaluate(StepMetrics& metrics) {
 
 void Trainer::print_sample(uint32_t t) {
   const Options& o = setup_.options;
-  const std::string text = sample_text(engine_, setup_.tokenizer.get(), o.prompt, sampling_options(o, t));
+  SamplingOptions options = sampling_options(o, t);
+  options.to_the_end = is_spread(engine_.config());
+  const std::string text = sample_text(engine_, setup_.tokenizer.get(), o.prompt, options);
   progress_.message("---- sample at step " + std::to_string(t) + "\n" + text + "\n----");
   if (metrics_) metrics_->write_sample(t, text);
 }
@@ -361,6 +368,7 @@ void Trainer::checkpoint(uint32_t t, const DataPosition& position) {
   const Options& o = setup_.options;
   check_ranks(t);
   if (!first_rank()) {
+    take_part_in_checkpoint(engine_);
     last_checkpoint_ = job_.gather("").front();
     job_.set_last_checkpoint(last_checkpoint_);
     return;

@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <stdexcept>
 
 #include "data/json_text.h"
@@ -186,6 +187,7 @@ std::string file_name(const Parameter& parameter) {
   return parameter.name == "lm_head.weight" ? parameter.name : "transformer." + parameter.name;
 }
 
+// "" as path: nothing is written.
 FileSummary write_shard(const std::string& path, const std::vector<const Parameter*>& parameters, ParameterStore& store,
                         Backend& backend) {
   std::vector<TensorEntry> entries;
@@ -194,13 +196,14 @@ FileSummary write_shard(const std::string& path, const std::vector<const Paramet
     if (parameter->matrix) shape.insert(shape.begin(), parameter->rows);
     entries.push_back({file_name(*parameter), safetensors_name(store.dtype(*parameter)), shape, nullptr});
   }
-  SafetensorsWriter writer(path, entries);
+  std::optional<SafetensorsWriter> writer;
+  if (!path.empty()) writer.emplace(path, entries);
   HeldLayer<ParameterStore> held(store);
   for (const Parameter* parameter : parameters) {
     held.hold(parameter->layer, Access::kRead);
-    writer.write(store.weight(*parameter), backend);
+    if (writer) writer->write(store.weight(*parameter), backend);
   }
-  return writer.finish();
+  return writer ? writer->finish() : FileSummary{};
 }
 
 // PyTorch's files are ZIP archives, or in its first years pickles.
@@ -325,6 +328,10 @@ std::map<std::string, FileSummary> save_weights(const std::string& directory, Pa
     total += bytes;
   }
   std::map<std::string, FileSummary> files;
+  if (directory.empty()) {
+    for (const auto& shard : shards) write_shard("", shard, store, backend);
+    return files;
+  }
   if (shards.size() == 1) {
     files["model.safetensors"] = write_shard(directory + "/model.safetensors", shards[0], store, backend);
     return files;

@@ -31,6 +31,7 @@ void load_weights(const ModelSource& source, ParameterStore& store, Backend& bac
 
 // Writes model.safetensors into `directory` in the weights' own dtype (the fp32 master copies, where there are any, are
 // optimizer state), or model-00001-of-0000N.safetensors and model.safetensors.index.json when there is more than
-// `shard_bytes`. Returns size and checksum of each file.
+// `shard_bytes`. Returns size and checksum of each file. With "" as directory nothing is written, but the same layers
+// are acquired in the same order.
 std::map<std::string, FileSummary> save_weights(const std::string& directory, ParameterStore& store, Backend& backend,
                                                 size_t shard_bytes = size_t{5} << 30);
