@@ -108,7 +108,9 @@ def test_a_real_launcher(data, tmp_path, launcher):
     else:
         if not shutil.which("torchrun"):
             pytest.skip("torchrun is not installed")
-        options = ["torchrun", "--standalone", "--no_python", "--nproc_per_node", 2]
+        options = ["torchrun", "--standalone", "--no_python", "--nproc_per_node", "2"]
+        if subprocess.run([*options, "true"], capture_output=True).returncode != 0:
+            pytest.skip("torchrun does not work here: Debian 12's PyTorch 1.13 does not with its Python 3.11")
     code, output, errors = end(start(data, tmp_path / "run", "--steps", 2, before=options, PATH=os.environ["PATH"]))
     assert code == 0, errors
     assert output.count("step 2/2") == 1 and steps_saved(tmp_path / "run") == [2]
