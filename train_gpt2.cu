@@ -80,7 +80,9 @@ int train(Options options, Job& job) {
   if (!begin(options, job, run)) return 0;
   const std::string& checkpoint = run.checkpoint;
   std::string why;
-  const std::unique_ptr<Backend> backend = make_backend(options, why, device_place(job));
+  const DevicePlace place = device_place(job);
+  const std::unique_ptr<Backend> backend = make_backend(options, why, place);
+  agree_on_device(job, *backend, place);
   const std::string no_validation = resolve_data_in_turn(options, job);
   if (!checkpoint.empty()) check_saved_shards(options, checkpoint);
   const RunRequest request{options, backend->name(), data_vocabulary(options, options.data, "--data"), true,
@@ -109,6 +111,7 @@ int run_training(const Options& options, char** argv, std::unique_ptr<Job>& job)
                        ", which has started " + std::to_string(launch.size) + " processes: leave it out");
     }
     if (options.resume.empty()) check_options(options);  // said once
+    check_devices(options);
     return run_local_ranks(static_cast<int>(options.devices), argv);
   }
   speak_as_rank(launch.rank);

@@ -288,13 +288,20 @@ std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options = {});
 std::unique_ptr<Backend> make_planning_backend();
 
 struct CudaOptions {
+  int device = 0;        // among those that this process sees
   bool tf32 = false;     // fp32 matmuls may round their inputs to 10 bits of mantissa
   bool autotune = true;  // time the best candidates for each matmul once; off: the library's first choice
 };
 
-// Empty when a CUDA device can be used, otherwise why not, for a user to read: no CUDA in this build, no driver or one
-// that is too old, no device, a device older than sm_80.
-std::string cuda_unavailable();
+// How many GPUs this process sees, usable or not; 0 without CUDA. Takes no memory on them.
+int cuda_device_count();
+
+// What no other GPU has: its UUID, in hexadecimal. "" where there is no such device.
+std::string cuda_device_id(int device);
+
+// Empty when this CUDA device can be used, otherwise why not, for a user to read: no CUDA in this build, no driver or
+// one that is too old, no device, a device older than sm_80.
+std::string cuda_unavailable(int device = 0);
 
 // Empty when the CUDA backend can compute a model of so many channels and heads, otherwise why not, for a user to read.
 // Known without a GPU.

@@ -5,7 +5,11 @@
 #include "kernels/backend.h"
 #include "kernels/side_stream.h"
 
-std::string cuda_unavailable() { return "this program was built without CUDA (" WITHOUT_CUDA ")"; }
+int cuda_device_count() { return 0; }
+
+std::string cuda_device_id(int) { return ""; }
+
+std::string cuda_unavailable(int) { return "this program was built without CUDA (" WITHOUT_CUDA ")"; }
 
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions&) { throw std::runtime_error(cuda_unavailable()); }
 

@@ -41,8 +41,14 @@ Addresses look_up(const std::string& address, int port, std::string& problem) {
   return {found, freeaddrinfo};
 }
 
-bool is_loopback(const std::string& address) {
-  return address == "localhost" || address == "::1" || address.starts_with("127.");
+std::string text_of(sockaddr_storage& address, socklen_t size) {
+  char text[256];
+  if ((address.ss_family != AF_INET && address.ss_family != AF_INET6) ||
+      getnameinfo(reinterpret_cast<sockaddr*>(&address), size, text, sizeof text, nullptr, 0, NI_NUMERICHOST) != 0) {
+    return "";
+  }
+  const std::string mapped = "::ffff:";  // IPv4 by a socket of IPv6
+  return std::string(text).starts_with(mapped) ? std::string(text).substr(mapped.size()) : text;
 }
 
 // An errno, or 0 with `listener` set.
@@ -124,6 +130,22 @@ int port_of(const Descriptor& listener) {
   const bool v6 = address.ss_family == AF_INET6;
   return ntohs(v6 ? reinterpret_cast<sockaddr_in6&>(address).sin6_port
                   : reinterpret_cast<sockaddr_in&>(address).sin_port);
+}
+
+std::string own_address(const Descriptor& socket) {
+  sockaddr_storage address{};
+  socklen_t size = sizeof address;
+  return getsockname(socket.number(), reinterpret_cast<sockaddr*>(&address), &size) == 0 ? text_of(address, size) : "";
+}
+
+std::string peer_address(const Descriptor& socket) {
+  sockaddr_storage address{};
+  socklen_t size = sizeof address;
+  return getpeername(socket.number(), reinterpret_cast<sockaddr*>(&address), &size) == 0 ? text_of(address, size) : "";
+}
+
+bool is_loopback(const std::string& address) {
+  return address == "localhost" || address == "::1" || address.starts_with("127.");
 }
 
 Descriptor connect_to(const std::string& address, int port, Clock::time_point deadline) {

@@ -33,6 +33,11 @@ class Descriptor {
 Descriptor listen_at(const std::string& address, int port);
 int port_of(const Descriptor& listener);
 
+// The IP addresses of a connection's ends, as getaddrinfo takes them; "" for what is not TCP.
+std::string own_address(const Descriptor& socket);
+std::string peer_address(const Descriptor& socket);
+bool is_loopback(const std::string& address);
+
 // A connection to address:port, tried again until somebody listens there. Throws std::runtime_error when nobody does
 // before the deadline, with the system's last word on it.
 Descriptor connect_to(const std::string& address, int port, Clock::time_point deadline);

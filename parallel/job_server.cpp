@@ -101,7 +101,8 @@ void JobServer::accept_strangers() {
       return;
     }
     if (strangers++ >= kMostStrangers + static_cast<size_t>(size_)) continue;
-    members_.push_back({Connection(std::move(socket), kLongestHello), time_.now()});
+    const std::string address = peer_address(socket), served_at = own_address(socket);
+    members_.push_back({Connection(std::move(socket), kLongestHello), time_.now(), -1, address, served_at});
   }
 }
 
@@ -170,10 +171,23 @@ void JobServer::greet(Member& member, const Message& message) {
   for (int one = 0; one < size_; ++one) {
     if (!member_of(one)) return;
   }
+  start();
+}
+
+// Processes on this machine came by the loopback interface, where those of other machines do not find them.
+void JobServer::start() {
+  std::string here = "127.0.0.1";
+  for (const Member& member : members_) {
+    if (member.rank > 0 && !is_loopback(member.served_at)) here = member.served_at;
+  }
+  MessageWriter ranks;
+  for (int rank = 0; rank < size_; ++rank) {
+    const Member& member = *member_of(rank);
+    const bool local = rank == 0 || is_loopback(member.address);
+    ranks.text(member.host).number(member.pid).text(local ? here : member.address);
+  }
   started_ = true;
-  MessageWriter hosts;
-  for (int one = 0; one < size_; ++one) hosts.text(member_of(one)->host).number(member_of(one)->pid);
-  tell_all(kStart, hosts.take());
+  tell_all(kStart, ranks.take());
 }
 
 void JobServer::gather(Member& member, std::string text) {
@@ -256,6 +270,9 @@ void JobServer::tell_all(uint8_t kind, const std::string& body) {
 
 void JobServer::end_job(uint32_t lost, const std::string& why) {
   tell_all(kLost, MessageWriter().number(lost).text(why).take());
+  // It may be stopped: it will find the connection closed.
+  members_.remove_if(
+      [&](const Member& member) { return member.rank > 0 && member.rank == static_cast<int64_t>(lost); });
   last_words();
 }
 

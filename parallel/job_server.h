@@ -24,8 +24,9 @@ class JobServer {
  private:
   struct Member {
     Connection connection;
-    double heard = 0;  // awake seconds
-    int rank = -1;     // before its hello
+    double heard = 0;                          // awake seconds
+    int rank = -1;                             // before its hello
+    std::string address = {}, served_at = {};  // IP addresses of its end and of this one
     std::string host = {};
     uint32_t pid = 0;
     bool refused = false, left = false, failed = false;
@@ -42,6 +43,7 @@ class JobServer {
   void gather(Member& member, std::string text);
   void answer_waiting(Member& member);
   void look_at_the_time();
+  void start();
   std::string missing_ranks() const;
   Member* member_of(int rank);
   bool everybody_left();

@@ -22,7 +22,7 @@ enum MessageKind : uint8_t {
                // from the server
   kRefused,    // text: why
   kWelcome,    // nothing
-  kStart,      // host and pid of each rank: all are there
+  kStart,      // host, pid and IP address of each rank: all are there
   kGathered,   // texts of all
   kValue,      // key, value
   kLost,       // rank (kNobody: of no one), text: the job ends, and why

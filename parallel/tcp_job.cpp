@@ -137,10 +137,14 @@ void TcpJob::watch() {
     }
     {
       const std::lock_guard lock(mutex_);
-      if (ended_) return;
+      if (ended_) {
+        connection_.reset();  // the server waits for that
+        return;
+      }
     }
     if (!open) return lost(server_name_ + " is gone");
-    if (time.now() - heard > options_.comm_timeout) {
+    // Rank 0's server is a thread of its own process, which has the others to tell first.
+    if (launch_.rank > 0 && time.now() - heard > options_.comm_timeout) {
       return lost(server_name_ + " has not answered for " + seconds_text(options_.comm_timeout) + " (--comm-timeout)");
     }
   }
@@ -162,6 +166,8 @@ void TcpJob::handle(const Message& message) {
       for (int rank = 0; rank < launch_.size; ++rank) {
         hosts.push_back(body.text());
         const uint32_t pid = body.number();
+        const std::string address = body.text();
+        if (rank == launch_.rank) address_ = address;
         if (rank == 0) server_name_ = member_name(0, hosts[0], pid);
       }
       find_local_ranks(hosts);

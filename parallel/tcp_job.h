@@ -27,6 +27,8 @@ class TcpJob final : public Job {
   int local_rank() const override { return launch_.local_rank; }
   int local_size() const override { return launch_.local_size; }
 
+  std::string address() const override { return address_; }
+
   std::vector<std::string> gather(const std::string& mine) override;
   void set(const std::string& key, const std::string& value) override;
   std::string get(const std::string& key) override;
@@ -56,7 +58,7 @@ class TcpJob final : public Job {
   std::map<std::string, std::string> values_;
   std::string last_checkpoint_;
   std::string problem_;  // why the job did not come together
-  std::string server_name_;
+  std::string server_name_, address_;
   bool welcome_ = false, started_ = false, ending_ = false, all_left_ = false, stop_ = false, ended_ = false;
   int fail_heard_ = -1;  // 1: another rank says it
   std::thread thread_;

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <vector>
@@ -42,6 +43,9 @@ std::string build_id() {
   dl_iterate_phdr(visit, &id);
   return id;
 }
+
+// NCCL's own, with which several ranks may have one GPU.
+constexpr char kShareVariable[] = "NCCL_MULTI_RANK_GPU_ENABLE";
 
 // Of one machine, or compared by what they lead to: shards by their contents.
 const std::set<std::string>& of_one_machine() {
@@ -84,5 +88,22 @@ std::string from_rank_0(Job& job, const std::string& text) { return job.gather(j
 DevicePlace device_place(Job& job) {
   const std::string mine = cores();
   const std::vector<std::string> all = job.gather(mine);
-  return {job.local_rank(), static_cast<int>(std::count(all.begin(), all.end(), mine))};
+  // A launcher may also let each process see its own GPU only.
+  const int ordinal = job.local_rank() % std::max(1, cuda_device_count());
+  return {ordinal, static_cast<int>(std::count(all.begin(), all.end(), mine))};
+}
+
+void agree_on_device(Job& job, const Backend& backend, const DevicePlace& place) {
+  if (job.size() == 1) return;
+  agree(job, {{"device", backend.name(), "--device says which"}});
+  const bool may_share = backend.name() == "cpu" || std::getenv(kShareVariable);
+  refuse_shared_device(job, may_share ? "" : cuda_device_id(place.ordinal));
+}
+
+void check_devices(const Options& options) {
+  if (options.device == DeviceKind::kCpu || std::getenv(kShareVariable)) return;
+  const int there = cuda_device_count();
+  if (options.devices <= there || (there == 0 && options.device == DeviceKind::kAuto)) return;
+  throw UsageError("--devices " + std::to_string(options.devices) + ": this machine has " + std::to_string(there) +
+                   (there == 1 ? " GPU" : " GPUs") + "; --device cpu takes any number");
 }

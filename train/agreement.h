@@ -17,3 +17,10 @@ std::string from_rank_0(Job& job, const std::string& text);
 
 // The GPU of a rank, and with how many ranks it shares its cores: a launcher may have given each its own.
 DevicePlace device_place(Job& job);
+
+// The same kind of device on every rank, and no GPU twice (unless NCCL_MULTI_RANK_GPU_ENABLE is set). Throws
+// LaunchError.
+void agree_on_device(Job& job, const Backend& backend, const DevicePlace& place);
+
+// Throws UsageError where --devices asks for more GPUs than there are.
+void check_devices(const Options& options);

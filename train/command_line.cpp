@@ -256,8 +256,8 @@ class Parser {
 
   void print_help(Command command) {
     std::string about =
-        "Pretrains GPT-2 on one device: compressed momentum (Flora), updates fused into the backward pass (LOMO),\n"
-        "and recomputed activations. Without arguments it trains a small model on text found on this machine.";
+        "Pretrains GPT-2 on one device or several: compressed momentum (Flora), updates fused into the backward pass\n"
+        "(LOMO), and recomputed activations. Without arguments it trains a small model on text found on this machine.";
     if (command != Command::kTrain) {
       const CLI::App& subcommand = *subcommands_.at(command);
       about = subcommand.get_description();

@@ -170,10 +170,10 @@ std::string absolute_file(const std::string& path) {
 std::unique_ptr<Backend> make_backend(Options& options, std::string& why, const DevicePlace& place) {
   why = "as asked for";
   if (options.device != DeviceKind::kCpu) {
-    const std::string problem = cuda_unavailable();
+    const std::string problem = cuda_unavailable(place.ordinal);
     if (problem.empty()) {
       if (options.device == DeviceKind::kAuto) why = "auto: a GPU is there";
-      return make_cuda_backend({.tf32 = options.tf32, .autotune = options.autotune});
+      return make_cuda_backend({.device = place.ordinal, .tf32 = options.tf32, .autotune = options.autotune});
     }
     if (options.device == DeviceKind::kCuda)
       throw UsageError("--device cuda: " + problem + "; --device cpu works everywhere");

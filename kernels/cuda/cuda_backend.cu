@@ -49,8 +49,8 @@ bool is_pageable(const void* memory) {
 
 __global__ void probe_kernel() {}
 
-// Why the device that CUDA offers first cannot be used, or an empty string.
-std::string device_problem() {
+// Why the device cannot be used, or an empty string.
+std::string device_problem(int ordinal) {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status == cudaErrorInsufficientDriver) {
@@ -64,7 +64,7 @@ std::string device_problem() {
   if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) return "no NVIDIA GPU was found";
   if (status != cudaSuccess) return std::string("CUDA does not start: ") + cudaGetErrorString(status);
   cudaDeviceProp properties;
-  const cudaError_t asked = cudaGetDeviceProperties(&properties, 0);
+  const cudaError_t asked = cudaGetDeviceProperties(&properties, ordinal);
   if (asked != cudaSuccess) return std::string("CUDA does not start: ") + cudaGetErrorString(asked);
   const int architecture = 10 * properties.major + properties.minor;
   const std::string device = std::string(properties.name) + " (sm_" + std::to_string(architecture) + ")";
@@ -72,6 +72,7 @@ std::string device_problem() {
     return device + " is too old: bf16 on tensor cores needs sm_" + std::to_string(kOldestArchitecture) +
            " (Ampere) or newer";
   }
+  cudaSetDevice(ordinal);
   cudaFuncAttributes attributes;
   const cudaError_t probed = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel));
   if (probed == cudaSuccess) return "";
@@ -86,14 +87,36 @@ std::string device_problem() {
 
 }  // namespace
 
-std::string cuda_unavailable() { return device_problem(); }
+int cuda_device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
+
+std::string cuda_device_id(int device) {
+  cudaDeviceProp properties;
+  if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) {
+    cudaGetLastError();
+    return "";
+  }
+  std::string id;
+  for (const char byte : properties.uuid.bytes) {
+    char digits[3];
+    snprintf(digits, sizeof digits, "%02x", static_cast<unsigned char>(byte));
+    id += digits;
+  }
+  return id;
+}
+
+std::string cuda_unavailable(int device) { return device_problem(device); }
 
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options) {
   return std::make_unique<CudaBackend>(options);
 }
 
-CudaBackend::CudaBackend(const CudaOptions& options) {
-  const std::string problem = device_problem();
+CudaBackend::CudaBackend(const CudaOptions& options) : device_(options.device) {
+  const std::string problem = device_problem(device_);
   if (!problem.empty()) throw std::runtime_error(problem);
   check_cuda(cudaSetDevice(device_), "choosing the device");
   cudaDeviceProp properties;

@@ -146,6 +146,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     return finish(cudaErrorInvalidDevice);
   *properties = {};
   strcpy(properties->name, "CUDA on CPU");
+  properties->uuid.bytes[0] = static_cast<char>(device);
   size_t free = 0;
   cudaMemGetInfo(&free, &properties->totalGlobalMem);
   properties->sharedMemPerBlock = 48 << 10;

@@ -134,7 +134,12 @@ using cudaEvent_t = cuda_on_cpu::Event*;
 using cudaGraph_t = cuda_on_cpu::Graph*;
 using cudaGraphExec_t = cuda_on_cpu::ExecutableGraph*;
 
+struct cudaUUID_t {
+  char bytes[16];
+};
+
 struct cudaDeviceProp {
+  cudaUUID_t uuid;
   char name[256];
   size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
   int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor, l2CacheSize;
