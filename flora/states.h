@@ -40,8 +40,8 @@ class StateStore {
   void declare(MemoryPlan& plan);
   void zero();  // all states, as they start
 
-  // Makes the states of a layer valid for get(), until another layer is held. Layer -1 and states that are not streamed
-  // are always valid.
+  // Makes the states of a layer valid for get(), until another layer is held; in parts only the last one asked for.
+  // Layer -1 and states that are not streamed are always valid.
   void hold(int layer, Access access);
 
   Tensor get(int number) const;  // an empty tensor for -1
@@ -58,10 +58,18 @@ class StateStore {
     return stream_ && state.layer >= 0 && (state.tensor.rank > 1 || !place_.peers);
   }
 
+  // In the stream: a layer of the model and a number within it. In parts every state is a layer of its own, because
+  // nobody needs more than one of them whole at a time.
+  struct Where {
+    int layer = -1, number = -1;
+  };
+
   LayerPlace place_;
   Backend& backend_;
   std::vector<StateTensor> states_;
-  std::vector<int> numbers_;  // in the stream
+  std::vector<Where> where_;  // by number
+  int spread_ = 0;            // states that are layers of their own
+  Access access_ = Access::kRead;
   std::unique_ptr<LayerStream> stream_;
   std::unique_ptr<HeldLayer<LayerStream>> held_;
 };

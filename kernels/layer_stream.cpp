@@ -40,6 +40,7 @@ LayerStream::Piece LayerStream::add_piece(Layer& layer, size_t kept_bytes) const
 }
 
 int LayerStream::add(int layer, const Tensor& shape) {
+  if (layer == static_cast<int>(layers_.size())) layers_.emplace_back();
   Layer& to = layers_.at(static_cast<size_t>(layer));
   const int64_t kept = peers_ ? part_elements(shape.elements(), ranks()) : shape.elements();
   Member member{shape, add_piece(to, static_cast<size_t>(kept) * dtype_size(shape.dtype)), {}};

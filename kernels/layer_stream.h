@@ -48,7 +48,8 @@ class LayerStream {
   LayerStream(std::string name, Category category, int layers, int slots, Order order, Backend& backend,
               Communicator* peers = nullptr);
 
-  // One more tensor of a layer; `shape` without memory gives dtype and shape. Returns its number within the layer.
+  // One more tensor of a layer, which may be one more layer; `shape` without memory gives dtype and shape. Returns its
+  // number within the layer.
   int add(int layer, const Tensor& shape);
 
   // What is kept of every layer, and the slots, alive in `phases`. Contents are undefined.

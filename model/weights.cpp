@@ -23,15 +23,19 @@ WeightStore::WeightStore(std::vector<Parameter> parameters, const WeightStoreCon
     stream_ = std::make_unique<LayerStream>("weights", Category::kWeights, layers, config_.blocks.streamed_layers,
                                             LayerStream::Order::kUpAndDown, backend, config_.blocks.peers);
   if (config_.blocks.peers && config_.master_weights) {
-    masters_ = std::make_unique<LayerStream>("masters", Category::kWeights, layers, config_.blocks.parts ? 1 : 2,
-                                             LayerStream::Order::kDownAgain, backend, config_.blocks.peers);
+    masters_ = std::make_unique<LayerStream>("masters", Category::kWeights, config_.blocks.parts ? 1 : layers,
+                                             config_.blocks.parts ? 1 : 2, LayerStream::Order::kDownAgain, backend,
+                                             config_.blocks.peers);
     held_masters_ = std::make_unique<HeldLayer<LayerStream>>(*masters_);
   }
+  int alone = 0;
   for (const Parameter& p : parameters_) {
     if (!streamed(p)) continue;
-    place(p).streamed_weight = stream_->add(p.layer, p.tensor(nullptr, stored_dtype(p)));
-    if (config_.master_weights)
-      place(p).streamed_master = (masters_ ? *masters_ : *stream_).add(p.layer, p.tensor(nullptr, DType::kF32));
+    Place& at = place(p);
+    at.streamed_weight = stream_->add(p.layer, p.tensor(nullptr, stored_dtype(p)));
+    if (!config_.master_weights) continue;
+    at.master_layer = config_.blocks.parts ? alone++ : p.layer;
+    at.streamed_master = (masters_ ? *masters_ : *stream_).add(at.master_layer, p.tensor(nullptr, DType::kF32));
   }
 }
 
@@ -52,7 +56,7 @@ void WeightStore::declare(MemoryPlan& plan) {
       plan.add(&place(p).master, p.name + ".master", Category::kWeights, p.tensor(nullptr, DType::kF32));
   }
   if (stream_) stream_->declare(plan, kPhaseAlways);
-  // In parts nobody needs a whole layer of masters in a step, but checkpoints do between two.
+  // In parts nobody needs a whole master copy in a step, but checkpoints do between two.
   if (masters_) masters_->declare(plan, config_.blocks.parts ? kPhaseSample : kPhaseAlways);
   if (decoded_elements_ > 0)
     plan.add(&decoded_, "weights.decoded", Category::kWorkspace, config_.plain_dtype, {decoded_elements_},
@@ -117,8 +121,8 @@ Tensor WeightStore::master(const Parameter& parameter) {
   const Place& at = place(parameter);
   if (at.streamed_master < 0) return at.master;
   if (!masters_) return stream_->tensor(parameter.layer, at.streamed_master);
-  held_masters_->hold(parameter.layer, Access::kUpdate);
-  return masters_->tensor(parameter.layer, at.streamed_master);
+  held_masters_->hold(at.master_layer, Access::kUpdate);
+  return masters_->tensor(at.master_layer, at.streamed_master);
 }
 
 ParameterStore::Kept WeightStore::part(const Parameter& parameter) {
@@ -128,12 +132,12 @@ ParameterStore::Kept WeightStore::part(const Parameter& parameter) {
             .begin = part_of(parameter.elements(), peers.rank(), peers.size()).begin};
   if (masters_) {
     held_masters_->release();
-    kept.master = masters_->part(parameter.layer, at.streamed_master);
+    kept.master = masters_->part(at.master_layer, at.streamed_master);
   }
   return kept;
 }
 
 void WeightStore::part_changed(const Parameter& parameter) {
   stream_->part_changed(parameter.layer);
-  if (masters_) masters_->part_changed(parameter.layer);
+  if (masters_) masters_->part_changed(place(parameter).master_layer);
 }

@@ -47,6 +47,7 @@ class WeightStore final : public ParameterStore {
   struct Place {
     Tensor weight, master;  // [padded_rows, cols], [rows, cols]
     int streamed_weight = -1, streamed_master = -1;
+    int master_layer = -1;  // in the stream of master copies; in parts each is a layer of its own
   };
 
   DType stored_dtype(const Parameter& p) const;
