@@ -230,8 +230,9 @@ void describe(Options& o, Visitor& v) {
     free);
   v.group("memory");
   v(o.memory_budget, "memory-budget", "BYTES|auto",
-    "choose the fastest micro-batch, recompute, head-chunk, gradient-blocks and offload that fit, among those not "
-    "given; KiB MiB GiB TiB (or K M G T): powers of 1024, KB MB GB TB: of 1000, nothing: bytes; auto: what the device "
+    "choose the fastest micro-batch, recompute, head-chunk, gradient-blocks, offload and (several devices) shard that "
+    "fit, among those not given; KiB MiB GiB TiB (or K M G T): powers of 1024, KB MB GB TB: of 1000, nothing: bytes; "
+    "auto: what the device "
     "has free; plan without --model: the largest models that fit",
     Text{}, free);
   v(shapes.recompute, "recompute", "", "activations computed again in the backward pass", kRecomputeNames, free);
