@@ -299,3 +299,14 @@ def test_an_error_in_the_middle_of_a_step(data, tmp_path, blocking, offload):
 def test_a_matmul_without_an_algorithm(data, tmp_path):
     message = refused(data, tmp_path, "--device", "cuda", "--rank", 16, code=1, CUDA_ON_CPU_NO_ALGORITHM=1)
     assert "cuBLASLt" in message and "no algorithm" in message
+
+
+@on_shim  # a GPU for each rank is more than most machines have
+@pytest.mark.parametrize("ranks", (2, 3))
+def test_ranks_train_as_one_process_does(train, model, ranks):
+    """Over the stand-in for NCCL, between processes."""
+    flags = [*model, "--dtype", "fp32", "--rank", 16, "--micro-batch", 1, "--tokens-per-step", 32 * ranks]
+    one = train("one", *flags, steps=3)
+    several, again = (train(name, *flags, "--devices", ranks, steps=3) for name in ("several", "again"))
+    assert losses(several) == pytest.approx(losses(one), rel=1e-5)
+    assert same_state(several, again)
