@@ -7,6 +7,7 @@ through environment variables) and, in the suite gpu, with ./train_gpt2 on a GPU
 import json
 import os
 import signal
+import socket
 import subprocess
 
 import pytest
@@ -206,6 +207,29 @@ def test_a_model_that_only_the_cpu_computes(data, tmp_path, width, heads, demand
     if width == 100:
         succeed("--data", data / "text_train_*.bin", *TINY, "--model", path, "--steps", 1, "--device", "cpu", "--out",
                 tmp_path / "run")
+
+
+@on_shim
+def test_each_rank_has_a_gpu_of_its_own(data, tmp_path):
+    run = ["--device", "cuda", "--data", data / "text_train_*.bin", *TINY, "--dtype", "fp32", "--rank", 8, "--eval-every", 0,
+           "--tokens-per-step", 128, "--steps", 3, "--no-autotune"]
+    succeed(*run, "--devices", 2, "--out", tmp_path / "two", env=with_environment(CUDA_ON_CPU_DEVICES=2))
+    succeed(*run, "--out", tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    message = fail(*run, "--devices", 3, "--out", tmp_path / "three", code=2, env=with_environment(CUDA_ON_CPU_DEVICES=2))
+    assert message == "train_gpt2: --devices 3: this machine has 2 GPUs; --device cpu takes any number"
+    # A launcher that starts more processes than there are GPUs.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [subprocess.Popen([str(part) for part in (PROGRAM, *run, "--out", tmp_path / "shared", "--rendezvous-port", port)],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env=with_environment(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1"))
+             for rank in (0, 1)]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 2 and "ranks 0 and 1 have one GPU" in errors
+    assert not (tmp_path / "shared").exists()
 
 
 @on_shim

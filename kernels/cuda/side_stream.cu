@@ -13,6 +13,7 @@ namespace {
 class CudaSideStream final : public SideStream {
  public:
   explicit CudaSideStream(CudaBackend& backend) : compute_(backend.compute_stream()) {
+    check_cuda(cudaGetDevice(&device_), "asking for the device");
     check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
   }
 
@@ -50,12 +51,14 @@ class CudaSideStream final : public SideStream {
   }
 
   bool has_begun(int64_t name) const override {
+    cudaSetDevice(device_);
     const std::lock_guard lock(mutex_);
     const auto piece = under_way_.find(name);
     return piece == under_way_.end() || has_happened(piece->second.begin);
   }
 
   bool is_done(int64_t name) const override {
+    cudaSetDevice(device_);
     const std::lock_guard lock(mutex_);
     const auto piece = under_way_.find(name);
     return piece == under_way_.end() || (piece->second.ended && has_happened(piece->second.end));
@@ -94,6 +97,7 @@ class CudaSideStream final : public SideStream {
   static constexpr size_t kEnough = 64;
 
   const cudaStream_t compute_;
+  int device_ = 0;  // a thread that only asks would else use the first one
   cudaStream_t stream_ = nullptr;
   std::vector<Piece> free_;
 
