@@ -93,8 +93,9 @@ int train(Options options, Job& job) {
   RunSetup setup = choice ? choice->setup : resolve(request);
   find_tokenizer(setup);
   if (options.sample_every > 0) check_prompt(setup);
+  // Later than the job, which knows who is to blame.
   const std::unique_ptr<Communicator> communicator =
-      make_communicator(job, *backend, std::chrono::milliseconds(std::llround(1e3 * options.comm_timeout)));
+      make_communicator(job, *backend, std::chrono::milliseconds(std::llround(2e3 * options.comm_timeout)));
   Trainer trainer(setup, *backend, job, *communicator, checkpoint, run.state);
   print_banner(setup, *backend, why, choice ? budget_report(*choice) : "", no_validation, run.changes, trainer);
   return trainer.run();

@@ -264,14 +264,14 @@ def run(arguments):
 
 
 def summaries(rows):
-    """One line per size, tokens, tokens per step and setting: the best learning rate with the mean and the spread of its
-    seeds."""
+    """One line per size, tokens, tokens per step and setting: the best of the learning rates with most seeds, with their mean
+    and spread."""
     groups = {}
     for row in rows:
         group = groups.setdefault((row["size"], int(row["tokens"]), int(row["tokens_per_step"]), row["setting"]), {})
         group.setdefault(float(row["lr"]), []).append(row)
     for (size, tokens, per_step, setting), rates in groups.items():
-        best = min(rates, key=lambda lr: min(float(row["validation_loss"]) for row in rates[lr]))
+        best = min(rates, key=lambda lr: (-len(rates[lr]), statistics.mean(float(row["validation_loss"]) for row in rates[lr])))
         losses = [float(row["validation_loss"]) for row in rates[best]]
         yield dict(size=size, tokens=tokens, tokens_per_step=per_step, setting=setting, lr=best,
                    edge=best in (min(rates), max(rates)), seeds=len(losses), loss=statistics.mean(losses),
@@ -297,7 +297,7 @@ def report(arguments):
         text.append(
             f"| {s['setting']} | {s['lr']:.4g}{' (edge)' if s['edge'] else ''} | {s['loss']:.4f}{spread} | {s['seeds']} | "
             + (f"{100 * (s['loss'] / base['loss'] - 1):+.2f}% | {s['state_bytes']:,} | "
-               f"1/{base['state_bytes'] / max(s['state_bytes'], 1):.1f} | " if base and math.isfinite(s["loss"]) else
+               + (f"1/{base['state_bytes'] / s['state_bytes']:.1f}" if s["state_bytes"] else "none") + " | " if base and math.isfinite(s["loss"]) else
                f"| {s['state_bytes']:,} | | ") + f"{s['step_ms']:.0f} |")
     table = "\n".join(text).strip() + "\n"
     if arguments.out:
@@ -317,7 +317,7 @@ def draw(lines, path):
 
     groups = {}
     for s in lines:
-        if math.isfinite(s["loss"]):
+        if math.isfinite(s["loss"]) and s["state_bytes"] > 0:  # SGD has no place on an axis of logarithms
             groups.setdefault((s["size"], s["tokens"], s["tokens_per_step"]), []).append(s)
     groups = {key: group for key, group in groups.items() if len(group) > 1}
     if not groups:
@@ -325,12 +325,14 @@ def draw(lines, path):
     figure, panels = plt.subplots(1, len(groups), figsize=(6 * len(groups), 5), squeeze=False, layout="constrained")
     for axes, ((size, tokens, per_step), group) in zip(panels[0], groups.items()):
         for s in group:
-            axes.errorbar(max(s["state_bytes"], 1) / 2**20, s["loss"], yerr=s["spread"], fmt="o", markersize=4, capsize=3)
-            axes.annotate(s["setting"], (max(s["state_bytes"], 1) / 2**20, s["loss"]), fontsize=6,
+            axes.errorbar(s["state_bytes"] / 2**20, s["loss"], yerr=s["spread"], fmt="o", markersize=4, capsize=3)
+            axes.annotate(s["setting"], (s["state_bytes"] / 2**20, s["loss"]), fontsize=6,
                           xytext=(4, 2), textcoords="offset points")
         axes.set(xscale="log", xlabel="optimizer states, MiB", ylabel="validation loss, nats per token",
                  title=f"{size}, {tokens / 1e6:g}M tokens, {per_step:,} a step")
         axes.grid(alpha=0.25)
+        left, right = axes.get_xlim()
+        axes.set_xlim(left, right * 8)  # room for the names
     figure.savefig(path, dpi=110)
 
 
