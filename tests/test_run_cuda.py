@@ -303,10 +303,28 @@ def test_a_matmul_without_an_algorithm(data, tmp_path):
 
 @on_shim  # a GPU for each rank is more than most machines have
 @pytest.mark.parametrize("ranks", (2, 3))
-def test_ranks_train_as_one_process_does(train, model, ranks):
+def test_ranks_train_as_one_process_does(train, model, monkeypatch, ranks):
     """Over the stand-in for NCCL, between processes."""
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICES", str(ranks))
     flags = [*model, "--dtype", "fp32", "--rank", 16, "--micro-batch", 1, "--tokens-per-step", 32 * ranks]
     one = train("one", *flags, steps=3)
     several, again = (train(name, *flags, "--devices", ranks, steps=3) for name in ("several", "again"))
     assert losses(several) == pytest.approx(losses(one), rel=1e-5)
     assert same_state(several, again)
+
+
+@on_shim
+@pytest.mark.parametrize("ranks, flags", [
+    (2, ["--rank", 16, "--kappa", 2, "--sample-every", 2, "--sample-tokens", 3]),
+    (3, ["--optimizer", "adamw", "--dtype", "bf16", "--master-weights", "fp32", "--gradients", "fused"]),
+], ids=("flora", "adamw"))
+def test_weights_spread_over_ranks_change_no_bit(train, tmp_path, data, monkeypatch, ranks, flags):
+    """Four layers, of which two are whole at a time, gathered on a stream of its own."""
+    monkeypatch.setenv("CUDA_ON_CPU_DEVICES", str(ranks))
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({"vocab_size": 257, "n_positions": 32, "n_embd": 64, "n_layer": 4, "n_head": 1}))
+    flags = ["--model", path, "--device", "cuda", "--no-autotune", "--micro-batch", 1, "--devices", ranks, *flags,
+             "--val-data", data / "text_val_*.bin", "--eval-every", 2, "--eval-batches", ranks + 1]
+    whole, spread = train("whole", *flags, steps=3), train("spread", *flags, "--shard", "weights", steps=3)
+    assert losses(spread) == losses(whole) and same_state(spread, whole)
+    assert [m.get("val_loss") for m in metrics(spread)[1]] == [m.get("val_loss") for m in metrics(whole)[1]]
