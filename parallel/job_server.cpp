@@ -44,7 +44,8 @@ JobServer::~JobServer() {
 void JobServer::serve() {
   std::vector<pollfd> polled;
   while (!ended_) {
-    polled.assign({{stop_.number(), POLLIN, 0}, {time_.now() < accept_again_ ? -1 : listener_.number(), POLLIN, 0}});
+    const bool accepting = time_.now() >= accept_again_ && strangers() < most_strangers();
+    polled.assign({{stop_.number(), POLLIN, 0}, {accepting ? listener_.number() : -1, POLLIN, 0}});
     for (const Member& member : members_) {
       const int wanted = member.connection.has_output() ? POLLIN | POLLOUT : POLLIN;
       polled.push_back({member.connection.descriptor(), static_cast<short>(wanted), 0});
@@ -90,17 +91,22 @@ bool JobServer::serve_member(Member& member) {
   return member.connection.flush() && open;
 }
 
+size_t JobServer::strangers() const {
+  return static_cast<size_t>(
+      std::count_if(members_.begin(), members_.end(), [](const Member& member) { return member.rank < 0; }));
+}
+
+size_t JobServer::most_strangers() const { return kMostStrangers + static_cast<size_t>(size_); }
+
 void JobServer::accept_strangers() {
-  size_t strangers = 0;
-  for (const Member& member : members_) strangers += member.rank < 0;
-  for (;;) {
+  // Who comes when there are many waits in the queue: it may be one of the ranks.
+  while (strangers() < most_strangers()) {
     Descriptor socket(accept4(listener_.number(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!socket.is_open()) {
       // Without descriptors the next one stays in the queue.
       if (errno != EAGAIN && errno != EWOULDBLOCK) accept_again_ = time_.now() + AwakeTime::kTick;
       return;
     }
-    if (strangers++ >= kMostStrangers + static_cast<size_t>(size_)) continue;
     const std::string address = peer_address(socket), served_at = own_address(socket);
     members_.push_back({Connection(std::move(socket), kLongestHello), time_.now(), -1, address, served_at});
   }

@@ -38,6 +38,8 @@ class JobServer {
   void serve();
   bool serve_member(Member& member);
   void accept_strangers();
+  size_t strangers() const;  // connections that have not said who they are
+  size_t most_strangers() const;
   void handle(Member& member, const Message& message);
   void greet(Member& member, const Message& message);
   void gather(Member& member, std::string text);

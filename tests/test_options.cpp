@@ -66,7 +66,7 @@ TEST(Options, JsonRoundTrip) {
   restore_options(restored, nlohmann::json::parse(json.dump()));
   nlohmann::ordered_json again = options_to_json(restored);
   // What is asked for now is not what was asked for then.
-  for (const char* key : {"plan", "json", "profile", "resume", "memory_budget"}) {
+  for (const char* key : {"plan", "json", "profile", "resume", "memory_budget", "devices"}) {
     EXPECT_EQ(again[key], options_to_json(Options())[key]) << key;
     again[key] = json[key];
   }
