@@ -2,9 +2,11 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
@@ -77,14 +79,19 @@ inline std::vector<std::string> on_ranks(int size, const std::function<std::stri
     children.push_back(child);
   }
   std::vector<std::string> results(children.size());
-  for (int rank = 0; rank < size; ++rank) {
+  for (int left = size; left > 0; --left) {
     int status = 0;
-    waitpid(children[static_cast<size_t>(rank)], &status, 0);
+    const pid_t ended = waitpid(-1, &status, 0);
+    const int rank = static_cast<int>(std::find(children.begin(), children.end(), ended) - children.begin());
+    children[static_cast<size_t>(rank)] = 0;
     if (rank == killed) {
       EXPECT_TRUE(WIFSIGNALED(status));
       continue;
     }
     EXPECT_EQ(status, 0) << "rank " << rank;
+    if (status != 0)
+      for (const pid_t other : children)
+        if (other > 0) kill(other, SIGKILL);  // they would wait for it
     if (status == 0)
       results[static_cast<size_t>(rank)] = FileJob(folder.path(), rank, size).get("result-" + std::to_string(rank));
   }

@@ -173,8 +173,7 @@ NcclResult get_version(int* version) {
 NcclResult get_unique_id(NcclUniqueId* id) {
   std::random_device random;
   *id = {};
-  std::memcpy(id->bytes, (std::to_string(random()) + "-" + std::to_string(getpid())).c_str(), 32 - 1);
-  id->bytes[31] = 0;
+  snprintf(id->bytes, sizeof id->bytes, "%u-%d", random(), static_cast<int>(getpid()));
   return kNcclSuccess;
 }
 
