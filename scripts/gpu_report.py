@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from gpu_measurements import correctness, kernels, learning, machine, memory, render, steps, streaming, training
+from gpu_measurements import correctness, kernels, learning, machine, memory, parallel, render, steps, streaming, training
 from gpu_measurements.results import Results, ResultsError, read
 from gpu_measurements.session import Session, say
 from gpu_measurements.sizes import DRY, REAL
@@ -33,6 +33,7 @@ def parts_of(session, sizes):
         parts[f"steps-{model.name}"] = lambda model=model: steps.items(session, model)
     parts["memory"] = lambda: memory.items(session)
     parts["streaming"] = lambda: streaming.items(session)
+    parts["parallel"] = lambda: parallel.items(session)
     parts["learning"] = lambda: learning.items(session)
     parts["sanitizer"] = lambda: correctness.tests(session, sizes.sanitizer)
     return parts
@@ -65,7 +66,7 @@ def seconds(text):
 def parse_arguments():
     parser = Parser(description="Measures everything on a GPU: right, fast, small, and beside its peers.")
     parser.add_argument("--parts", default="", metavar='"A B"', help="of tests right kernels steps (or steps-124M ...) "
-                        "memory streaming learning sanitizer; default: all but sanitizer")
+                        "memory streaming parallel learning sanitizer; default: all but sanitizer")
     parser.add_argument("--time-limit", type=seconds, default=None, metavar="SECONDS", help="of this call; what would "
                         "not fit is skipped (default: none; each part has nine minutes)")
     parser.add_argument("--spent", type=seconds, default=None, metavar="SECONDS", help="what the build before this call "

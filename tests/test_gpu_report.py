@@ -85,7 +85,7 @@ def fake_llmc(tmp_path_factory):
 def whole(tmp_path_factory, fake_llmc):
     """One dry run of every part but the tests."""
     folder = tmp_path_factory.mktemp("report")
-    result = dry_run(folder, "--parts", "right kernels steps memory streaming learning", "--llmc", fake_llmc)
+    result = dry_run(folder, "--parts", "right kernels steps memory streaming parallel learning", "--llmc", fake_llmc)
     return SimpleNamespace(folder=folder, parts=parts_in(folder), result=result,
                            page=(folder / f"{NAME}.md").read_text())
 
@@ -96,8 +96,8 @@ def whole(tmp_path_factory, fake_llmc):
 @needs_emulation
 @pytest.mark.slow
 def test_a_dry_run_measures_every_part(whole):
-    assert set(whole.parts) == {"right", "kernels", "steps-124M", "steps-6.7B", "memory", "streaming", "learning"}
-    for part in ("right", "steps-124M", "steps-6.7B", "memory", "streaming", "learning"):
+    assert set(whole.parts) == {"right", "kernels", "steps-124M", "steps-6.7B", "memory", "streaming", "parallel", "learning"}
+    for part in ("right", "steps-124M", "steps-6.7B", "memory", "streaming", "parallel", "learning"):
         for item, status in statuses(whole.parts[part]).items():
             lenient = "pytorch" in item and status.startswith("skipped: no Python here has PyTorch")
             assert status == "ok" or lenient, (part, item, status)

@@ -2,7 +2,7 @@
 the commands that reproduce its rows."""
 from types import SimpleNamespace
 
-from . import correctness, learning as learning_runs, steps, techniques, training
+from . import correctness, learning as learning_runs, parallel as parallel_runs, steps, techniques, training
 from .sizes import (AIM_ATTENTION, AIM_COPY_PERCENT, AIM_DEVICE, AIM_FLORA_TIME, AIM_TOKENS_PER_SECOND)
 
 NONE = "not measured"
@@ -274,6 +274,15 @@ def budgets_table(entries, dry_run, sizes):
     return table
 
 
+def parallel(entries, dry_run, _):
+    table = Table(entries, dry_run, ["gradients", "ms/step, one process", "ms/step, two ranks", "MB sent a step, each",
+                                     "largest relative difference of a loss"])
+    for kind in parallel_runs.KINDS:
+        table.add(kind, lambda v: [number(v["alone_ms"]), number(v["ranks_ms"]), number(v["sent_mb"]),
+                                   f"{v['largest_difference']:.1e}"])
+    return table.text()
+
+
 def learning(entries, dry_run, _):
     table = Table(entries, dry_run, ["run", "steps", "tokens", "tokens/s", "peak lr", "last training loss",
                                      "last validation loss", "training loss / Flora in bf16"])
@@ -306,7 +315,7 @@ def page(content, sizes, name):
                 ("right", "Right", right), ("kernels", "Kernels", kernels)]
     sections += [(f"steps-{model.name}", f"Steps: {model.name}", steps_of(model)) for model in sizes.models]
     sections += [("memory", "Memory", memory), ("streaming", "Streaming and memory budgets", streaming),
-                 ("learning", "Learning", learning)]
+                 ("parallel", "Two ranks", parallel), ("learning", "Learning", learning)]
     title = machine["gpu"] + (": DRY RUN" if dry_run else "")
     lines = [f"# {title}", "",
              f"Made by scripts/gpu_report.py from {name}.json; `make gpu-report` measures, `scripts/gpu_report.py "
