@@ -21,6 +21,7 @@ class NcclCommunicator final : public Communicator {
  public:
   NcclCommunicator(Job& job, Backend& backend, std::chrono::milliseconds timeout)
       : rank_(job.rank()), size_(job.size()), timeout_(timeout), nccl_(nccl()), stream_(make_side_stream(backend)) {
+    require_version();
     setenv("NCCL_ALGO", "Ring", 0);
     NcclUniqueId id = {};
     if (rank_ == 0) {
@@ -32,6 +33,15 @@ class NcclCommunicator final : public Communicator {
     NcclConfig config;
     finish([&] { return nccl_.init(&communicator_, size_, id, rank_, &config); });
     watcher_ = std::thread([this] { watch(); });
+  }
+
+  void require_version() const {
+    int version = 0;
+    nccl_.get_version(&version);
+    if (version >= kOldestNccl) return;
+    throw std::runtime_error("several GPUs need NVIDIA's NCCL 2.28 or newer, and this one is " +
+                             std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + ": " +
+                             kNcclPackage);
   }
 
   // The other ranks count on what was given and not waited for: NCCL finishes it.

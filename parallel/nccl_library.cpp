@@ -8,33 +8,20 @@
 
 namespace {
 
-constexpr int kOldest = 22800;
-constexpr const char* kPackage =
-    "install libnccl2 from NVIDIA's repository, or PyPI's nvidia-nccl-cu13 or -cu12, and where it is in a folder of "
-    "its "
-    "own add that to LD_LIBRARY_PATH";
-
 template <typename Function>
 void find(Function& function, void* library, const char* name) {
   function = reinterpret_cast<Function>(dlsym(library, name));
-  if (!function) throw std::runtime_error(std::string("this NCCL is damaged: it has no ") + name + "; " + kPackage);
+  if (!function) throw std::runtime_error(std::string("this NCCL is damaged: it has no ") + name + "; " + kNcclPackage);
 }
 
 Nccl load() {
   void* const library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
   if (!library) {
     throw std::runtime_error("several GPUs need NVIDIA's NCCL 2.28 or newer, which cannot be loaded (" +
-                             std::string(dlerror()) + "): " + kPackage);
+                             std::string(dlerror()) + "): " + kNcclPackage);
   }
   Nccl table = {};
   find(table.get_version, library, "ncclGetVersion");
-  int version = 0;
-  table.get_version(&version);
-  if (version < kOldest) {
-    throw std::runtime_error("several GPUs need NVIDIA's NCCL 2.28 or newer, and this one is " +
-                             std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + ": " +
-                             kPackage);
-  }
   find(table.get_unique_id, library, "ncclGetUniqueId");
   find(table.init, library, "ncclCommInitRankConfig");
   find(table.finalize, library, "ncclCommFinalize");

@@ -44,5 +44,11 @@ struct Nccl {
                            void* stream);
 };
 
-// Throws std::runtime_error where it cannot be loaded or is older than 2.28, with the package that brings it.
+inline constexpr int kOldestNccl = 22800;
+inline constexpr char kNcclPackage[] =
+    "install libnccl2 from NVIDIA's repository, or PyPI's nvidia-nccl-cu13 or -cu12, and where it is in a folder of "
+    "its "
+    "own add that to LD_LIBRARY_PATH";
+
+// Throws std::runtime_error where it cannot be loaded, with the package that brings it.
 const Nccl& nccl();

@@ -328,3 +328,10 @@ def test_weights_spread_over_ranks_change_no_bit(train, tmp_path, data, monkeypa
     whole, spread = train("whole", *flags, steps=3), train("spread", *flags, "--shard", "weights", steps=3)
     assert losses(spread) == losses(whole) and same_state(spread, whole)
     assert [m.get("val_loss") for m in metrics(spread)[1]] == [m.get("val_loss") for m in metrics(whole)[1]]
+
+
+@on_shim
+def test_an_old_nccl_is_refused_with_the_package(data, tmp_path, model):
+    message = fail("--data", data / "text_train_*.bin", *TINY, *model, "--devices", 2, "--steps", 1, "--out", tmp_path / "run",
+                   code=1, env=with_environment(CUDA_ON_CPU_NCCL=22703, CUDA_ON_CPU_DEVICES=2))
+    assert "NCCL 2.28 or newer, and this one is 2.27" in message and "nvidia-nccl-cu13" in message
