@@ -323,7 +323,7 @@ Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, Paramet
     entries_.push_back(e);
     const size_t layer = static_cast<size_t>(parameter.layer + 1);
     if (layers_.size() <= layer) layers_.resize(layer + 1);
-    ++layers_[layer].parameters;
+    layers_[layer].parameters += wants_blocks(parameter) ? 0 : 1;
     layers_[layer].vectors += parameter.matrix ? 0 : 1;
   }
   reserve_buffers();

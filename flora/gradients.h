@@ -142,7 +142,7 @@ class Gradients final : public GradientSink {
 
   // What of a layer the last micro-batch has had. Its vectors travel together.
   struct LayerProgress {
-    size_t parameters = 0, vectors = 0;  // in all
+    size_t parameters = 0, vectors = 0;  // in all, without those that come in blocks
     size_t ready = 0;
     std::vector<Entry*> waiting;  // its vectors that are ready
   };

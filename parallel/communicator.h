@@ -53,8 +53,8 @@ class Communicator {
   virtual CommunicationTimes times() const { return {}; }
 };
 
-// What a rank sends in an all_reduce of so many bytes by a ring.
-inline int64_t all_reduce_bytes(int64_t bytes, int ranks) { return 2 * (ranks - 1) * bytes / ranks; }
+// What a rank sends in an all_reduce of these by a ring. Throws std::logic_error for what all_reduce() does not take.
+int64_t all_reduce_bytes(std::span<const Tensor> tensors, int ranks);
 
 // The only rank: nothing to say, nobody to wait for.
 class AloneCommunicator final : public Communicator {

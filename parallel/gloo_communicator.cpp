@@ -104,16 +104,11 @@ class GlooCommunicator final : public Communicator {
   int size() const override { return size_; }
 
   Ticket all_reduce(std::span<const Tensor> tensors) override {
-    int64_t bytes = 0;
-    for (const Tensor& t : tensors) {
-      if (!t.contiguous() || (t.dtype != DType::kF32 && t.dtype != DType::kBF16))
-        throw std::logic_error("all_reduce: takes contiguous tensors of fp32 or bf16");
-      bytes += static_cast<int64_t>(t.bytes());
-    }
+    const int64_t bytes = all_reduce_bytes(tensors, size_);
     const auto work = [this, list = std::vector<Tensor>(tensors.begin(), tensors.end())] {
       for (const Tensor& t : list) reduce(t);
     };
-    return give(work, all_reduce_bytes(bytes, size_));
+    return give(work, bytes);
   }
 
   Ticket all_gather(void* whole, size_t part_bytes) override {

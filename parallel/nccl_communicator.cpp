@@ -64,13 +64,7 @@ class NcclCommunicator final : public Communicator {
   int size() const override { return size_; }
 
   Ticket all_reduce(std::span<const Tensor> tensors) override {
-    int64_t bytes = 0;
-    for (const Tensor& t : tensors) {
-      if (!t.contiguous() || (t.dtype != DType::kF32 && t.dtype != DType::kBF16))
-        throw std::logic_error("all_reduce: takes contiguous tensors of fp32 or bf16");
-      bytes += static_cast<int64_t>(t.bytes());
-    }
-    bytes_sent_ += all_reduce_bytes(bytes, size_);
+    bytes_sent_ += all_reduce_bytes(tensors, size_);
     return give([&] {
       NcclResult result = kNcclSuccess;
       for (const Tensor& t : tensors) {

@@ -10,21 +10,6 @@ namespace {
 
 constexpr uint32_t kFewSteps = 3;
 
-EngineConfig deep_config(DType dtype, OptimizerKind optimizer = OptimizerKind::kFlora,
-                         GradientMode mode = GradientMode::kFused) {
-  EngineConfig config = small_config(dtype);
-  config.model.layers = 5;
-  config.optimizer.kind = optimizer;
-  config.optimizer.kappa = 2;
-  config.gradients.kind = mode;
-  config.shapes.recompute = Recompute::kBlock;
-  if (mode == GradientMode::kCompressed) {
-    config.gradients.accumulation_rank = 16;
-    config.gradients.micro_batches = 2;
-  }
-  return config;
-}
-
 Outcome run(const EngineConfig& config) {
   const Outcome outcome = train(test_backend_name(), config, 2e-3f, kFewSteps);
   EXPECT_EQ(outcome.allocated, outcome.planned);
@@ -48,7 +33,7 @@ INSTANTIATE_TEST_SUITE_P(All, OffloadDtype, ::testing::Values(DType::kF32, DType
                          [](const auto& info) { return std::string(dtype_name(info.param)); });
 
 TEST_P(OffloadDtype, EveryPartChangesNoBit) {
-  EngineConfig config = deep_config(GetParam());
+  EngineConfig config = deep_config(5, GetParam());
   const Outcome resident = run(config);
   for (const Offload offload : {Offload{.activations = true}, Offload{.state = true}, Offload{.weights = true},
                                 Offload{.activations = true, .state = true, .weights = true, .layers_in_flight = 3},
@@ -65,7 +50,7 @@ TEST_P(OffloadDtype, EveryOptimizerAndModeChangesNoBit) {
        {OptimizerKind::kFlora, OptimizerKind::kAdamW, OptimizerKind::kAdafactor, OptimizerKind::kSgd}) {
     for (const GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed}) {
       if (GetParam() == DType::kF32 && optimizer != OptimizerKind::kFlora) continue;  // the same moves as in bf16
-      EngineConfig config = deep_config(GetParam(), optimizer, mode);
+      EngineConfig config = deep_config(5, GetParam(), optimizer, mode);
       config.model.layers = 3;
       config.master_weights = GetParam() == DType::kBF16 && optimizer == OptimizerKind::kAdamW;
       const Outcome resident = run(config);
@@ -79,7 +64,7 @@ TEST_P(OffloadDtype, EveryOptimizerAndModeChangesNoBit) {
 // Several micro-batches, two passes for clipping, 8-bit states, other recompute levels.
 TEST_P(OffloadDtype, RarerSettingsChangeNoBit) {
   for (const Recompute level : {Recompute::kNone, Recompute::kAttention}) {
-    EngineConfig config = deep_config(GetParam());
+    EngineConfig config = deep_config(5, GetParam());
     config.model.layers = 3;
     config.shapes.recompute = level;
     config.model.tied_head = false;
@@ -94,7 +79,7 @@ TEST_P(OffloadDtype, RarerSettingsChangeNoBit) {
 
 TEST(Offload, TakesTheDeviceMemoryOfAFewLayersWhateverTheDepth) {
   const auto planned = [](int64_t layers) {
-    EngineConfig config = deep_config(DType::kBF16);
+    EngineConfig config = deep_config(5, DType::kBF16);
     config.model.layers = layers;
     config.offload = {.activations = true, .state = true, .weights = true};
     const std::unique_ptr<Backend> backend = make_test_backend();
@@ -122,7 +107,7 @@ TEST_P(Blocks, ChangeTheRoundingOnly) {
   const BlockCase c = GetParam();
   std::vector<EngineConfig> configs;
   for (const bool tied : {true, false}) {
-    EngineConfig config = deep_config(c.dtype, c.optimizer);
+    EngineConfig config = deep_config(5, c.dtype, c.optimizer);
     config.model.layers = 2;
     config.model.tied_head = tied;
     configs.push_back(config);
@@ -157,7 +142,7 @@ TEST_P(Blocks, ChangeTheRoundingOnly) {
 }
 
 TEST(Blocks, SaveTheGradientOfTheEmbeddingAndMostOfTheWidestMatrix) {
-  EngineConfig config = deep_config(DType::kBF16);
+  EngineConfig config = deep_config(5, DType::kBF16);
   config.model.vocabulary = 4000;
   const auto gradients = [&](GradientBlocks blocks) {
     config.gradients.blocks = blocks;
@@ -175,7 +160,7 @@ TEST(Blocks, SaveTheGradientOfTheEmbeddingAndMostOfTheWidestMatrix) {
 
 TEST(Blocks, NeedFusedUpdatesAndOneMicroBatch) {
   const std::unique_ptr<Backend> backend = make_test_backend();
-  EngineConfig config = deep_config(DType::kF32);
+  EngineConfig config = deep_config(5, DType::kF32);
   config.gradients.blocks = GradientBlocks::kAll;
   config.gradients.micro_batches = 2;
   EXPECT_THROW(Engine(config, *backend), std::invalid_argument);
@@ -240,7 +225,7 @@ TEST(Blocks, OfOneGradientChangeNoBitOfElementwiseOptimizers) {
 
 // Clipping by a second pass, with gradients in blocks: the norm is that of the whole gradient.
 TEST(Blocks, ClipByTheGlobalNorm) {
-  EngineConfig config = deep_config(DType::kF32, OptimizerKind::kAdamW);
+  EngineConfig config = deep_config(5, DType::kF32, OptimizerKind::kAdamW);
   config.gradients.clip_norm = 0.1f;
   const Outcome whole = run(config);
   config.gradients.blocks = GradientBlocks::kAll;
@@ -259,7 +244,7 @@ INSTANTIATE_TEST_SUITE_P(All, EightBitWeights,
 
 TEST_P(EightBitWeights, LearnAlmostLikeBf16) {
   const float lr = GetParam() == OptimizerKind::kSgd ? 0.05f : 2e-3f;
-  EngineConfig config = deep_config(DType::kBF16, GetParam());
+  EngineConfig config = deep_config(5, DType::kBF16, GetParam());
   config.model.layers = 2;
   const Outcome plain = train(test_backend_name(), config, lr);
   config.weight_dtype = DType::kI8;
@@ -274,7 +259,7 @@ TEST_P(EightBitWeights, LearnAlmostLikeBf16) {
 // How large the pieces are in which codes are decoded and updated does not matter.
 TEST_P(EightBitWeights, PiecesChangeNoBit) {
   for (const GradientBlocks blocks : {GradientBlocks::kWhole, GradientBlocks::kAll}) {
-    EngineConfig config = deep_config(DType::kBF16, GetParam());
+    EngineConfig config = deep_config(5, DType::kBF16, GetParam());
     config.model.layers = 1;
     config.weight_dtype = config.optimizer.state_dtype = DType::kI8;
     config.optimizer.scale_parameter = GetParam() == OptimizerKind::kAdafactor;
@@ -291,7 +276,7 @@ TEST_P(EightBitWeights, PiecesChangeNoBit) {
 }
 
 TEST_P(EightBitWeights, StreamedAndInBlocksAndWithEightBitStates) {
-  EngineConfig config = deep_config(DType::kBF16, GetParam());
+  EngineConfig config = deep_config(5, DType::kBF16, GetParam());
   config.model.layers = 3;
   config.weight_dtype = DType::kI8;
   config.optimizer.state_dtype = DType::kI8;

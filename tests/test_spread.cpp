@@ -16,21 +16,6 @@ constexpr uint32_t kFewSteps = 3;
 // The emulation takes its time: there one number of ranks, and of each setting what has other copies and other waits.
 bool emulated() { return test_backend_name() == "cuda"; }
 
-EngineConfig deep_config(DType dtype, OptimizerKind optimizer = OptimizerKind::kFlora,
-                         GradientMode mode = GradientMode::kFused) {
-  EngineConfig config = small_config(dtype);
-  config.model.layers = 3;
-  config.optimizer.kind = optimizer;
-  config.optimizer.kappa = 2;
-  config.gradients.kind = mode;
-  config.shapes.recompute = Recompute::kBlock;
-  if (mode == GradientMode::kCompressed) {
-    config.gradients.accumulation_rank = 16;
-    config.gradients.micro_batches = 2;
-  }
-  return config;
-}
-
 // Of each rank.
 std::vector<Outcome> run(const EngineConfig& config, int count) {
   std::vector<Outcome> outcomes(static_cast<size_t>(count));
@@ -78,7 +63,7 @@ TEST_P(SpreadDtype, ChangesNoBitOfAnyOptimizerAndMode) {
       if (GetParam() == DType::kF32 && optimizer != OptimizerKind::kFlora) continue;  // the same moves as in bf16
       const bool moves = optimizer == OptimizerKind::kFlora || optimizer == OptimizerKind::kAdamW;
       if (emulated() && (!moves || GetParam() == DType::kF32 || mode == GradientMode::kCompressed)) continue;
-      EngineConfig config = deep_config(GetParam(), optimizer, mode);
+      EngineConfig config = deep_config(3, GetParam(), optimizer, mode);
       if (optimizer == OptimizerKind::kSgd) config.optimizer.beta1 = mode == GradientMode::kFused ? 0.9f : 0.0f;
       expect_same_bits(config, name_of_case(optimizer, mode), {mode == GradientMode::kDense ? 2 : 3});
     }
@@ -89,7 +74,7 @@ TEST_P(SpreadDtype, ChangesNoBitOfAnyOptimizerAndMode) {
 TEST_P(SpreadDtype, ChangesNoBitOfRarerSettings) {
   if (emulated() && GetParam() == DType::kF32) return;
   for (const OptimizerKind optimizer : {OptimizerKind::kFlora, OptimizerKind::kAdamW}) {
-    EngineConfig config = deep_config(GetParam(), optimizer);
+    EngineConfig config = deep_config(3, GetParam(), optimizer);
     config.model.tied_head = false;
     config.shapes.recompute = Recompute::kAttention;
     config.gradients.micro_batches = 2;
@@ -104,7 +89,7 @@ TEST(SpreadWeights, ChangeNoBitWithMasterCopies) {
   for (const OptimizerKind optimizer : {OptimizerKind::kFlora, OptimizerKind::kAdamW}) {
     for (const GradientMode mode : {GradientMode::kDense, GradientMode::kFused}) {
       if (emulated() && mode == GradientMode::kDense) continue;
-      EngineConfig config = deep_config(DType::kBF16, optimizer, mode);
+      EngineConfig config = deep_config(3, DType::kBF16, optimizer, mode);
       config.master_weights = true;
       config.optimizer.scale_parameter = optimizer == OptimizerKind::kFlora;
       expect_same_bits(config, "master copies, " + name_of_case(optimizer, mode), {2});
@@ -114,7 +99,7 @@ TEST(SpreadWeights, ChangeNoBitWithMasterCopies) {
 
 TEST(SpreadWeights, ChangeNoBitAs8BitCodes) {
   for (const OptimizerKind optimizer : {OptimizerKind::kFlora, OptimizerKind::kAdamW}) {
-    EngineConfig config = deep_config(DType::kBF16, optimizer);
+    EngineConfig config = deep_config(3, DType::kBF16, optimizer);
     config.weight_dtype = DType::kI8;
     expect_same_bits(config, "8-bit weights, " + name_of_case(optimizer, GradientMode::kFused));
   }
@@ -122,7 +107,7 @@ TEST(SpreadWeights, ChangeNoBitAs8BitCodes) {
 
 TEST(SpreadWeights, ChangeNoBitWithGradientsInBlocks) {
   for (const OptimizerKind optimizer : {OptimizerKind::kFlora, OptimizerKind::kAdamW}) {
-    EngineConfig config = deep_config(DType::kF32, optimizer);
+    EngineConfig config = deep_config(3, DType::kF32, optimizer);
     config.gradients.blocks = GradientBlocks::kAll;
     expect_same_bits(config, "blocks, " + name_of_case(optimizer, GradientMode::kFused));
   }
@@ -163,7 +148,7 @@ TEST(SpreadWeights, SendWhatTheFormulaSays) {
           std::tuple(OptimizerKind::kAdamW, GradientMode::kFused, (2 * kLayers - kSlots) * weights),
           std::tuple(OptimizerKind::kFlora, GradientMode::kFused,
                      2 * (kLayers - kSlots) * weights + kLayers * momentum)}) {
-      EngineConfig config = deep_config(DType::kF32, optimizer, mode);
+      EngineConfig config = deep_config(3, DType::kF32, optimizer, mode);
       config.model.layers = kLayers;
       const int64_t whole = bytes_of_two_steps(config, ranks);
       config.spread = Spread::kWeights;
@@ -175,7 +160,7 @@ TEST(SpreadWeights, SendWhatTheFormulaSays) {
 
 TEST(SpreadWeights, TakeTheirPartOfTheMemory) {
   const auto planned = [](OptimizerKind optimizer, int ranks, int64_t layers) {
-    EngineConfig config = deep_config(DType::kF32, optimizer);
+    EngineConfig config = deep_config(3, DType::kF32, optimizer);
     config.model.layers = layers;
     config.spread = Spread::kWeights;
     config.ranks = ranks;

@@ -36,6 +36,22 @@ inline EngineConfig small_config(DType dtype) {
   return config;
 }
 
+// Several layers, and everything that happens to them in few steps.
+inline EngineConfig deep_config(int layers, DType dtype, OptimizerKind optimizer = OptimizerKind::kFlora,
+                                GradientMode mode = GradientMode::kFused) {
+  EngineConfig config = small_config(dtype);
+  config.model.layers = layers;
+  config.optimizer.kind = optimizer;
+  config.optimizer.kappa = 2;
+  config.gradients.kind = mode;
+  config.shapes.recompute = Recompute::kBlock;
+  if (mode == GradientMode::kCompressed) {
+    config.gradients.accumulation_rank = 16;
+    config.gradients.micro_batches = 2;
+  }
+  return config;
+}
+
 struct Outcome {
   std::vector<float> losses, norms;
   std::vector<uint8_t> bits;  // of all weights and optimizer states

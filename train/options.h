@@ -57,7 +57,6 @@ struct Options {
   double top_p = 1;
   // device
   DeviceKind device = DeviceKind::kAuto;
-  int64_t check_ranks = 0;
   int64_t threads = 0;  // 0: as many as there are cores
   bool tf32 = false, autotune = true;
   bool profile = false;
@@ -65,6 +64,7 @@ struct Options {
   // many devices
   int64_t devices = 1, rendezvous_port = 0;
   double rendezvous_timeout = 60, comm_timeout = 60;
+  int64_t check_ranks = 0;
 
   int ranks = 1;  // processes of the run: what its launcher says, no flag
 
@@ -232,8 +232,7 @@ void describe(Options& o, Visitor& v) {
   v(o.memory_budget, "memory-budget", "BYTES|auto",
     "choose the fastest micro-batch, recompute, head-chunk, gradient-blocks, offload and (several devices) shard that "
     "fit, among those not given; KiB MiB GiB TiB (or K M G T): powers of 1024, KB MB GB TB: of 1000, nothing: bytes; "
-    "auto: what the device "
-    "has free; plan without --model: the largest models that fit",
+    "auto: what the device has free; plan without --model: the largest models that fit",
     Text{}, free);
   v(shapes.recompute, "recompute", "", "activations computed again in the backward pass", kRecomputeNames, free);
   v(shapes.head_chunk, "head-chunk", "tokens", "tokens whose logits exist at a time; default: at most 512", at_least(1),
@@ -269,9 +268,6 @@ void describe(Options& o, Visitor& v) {
   v(o.top_k, "top-k", "tokens", "sample from the k likeliest; 0: from all", at_least(0), free);
   v(o.top_p, "top-p", "", "of those from the fewest likeliest that are together as probable as this; 1: from all",
     kAboveZeroToOne, free);
-  v(o.check_ranks, "check-ranks", "steps",
-    "several ranks: compare the bits of weights and states over all of them so often; 0: only before a checkpoint",
-    at_least(0), free);
   v(o.log_every, "log-every", "steps", "progress line; metrics.jsonl has every step", at_least(1), free);
   v.group("device");
   v(o.device, "device", "", "where to compute", kDeviceNames, free);
@@ -298,5 +294,8 @@ void describe(Options& o, Visitor& v) {
     at_least(0, 65535), free);
   v(o.rendezvous_timeout, "rendezvous-timeout", "seconds", "in which all processes must have come", kAboveZero, free);
   v(o.comm_timeout, "comm-timeout", "seconds", "after which a process that gives no sign of life is lost", kAboveZero,
+    free);
+  v(o.check_ranks, "check-ranks", "steps",
+    "compare the bits of weights and states over all processes so often; 0: only before a checkpoint", at_least(0),
     free);
 }
