@@ -88,6 +88,24 @@ TEST_P(Ranks, TrainAsOneDoes) {
   }
 }
 
+// Blocks take turns with the other matrices' buffer. One process can have only one micro-batch in blocks.
+TEST_P(Ranks, TrainAsOneDoesWithGradientsInBlocks) {
+  EngineConfig config = small_config(DType::kF32);
+  config.model.layers = 3;
+  const uint32_t steps = GetParam() == "cuda" ? 2 : kManySteps;
+  config.gradients.micro_batches = 2;
+  const std::unique_ptr<Backend> backend = make_test_backend(GetParam());
+  const Outcome one = train(*backend, alone(), config, rate(config), steps);
+  config.gradients.micro_batches = 1;
+  config.gradients.blocks = GradientBlocks::kAll;
+  const std::vector<Outcome> both = train_on_ranks(GetParam(), config, 2, steps);
+  for (size_t t = 0; t < steps; ++t) {
+    EXPECT_NEAR(both[0].losses[t], one.losses[t], 1e-5f * one.losses[t]) << "step " << t + 1;
+    EXPECT_NEAR(both[0].norms[t], one.norms[t], 1e-4f * one.norms[t]) << "step " << t + 1;
+  }
+  EXPECT_TRUE(both[0].bits == both[1].bits);
+}
+
 TEST_P(Ranks, HaveTheSameBitsAgain) {
   const bool emulated = GetParam() == "cuda";
   const uint32_t steps = emulated ? 2 : 5;
