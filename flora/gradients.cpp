@@ -77,7 +77,7 @@ void Gradients::from_rows(const Parameter& parameter, const Rows& rows) {
     GradientSink::from_rows(parameter, rows);
     return;
   }
-  if (shared()) free_buffer(entry(parameter));
+  while (!travelling_.empty()) receive();  // what is on its way may be in this buffer
   bool first_pass = norm_pass_ || !clips();
   const Gradient gradient(parameter.rows, block_rows(parameter), [&](int64_t begin, int64_t count) {
     const Tensor block = buffer_of(entry(parameter)).slice(0, count);
