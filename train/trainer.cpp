@@ -424,6 +424,7 @@ int Trainer::run() {
                                "; last checkpoint: " + last_checkpoint());
     }
     backend_.end_tuning();
+    if (const std::string slow = backend_.slow_products(); t == first_step_ && !slow.empty()) progress_.message(slow);
     const double seconds = seconds_since(start);
     step_seconds += seconds;
     const bool updated = finite_or_skipped(t, result);
