@@ -90,7 +90,7 @@ int train(Options options, Job& job) {
   // A resumed run has its settings from its checkpoint, unless a budget is given anew.
   std::optional<BudgetChoice> choice;
   if (options.was_given("memory-budget")) choice = choose_within_budget(request, *backend, true, job);
-  RunSetup setup = choice ? choice->setup : resolve(request);
+  RunSetup setup = choice ? choice->setup : resolve_for(request, *backend, job);
   find_tokenizer(setup);
   if (options.sample_every > 0) check_prompt(setup);
   // Later than the job, which knows who is to blame.

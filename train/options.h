@@ -235,8 +235,9 @@ void describe(Options& o, Visitor& v) {
     "auto: what the device has free; plan without --model: the largest models that fit",
     Text{}, free);
   v(shapes.recompute, "recompute", "", "activations computed again in the backward pass", kRecomputeNames, free);
-  v(shapes.head_chunk, "head-chunk", "tokens", "tokens whose logits exist at a time; default: at most 512", at_least(1),
-    fixed);
+  v(shapes.head_chunk, "head-chunk", "tokens",
+    "tokens whose logits exist at a time; default: at most 512, in training on a GPU as many as its memory allows",
+    at_least(1), fixed);
   v(gradients.blocks, "gradient-blocks", "",
     "gradients that are computed and used block by block, computed again for each pass of the update, instead of "
     "whole: of embedding and head, or of all large matrices (fused gradients, one micro-batch)",
