@@ -1,4 +1,5 @@
-// train_gpt2.cu: main(). Options, device, data, plan, trainer; and the subcommands plan, generate and eval.
+// train_gpt2.cu: main(). Options, device, data, plan, trainer; and the subcommands plan, generate, eval and
+// selftest.
 // Compiled by g++ where there is no nvcc: nothing in this file is CUDA.
 #include <chrono>
 #include <cmath>
@@ -28,6 +29,7 @@
 #include "train/resume.h"
 #include "train/run_data.h"
 #include "train/run_setup.h"
+#include "train/self_check.h"
 #include "train/standard_streams.h"
 #include "train/trainer.h"
 
@@ -135,12 +137,16 @@ void refuse_launchers(const Options& options) {
 }
 
 int run(Command command, const Options& options, char** argv, std::unique_ptr<Job>& job) {
-  if (command == Command::kGenerate || command == Command::kEval) refuse_launchers(options);
+  if (command == Command::kGenerate || command == Command::kEval || command == Command::kSelftest)
+    refuse_launchers(options);
   switch (command) {
     case Command::kTrain: return run_training(options, argv, job);
     case Command::kPlan: print_plan(options); break;
     case Command::kGenerate: generate(options); break;
     case Command::kEval: evaluate(options); break;
+    case Command::kSelftest:
+      if (!selftest(options)) return 1;
+      break;
     case Command::kExit: break;
   }
   return output_arrived() ? 0 : 1;  // what was asked for is what is printed
