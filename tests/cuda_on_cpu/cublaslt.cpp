@@ -14,7 +14,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels/cpu/library_settings.h"
 #include "tests/cuda_on_cpu/cublaslt_product.h"
 #include "tests/cuda_on_cpu/stream.h"
 
@@ -164,8 +163,8 @@ cublasStatus_t check_memory(const Call& call) {
   }
   const size_t workspace = call.algorithm.workspace;
   if (workspace > 0 &&
-      (!cuda_on_cpu::is_device_range(call.workspace, workspace) || !address_multiple(call.workspace, 16))) {
-    return mistake("the workspace is not inside device memory, or not aligned");
+      (!cuda_on_cpu::is_device_range(call.workspace, workspace) || !address_multiple(call.workspace, 256))) {
+    return mistake("the workspace is not inside device memory, or not aligned to 256 bytes");
   }
   if (overlap(call.d, span(p.d), call.a, span(p.a)) || overlap(call.d, span(p.d), call.b, span(p.b))) {
     return mistake("the result overlaps an operand");
@@ -192,7 +191,6 @@ uint32_t alignment_of(const void* address) {
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* lightHandle) {
   if (!lightHandle) return CUBLAS_STATUS_INVALID_VALUE;
-  use_one_blas_thread();
   *lightHandle = new cublasLtContext;
   return CUBLAS_STATUS_SUCCESS;
 }
