@@ -88,6 +88,13 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, Job& job, Communicator
   const MemoryLimit available = available_memory_limit(backend, job);
   if (!fits({plan.device_bytes(), plan.host_bytes()}, available))
     throw std::runtime_error(memory_advice(setup, available, backend));
+  bool foreign_tuning = false;
+  if (!checkpoint.empty()) {
+    backend_.set_tuning(state.tuning);
+    const bool remembered = !backend_.tuning().empty();
+    if (remembered) backend_.end_tuning();  // as in the run it goes on from, which measured in its first step only
+    foreign_tuning = !state.tuning.empty() && !remembered;
+  }
   // Algorithms that each rank chose by its own measurements would give each rank bits of its own.
   if (job_.size() > 1) backend_.end_tuning();
   if (o.self_check && backend.name() != "cpu") check_results();
@@ -96,10 +103,7 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, Job& job, Communicator
   std::optional<uint32_t> resumed;
   if (!checkpoint.empty()) {
     load_checkpoint(checkpoint, engine_);
-    backend_.set_tuning(state.tuning);
-    const bool remembered = !backend_.tuning().empty();
-    if (remembered) backend_.end_tuning();  // as in the run it goes on from, which measured in its first step only
-    if (!state.tuning.empty() && !remembered) {
+    if (foreign_tuning) {
       progress_.message(
           "the checkpoint's matmul algorithms are another GPU's or another cuBLASLt's: chosen anew, the losses may "
           "differ in their last digits");
