@@ -60,6 +60,16 @@ void check(const std::string& backend, const Case& c, DTypes dtypes, int64_t gap
 class Matmul : public OperationTest {};
 INSTANTIATE_OPERATION_TESTS(Matmul);
 
+// By the processor's bf16 instructions, where it has them, whether they are faster or not.
+std::vector<std::string> bf16_backends() {
+  for (const std::string& name : backend_names())
+    if (name == "cpu") return {"cpu_bf16"};
+  return {};
+}
+INSTANTIATE_TEST_SUITE_P(Instructions, Matmul,
+                         ::testing::Combine(::testing::ValuesIn(bf16_backends()), ::testing::Values(DType::kBF16)),
+                         operation_test_name);
+
 TEST_P(Matmul, OddSizesInEveryTransposition) {
   const DTypes same = {dtype(), dtype(), dtype()};
   for (int transposes = 0; transposes < 4; ++transposes) {

@@ -37,6 +37,7 @@ void CpuBackend::accumulate(Tensor accumulator, Tensor in, RandomKey key, const 
     Block in_buffer, old_buffer, sum;
     const float* added = load_block(in, begin, count, in_buffer);
     const float* old = load_block(accumulator, begin, count, old_buffer);
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) sum[i] = old[i] + added[i];
     store_block_stochastic(accumulator, begin, count, sum, key, *counter);
   });
@@ -63,6 +64,7 @@ void CpuBackend::apply_update(Tensor weight, Tensor master, Tensor update, const
     Block weight_buffer, update_buffer, result;
     const float* w = destination.load(begin, count, weight_buffer);
     const float* d = load_block(update, begin, count, update_buffer);
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) result[i] = w[i] - lr * (decay * w[i] + shrink * d[i]);
     destination.store(begin, count, result);
   });
@@ -84,6 +86,7 @@ void CpuBackend::adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, 
     const float* old_m = m.empty() ? g : load_block(m, begin, count, m_buffer);
     const float* old_v = load_block(v, begin, count, v_buffer);
     const float* w = destination.load(begin, count, weight_buffer);
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       new_m[i] = beta1 * old_m[i] + rest1 * g[i];
       new_v[i] = beta2 * old_v[i] + rest2 * (g[i] * g[i]);
@@ -108,11 +111,13 @@ void CpuBackend::sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad,
     const float* u = load_block(grad, begin, count, grad_buffer);
     if (!m.empty()) {
       const float* old = load_block(m, begin, count, m_buffer);
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) new_m[i] = beta1 * old[i] + u[i];
       store_block(m, begin, count, new_m);
       u = new_m;
     }
     const float* w = destination.load(begin, count, weight_buffer);
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) result[i] = w[i] - lr * (decay * w[i] + u[i]);
     destination.store(begin, count, result);
   });
