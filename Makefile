@@ -212,5 +212,5 @@ FORCE:
 .PHONY: FORCE all python-packages tests test-objects shim-tests demo test check fuzz test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
 .PRECIOUS: $(BUILD)/%.o
 
-include bench/rules.mk tests/cuda_on_cpu/rules.mk tests/fuzz/rules.mk scripts/gpu_report.mk
+include bench/rules.mk tests/cuda_on_cpu/rules.mk tests/ptx/rules.mk tests/fuzz/rules.mk scripts/gpu_report.mk
 -include $(LIB_OBJECTS:.o=.d) $(TEST_SOURCES:%.cpp=$(BUILD)/%.d) $(BUILD)/train_gpt2.d

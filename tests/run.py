@@ -1,11 +1,12 @@
 """run.py: runs every test there is, C++ and Python, and counts them.
 
-    .venv/bin/python tests/run.py [--suite cpu,cuda-on-cpu,gpu] [--filter SUBSTRING] [--fast] [--jobs N]
+    .venv/bin/python tests/run.py [--suite cpu,cuda-on-cpu,ptx,gpu] [--filter SUBSTRING] [--fast] [--jobs N]
 
 Suites: cpu is everything on the CPU backend: the GoogleTest binaries build/tests/test_*, then pytest on tests/.
 cuda-on-cpu is the CUDA backend without a GPU (tests/cuda_on_cpu/): the tests of operations under the sanitizers and with
 another seed without, the tests of the model and the trainer, and the end-to-end tests, with the trainer linked against the
-shim. gpu is the same on a real GPU; with --compute-sanitizer its C++ tests run under NVIDIA's compute-sanitizer. The
+shim. ptx is the tests of operations on what nvcc makes of the kernels, and the interpreter's own (tests/ptx/). gpu is the
+same on a real GPU; with --compute-sanitizer its C++ tests run under NVIDIA's compute-sanitizer. The
 default is cpu and cuda-on-cpu.
 
 One line per binary and per Python file when it has ended: how many there are, and the time so far; failures in full as
@@ -241,6 +242,16 @@ def cuda_on_cpu_jobs(arguments):
     return jobs + python_jobs(arguments, {"TRAIN_GPT2": program, **cuda}, " (shim)", "cuda")
 
 
+def ptx_jobs(arguments):
+    coverage = BUILD / "ptx/coverage"
+    coverage.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for path in binaries_in(BUILD / "ptx/tests"):
+        environment = {"TEST_BACKENDS": "cuda", "PTXSIM_COVERAGE": str(coverage / path.name), "OMP_NUM_THREADS": "1"}
+        jobs.append(job_of_binary(path, arguments, environment, " (PTX)"))
+    return jobs
+
+
 def gpu_jobs(arguments):
     prefix = ("compute-sanitizer", "--error-exitcode", "99") if arguments.compute_sanitizer else ()
     cuda = {"TEST_BACKENDS": "cuda"}
@@ -308,7 +319,7 @@ def write_summary(total, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description="Runs every test and counts them.")
-    parser.add_argument("--suite", default="cpu,cuda-on-cpu", metavar="NAMES", help="of cpu, cuda-on-cpu and gpu")
+    parser.add_argument("--suite", default="cpu,cuda-on-cpu", metavar="NAMES", help="of cpu, cuda-on-cpu, ptx and gpu")
     parser.add_argument("--compute-sanitizer", action="store_true", help="with the gpu suite")
     parser.add_argument("--filter", default="", metavar="SUBSTRING", help="only tests whose name contains this")
     parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
@@ -321,7 +332,7 @@ def main():
     arguments = parser.parse_args()
     REPORTS.mkdir(parents=True, exist_ok=True)
     total = Counts("all")
-    suites = {"cpu": cpu_jobs, "cuda-on-cpu": cuda_on_cpu_jobs, "gpu": gpu_jobs}
+    suites = {"cpu": cpu_jobs, "cuda-on-cpu": cuda_on_cpu_jobs, "ptx": ptx_jobs, "gpu": gpu_jobs}
     names = arguments.suite.split(",")
     if unknown := [name for name in names if name not in suites]:
         parser.error(f"no suite {unknown[0]!r}; there are {', '.join(suites)}")
