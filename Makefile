@@ -18,10 +18,10 @@
 # Where nvcc is, ./train_gpt2 holds the CUDA backend, too, for CUDA_ARCHS: "80 86 89 90a 100 120", by default what the GPU
 # here is, without a GPU 80 (which newer ones run, compiled anew at the first start). CUDA=0 leaves it out.
 #
-# BUNDLE=folder builds with what `make bundle` collected, without a BLAS, on a machine that has g++, make, python3 and the
+# BUNDLE=folder builds with what `make bundle` collected, without oneDNN, on a machine that has g++, make, python3 and the
 # CUDA Toolkit.
 #
-# Variables: CXX, BLAS (name of a CBLAS library; none: a plain one of our own), GLOO (gloo, or none: no --devices on CPUs;
+# Variables: CXX, BLAS (dnnl: oneDNN; none: products of our own), GLOO (gloo, or none: no --devices on CPUs;
 # by default what is there), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...), PYTHON (of tests and
 # plots), V=1 (shows the commands). What was built with other flags is built anew; another BUILD keeps both. ./train_gpt2
 # is a link to the one that was built last.
@@ -29,7 +29,7 @@
 CXX      ?= g++
 CPU_ARCH ?= native
 BUNDLE   ?=
-BLAS     ?= $(if $(BUNDLE),none,openblas)
+BLAS     ?= $(if $(BUNDLE),none,dnnl)
 GLOO_THERE := $(if $(BUNDLE),,$(shell echo '\#include <gloo/config.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 && echo gloo))
 GLOO     ?= $(or $(GLOO_THERE),none)
 PYTHON   ?= .venv/bin/python
@@ -44,10 +44,8 @@ WARNINGS := -Wall -Wextra -Werror $(if $(findstring clang,$(CXX)),-Wno-pass-fail
 # -ffp-contract=off: fused multiply-adds only where the source says fma, so that random numbers are the same everywhere.
 CXXFLAGS := -std=c++20 -O3 -march=$(CPU_ARCH) -ffp-contract=off -fno-math-errno -fopenmp -g1 $(WARNINGS) -I.
 LDLIBS   := -lz -lpthread
-ifeq ($(BLAS),none)
-  CXXFLAGS += -Ikernels/cpu/no_blas
-else
-  LDLIBS   := -l$(BLAS) $(LDLIBS)
+ifneq ($(BLAS),none)
+  LDLIBS := -l$(BLAS) $(LDLIBS)
 endif
 ifneq ($(GLOO),none)
   LDLIBS := -l$(GLOO) $(LDLIBS)
@@ -69,10 +67,11 @@ include kernels/cuda/rules.mk
 
 # ---- sources
 
-LIB_SOURCES  := $(wildcard kernels/*.cpp kernels/cpu/*.cpp kernels/cpu/no_blas/*.cpp flora/*.cpp model/*.cpp parallel/*.cpp train/*.cpp data/*.cpp)
+LIB_SOURCES  := $(wildcard kernels/*.cpp kernels/cpu/*.cpp flora/*.cpp model/*.cpp parallel/*.cpp train/*.cpp data/*.cpp)
 ifeq ($(CUDA),1)
   LIB_SOURCES := $(filter-out kernels/without_cuda.cpp,$(LIB_SOURCES))
 endif
+LIB_SOURCES  := $(filter-out kernels/cpu/$(if $(filter none,$(BLAS)),onednn_gemm,without_onednn).cpp,$(LIB_SOURCES))
 LIB_SOURCES  := $(filter-out parallel/$(if $(filter none,$(GLOO)),gloo_communicator,without_gloo).cpp,$(LIB_SOURCES))
 LIB_OBJECTS  := $(LIB_SOURCES:%.cpp=$(BUILD)/%.o) $(CUDA_OBJECTS)
 TEST_SOURCES := $(wildcard tests/test_*.cpp)

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -130,11 +131,12 @@ class Backend {
   // ---- the device
 
   virtual std::string name() const = 0;         // "cpu" or "cuda"
-  virtual std::string description() const = 0;  // for the banner: model of the device, threads, BLAS
+  virtual std::string description() const = 0;  // for the banner: model of the device, threads, library of products
   virtual size_t memory_available() const = 0;  // bytes a plan may take, what the runtime itself will need set aside
   // Bytes of the device's memory that the runtime takes beside allocate(), measured now. CPU: what of the process is
-  // resident and was not given out, and what buffers of BLAS and of files will still take. CUDA: what is in use and was
-  // not given out, at most 1 GiB of it (others may use the device, too), and what kernels and graphs will still take.
+  // resident and was not given out, and what buffers of products and of files will still take. CUDA: what is in use and
+  // was not given out, at most 1 GiB of it (others may use the device, too), and what kernels and graphs will still
+  // take.
   virtual size_t runtime_bytes() const = 0;
   virtual size_t host_memory_available() const = 0;  // bytes that allocate_host() can still give
   // What a user should know about memory that allocate_host() gave out, as one line; empty when all is well.
@@ -347,7 +349,8 @@ class Backend {
 };
 
 struct CpuOptions {
-  int threads = 0;  // 0: as many as there are cores this process may use
+  int threads = 0;                            // 0: as many as there are cores this process may use
+  std::optional<bool> multiply_in_bf16 = {};  // two bf16 operands, where the processor can; empty: where that is faster
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options = {});

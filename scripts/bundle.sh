@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bundle.sh FOLDER: collects what a build needs besides a compiler, make and the CUDA Toolkit, for a machine without a
 # network: the headers of CLI11, nlohmann/json and zlib, zlib's static library, and GoogleTest's sources. About 3 MB.
-# There, `make BUNDLE=FOLDER` builds from it (with the CPU backend's own matmul in the place of a BLAS).
+# There, `make BUNDLE=FOLDER` builds from it (with the CPU backend's own products in the place of oneDNN's).
 set -euo pipefail
 folder=${1:?usage: scripts/bundle.sh FOLDER}
 read -ra cxx <<<"${CXX:-g++}"

@@ -8,7 +8,7 @@
 Every row is planned first (`plan --json`); where that fits into the machine, a few steps follow, in a process that is
 ended before it would write a checkpoint. They give the allocator's bytes (`device_bytes` of metrics.jsonl), which must
 be those of the plan, and what the system says: on a CPU the peak resident set (the plan, the host's share of it, and a
-constant for the program and OpenBLAS), on CUDA nvidia-smi's figure for the process (empty where it names none).
+constant for the program and oneDNN), on CUDA nvidia-smi's figure for the process (empty where it names none).
 Combinations that the program refuses stay in the tables with its message.
 
 Writes footprint.csv, footprint.md, footprint.png and footprint.svg (these two need matplotlib). The exit code is 1 when

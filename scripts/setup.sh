@@ -27,7 +27,7 @@ esac
 target=${1:-build}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 read -ra cxx <<<"${CXX:-g++}" # a name, or words like "ccache g++"
-blas=${BLAS:-openblas}
+blas=${BLAS:-dnnl}
 gloo=${GLOO:-gloo}
 venv=$root/.venv
 log=$root/build/setup.log
@@ -101,13 +101,11 @@ find_missing() {
   need libcli11-dev CLI/CLI.hpp ""
   need nlohmann-json3-dev nlohmann/json.hpp ""
   need zlib1g-dev zlib.h z
-  if [ "$blas" = openblas ]; then
-    need libopenblas-dev cblas.h openblas
-  elif [ "$blas" = none ]; then
-    : # a build without a BLAS
-  elif ! has_library "$blas"; then
-    fail "the library BLAS=$blas is not there"
-  fi
+  case $blas in
+    dnnl) need libdnnl-dev dnnl.hpp dnnl ;;
+    none) ;; # products of our own
+    *) fail "BLAS=$blas: it is dnnl (oneDNN) or none" ;;
+  esac
   if [ "$gloo" != none ] && ! { has_header gloo/config.h && has_library gloo; }; then
     case $target in
       build | demo) optional+=(libgloo-dev) ;;

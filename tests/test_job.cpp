@@ -433,6 +433,7 @@ TEST(Death, TheCauseIsSaidAndNotWhatFollowsFromIt) {
     job.set_last_checkpoint("runs/a/step_00000004");
     job.gather("");
     say("ready");
+    job.gather("");  // until all have said it
     if (job.rank() == 1) _exit(7);
     if (job.fail("connection closed by peer")) say("connection closed by peer");
     return 1;

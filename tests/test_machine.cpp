@@ -77,7 +77,7 @@ TEST_F(MachineTest, InAContainerTheGroupIsAtTheRoot) {
   EXPECT_EQ(available(), 64 * kMiB);
 }
 
-TEST(ProcessLimits, AddressSpaceIsCountedAndBlasSetAside) {
+TEST(ProcessLimits, AddressSpaceIsCountedAndPartSetAside) {
   rlimit before{};
   ASSERT_EQ(getrlimit(RLIMIT_AS, &before), 0);
   std::ifstream statm("/proc/self/statm");
@@ -94,7 +94,7 @@ TEST(ProcessLimits, AddressSpaceIsCountedAndBlasSetAside) {
   EXPECT_NEAR(static_cast<double>(mappable), 1024.0 * kMiB, 64.0 * kMiB);
   EXPECT_LT(left, mappable - 2 * 128 * kMiB);
   EXPECT_NE(refused.find("ulimit -v"), std::string::npos) << refused;
-  EXPECT_NE(not_allocated.find("64 threads and their BLAS buffers alone"), std::string::npos) << not_allocated;
+  EXPECT_NE(not_allocated.find("64 threads and their buffers alone"), std::string::npos) << not_allocated;
 }
 
 // OpenMP would end the program. Here a thread's stack is larger than any address space.

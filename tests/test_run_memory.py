@@ -1,9 +1,8 @@
 """test_run_memory.py: what a CPU run has in memory, as the kernel counts it, is the plan and a constant.
 
-The arena is resident in full. On top of it come the program with its heap (about 18 MiB, 8 of them to write a
-checkpoint) and what OpenBLAS packs operands of fp32 products into, which kernels/cpu/matmul.cpp bounds by the rows it
-hands over at a time. None of it depends on the size of the model, whichever kernels OpenBLAS takes for the processor: a
-first run states the constant, and others, of other widths, optimizers and places of the weights, must keep to it. Bytes
+The arena is resident in full. On top of it come the program with its heap (8 MiB of it to write a checkpoint) and what
+oneDNN packs operands of products into. None of it depends on the size of the model, whichever instructions oneDNN finds on
+the processor: a first run states the constant, and others, of other widths, optimizers and places of the weights, must keep to it. Bytes
 on the host count as the device's do: on a CPU both are the process's.
 """
 import json
@@ -38,18 +37,18 @@ def skip_where_it_cannot_hold():
     if not PROGRAM.exists():
         pytest.skip("./train_gpt2 is not built (make)")
     libraries = subprocess.run(["ldd", str(PROGRAM)], capture_output=True, text=True).stdout
-    if "blas" not in libraries:
-        pytest.skip("built without a BLAS library: its products take too long here")
+    if "dnnl" not in libraries:
+        pytest.skip("built without oneDNN: its products take too long here")
     available = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     if not available or int(available[1]) < 3 << 20:
         pytest.skip("less than 3 GiB of memory are available")
 
 
-def openblas_cores():
-    """Kernels of OpenBLAS that this processor can run, one of each generation."""
+def instruction_sets():
+    """Values of ONEDNN_MAX_CPU_ISA that this processor can run, one of each kind of product's kernels."""
     words = set(Path("/proc/cpuinfo").read_text().split())
-    needs = {"Nehalem": "sse4_2", "Sandybridge": "avx", "Haswell": "avx2", "SkylakeX": "avx512vl"}
-    return [core for core, instructions in needs.items() if instructions in words]
+    needs = {"SSE41": "sse4_1", "AVX": "avx", "AVX2": "avx2", "AVX512_CORE": "avx512vl"}
+    return [name for name, instructions in needs.items() if instructions in words]
 
 
 def peak_resident(flags, out, whole):
@@ -105,8 +104,8 @@ def test_the_resident_set_is_the_plan_and_a_constant(tmp_path, dtype):
 
 
 @pytest.mark.slow
-def test_every_kind_of_blas_kernels_keeps_to_the_constant(tmp_path, monkeypatch):
-    """A narrow model with a large vocabulary: products of 25,000 rows a thread, which OpenBLAS would pack whole."""
+def test_products_keep_to_the_constant_whatever_the_processor(tmp_path, monkeypatch):
+    """A narrow model with a large vocabulary: products of 25,000 rows a thread, which a library may pack whole."""
     skip_where_it_cannot_hold()
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 4096)
     shard = write_shard(tmp_path / "random_train_000000.bin", tokens, VOCABULARY)
@@ -115,14 +114,14 @@ def test_every_kind_of_blas_kernels_keeps_to_the_constant(tmp_path, monkeypatch)
                                   "n_embd": 192}))
     flags = ["--model", config, "--optimizer", "sgd", *FLAGS, "--data", shard]
     plan = json.loads(succeed("plan", "--json", *flags))
-    cores = openblas_cores()
-    if not cores:
-        pytest.skip("no processor of OpenBLAS's x86-64 kernels")
-    for core in cores:
-        monkeypatch.setenv("OPENBLAS_CORETYPE", core)
+    names = instruction_sets()
+    if not names:
+        pytest.skip("no x86-64 processor")
+    for name in names:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", name)
         constant = peak_resident(flags, out, whole=False) - plan["device_bytes"]
-        print(f"\n{core}: constant {constant / MIB:.1f} MiB")
-        assert 0 < constant < 32 * MIB, core
+        print(f"\n{name}: constant {constant / MIB:.1f} MiB")
+        assert 0 < constant < 32 * MIB, name
 
 
 def test_a_run_within_a_budget_stays_inside_to_the_last_byte_resident(tmp_path):

@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "kernels/cpu/gemm.h"
-#include "kernels/cpu/library_settings.h"
 #include "kernels/cpu/machine.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/dispatch.h"
@@ -27,14 +26,12 @@ namespace {
 constexpr size_t kAlignment = 256;
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Memory that the process takes later: pieces of checkpoints on their way to a file, and what a thread of OpenBLAS
-// packs matrices into: kGemmRows times a depth of at most 512 (Nehalem's; 320 or 384 on later processors), and
-// about 1.5 MiB for the other operand, in whole huge pages.
-constexpr size_t kFileBuffers = size_t{16} << 20, kBlasBuffers = size_t{8} << 20;
+// Memory that the process takes later: pieces of checkpoints on their way to a file.
+constexpr size_t kFileBuffers = size_t{16} << 20;
 
-// Address space, most of which is never used: a buffer that OpenBLAS 0.3.21 maps for each thread that calls it, a
-// thread's stack, and what the thread that reads data ahead takes.
-constexpr size_t kBlasMapping = size_t{128} << 20, kThreadStack = size_t{8} << 20, kReaderMapping = size_t{72} << 20;
+// Address space, most of which is never used: what the allocator maps for a thread that asks for memory, a thread's
+// stack, and what the thread that reads data ahead takes.
+constexpr size_t kThreadHeap = size_t{128} << 20, kThreadStack = size_t{8} << 20, kReaderMapping = size_t{72} << 20;
 
 size_t round_up(size_t bytes, size_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
 
@@ -93,10 +90,10 @@ void try_threads(int count) {
 
 }  // namespace
 
-CpuBackend::CpuBackend(const CpuOptions& options) : threads_(options.threads) {
+CpuBackend::CpuBackend(const CpuOptions& options)
+    : threads_(options.threads), multiply_in_bf16_(options.multiply_in_bf16) {
   if (threads_ < 0) throw std::runtime_error("the number of threads must be 0 (all cores) or more");
   if (threads_ == 0) threads_ = usable_cores();
-  use_one_blas_thread();
 }
 
 CpuBackend::~CpuBackend() {
@@ -108,18 +105,18 @@ std::string CpuBackend::name() const { return "cpu"; }
 
 std::string CpuBackend::description() const {
   return processor_name() + ", " + std::to_string(threads_) + (threads_ == 1 ? " thread, " : " threads, ") +
-         blas_description();
+         gemm_description();
 }
 
-// OpenBLAS waits for ever for a buffer that it cannot map, so where address space is limited its part is set aside.
+// A product cannot end in an error, so where address space is limited its part is set aside.
 size_t CpuBackend::memory_available() const {
   const size_t mappable = mappable_memory();
   if (mappable == SIZE_MAX) return available_memory();
-  const size_t aside = blas_is_mapped_ ? 0 : kReaderMapping + (kBlasMapping + kThreadStack) * threads_;
+  const size_t aside = heaps_are_mapped_ ? 0 : kReaderMapping + (kThreadHeap + kThreadStack) * threads_;
   if (mappable <= aside)
     throw std::runtime_error("the limit on address space or data (ulimit -v, ulimit -d) leaves " +
                              std::to_string(mappable >> 20) + " MiB, " + std::to_string(threads_) +
-                             " threads and their BLAS buffers alone take " + std::to_string(aside >> 20) +
+                             " threads and their buffers alone take " + std::to_string(aside >> 20) +
                              "; raise it, or use fewer --threads");
   return std::min(available_memory(), mappable - aside);
 }
@@ -141,7 +138,7 @@ size_t CpuBackend::runtime_bytes() const {
   for (const auto* blocks : {&device_blocks_, &host_blocks_})
     for (const auto& [memory, bytes] : *blocks) given_out += resident_bytes(memory, bytes);
   const size_t resident = resident_memory();
-  return (resident > given_out ? resident - given_out : 0) + kFileBuffers + kBlasBuffers * threads_;
+  return (resident > given_out ? resident - given_out : 0) + kFileBuffers + kGemmBuffers * threads_;
 }
 
 // The best of a few products of 2048 x 1024 x 2048 (8.6 GFLOP) through matmul(), within about half a second.
@@ -171,7 +168,7 @@ double CpuBackend::measure_peak_flops() {
     total += seconds;
   }
   profiler = outer_profiler;
-  blas_is_mapped_ = true;
+  heaps_are_mapped_ = true;
   return best;
 }
 

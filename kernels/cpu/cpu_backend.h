@@ -1,5 +1,5 @@
 // cpu_backend.h: the CPU implementation of every operation. The plain-spoken one: read an operation here first.
-// Matmuls go to a CBLAS, everything else is OpenMP loops that the compiler vectorises. Sums over rows or elements are
+// Matmuls go to oneDNN, everything else is OpenMP loops that the compiler vectorises. Sums over rows or elements are
 // cut into chunks of a fixed size and added in order, so results do not depend on the number of threads or on
 // scheduling.
 #pragma once
@@ -106,11 +106,12 @@ class CpuBackend : public Backend {
   void add_squares(const Tensor& row_sums, const Tensor& col_sums, const Tensor& grad, bool accumulate);
 
   int threads_;
+  std::optional<bool> multiply_in_bf16_;  // products of two bf16 operands; empty: where it is faster than to widen them
   char* workspace_ = nullptr;
   size_t workspace_bytes_ = 0;
   size_t allocated_ = 0;
   bool threads_checked_ = false;
-  bool blas_is_mapped_ = false;  // each thread has its buffer
+  bool heaps_are_mapped_ = false;  // each thread has allocated
   std::unordered_map<void*, size_t> device_blocks_, host_blocks_;
 };
 

@@ -1,42 +1,19 @@
-// matmul.cpp: matrix products through a CBLAS. Compute-bound: 2 M N K operations.
+// matmul.cpp: matrix products through gemm(). Compute-bound: 2 M N K operations.
 //
-// The BLAS runs on one thread; OpenMP threads each take a slice of the result, which costs one extra packing of the
-// operand they share and spares the two thread pools from fighting. All fp32: sgemm works on the tensors where they
-// are. With a bf16 operand, panels of it are widened into a fixed per-thread scratch; a bf16 result is summed over all
-// of K in an fp32 tile there and rounded once.
-#include <cblas.h>
+// gemm() runs on one thread; OpenMP threads each take a slice of the result, so no bit depends on their number, and
+// pack the operand they share once each. All fp32: it works on the tensors where they are. A result with bf16 anywhere
+// is made in tiles: two bf16 operands are multiplied as they are where the processor is faster so; else panels are
+// widened into a fixed per-thread scratch. A bf16 result is summed over all of K in an fp32 tile there and rounded
+// once.
 #include <omp.h>
 
 #include <algorithm>
-#include <climits>
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/dispatch.h"
 #include "kernels/operands.h"
-
-void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb, float beta,
-          float* c, int64_t ldc) {
-  require(std::max({shape.m, shape.n, shape.k, lda, ldb, ldc}) <= INT_MAX, "matmul: a dimension exceeds 2^31 - 1");
-  const CBLAS_TRANSPOSE op_a = shape.transpose_a ? CblasTrans : CblasNoTrans;
-  const CBLAS_TRANSPOSE op_b = shape.transpose_b ? CblasTrans : CblasNoTrans;
-  if (shape.m == 1) {  // one token at a time: memory-bound, so b must not be packed first
-    const int64_t b_rows = shape.transpose_b ? shape.n : shape.k, b_cols = shape.transpose_b ? shape.k : shape.n;
-    cblas_sgemv(CblasRowMajor, shape.transpose_b ? CblasNoTrans : CblasTrans, static_cast<int>(b_rows),
-                static_cast<int>(b_cols), alpha, b, static_cast<int>(ldb), a,
-                static_cast<int>(shape.transpose_a ? lda : 1), beta, c, 1);
-    return;
-  }
-  // OpenBLAS packs all rows of a at once into memory that it keeps: as many rows as the product has, times a depth that
-  // depends on the processor. kGemmRows bounds what no plan would know of.
-  for (int64_t row = 0; row < shape.m; row += kGemmRows) {
-    const int64_t rows = std::min(kGemmRows, shape.m - row);
-    cblas_sgemm(CblasRowMajor, op_a, op_b, static_cast<int>(rows), static_cast<int>(shape.n), static_cast<int>(shape.k),
-                alpha, a + row * (shape.transpose_a ? 1 : lda), static_cast<int>(lda), b, static_cast<int>(ldb), beta,
-                c + row * ldc, static_cast<int>(ldc));
-  }
-}
 
 namespace {
 
@@ -102,8 +79,7 @@ Panel widen(const Tensor& matrix, int64_t row, int64_t col, int64_t rows, int64_
 }
 
 // c (+)= what the product is added to: the old result with `accumulate`, and the bias. Returns the factor on c that
-// gemm needs: 0 when there was nothing to add. (OpenBLAS clears c in a pass of its own when it is 0, so starting from
-// the bias costs nothing.)
+// gemm needs: 0 when there was nothing to add.
 template <typename Out>
 float start_from(const Product& p, Block rows, Block cols, float* c, int64_t stride) {
   constexpr bool kInPlace = std::is_same_v<Out, float>;
@@ -125,15 +101,22 @@ float start_from(const Product& p, Block rows, Block cols, float* c, int64_t str
   return 1.0f;
 }
 
-// One slice or tile of the result, in steps of `depth` along K.
-void multiply_block(const Product& p, Block rows, Block cols, int64_t depth, float* scratch) {
+// One slice or tile of the result, in steps of `depth` along K, or with `in_bf16` by bf16 products along all of it.
+void multiply_block(const Product& p, Block rows, Block cols, int64_t depth, bool in_bf16, float* scratch) {
   float* const panel_a = scratch + kTileRows * kTileCols;
   float* const panel_b = panel_a + kTileRows * kTileDepth;
   const bool in_place = p.out.dtype == DType::kF32;
   float* const c = in_place ? element<float>(p.out, rows.begin, cols.begin) : scratch;
   const int64_t stride = in_place ? p.out.leading_dimension() : cols.count;
   float beta = in_place ? start_from<float>(p, rows, cols, c, stride) : start_from<bf16>(p, rows, cols, c, stride);
-  for (int64_t k = 0; k < p.k; k += depth) {
+  if (in_bf16) {
+    const bf16* const a = p.transpose_a ? element<bf16>(p.a, 0, rows.begin) : element<bf16>(p.a, rows.begin, 0);
+    const bf16* const b = p.transpose_b ? element<bf16>(p.b, cols.begin, 0) : element<bf16>(p.b, 0, cols.begin);
+    constexpr size_t kRoom = (kMatmulScratchFloats - kTileRows * kTileCols) * sizeof(float);
+    in_bf16 = gemm_bf16({rows.count, cols.count, p.k, p.transpose_a, p.transpose_b}, p.alpha, a,
+                        p.a.leading_dimension(), b, p.b.leading_dimension(), beta, c, stride, panel_a, kRoom);
+  }
+  for (int64_t k = 0; k < p.k && !in_bf16; k += depth) {
     const int64_t steps = std::min(depth, p.k - k);
     const Panel a = p.transpose_a ? widen(p.a, k, rows.begin, steps, rows.count, panel_a)
                                   : widen(p.a, rows.begin, k, rows.count, steps, panel_a);
@@ -166,8 +149,6 @@ void CpuBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& opt
                   .transpose_b = options.transpose_b,
                   .accumulate = options.accumulate,
                   .alpha = options.alpha};
-  require(std::max({p.m, p.n, p.k, a.leading_dimension(), b.leading_dimension(), out.leading_dimension()}) <= INT_MAX,
-          "matmul: a dimension exceeds 2^31 - 1");
   const Profiler::Scope scope(profiler, "matmul", 2.0 * p.m * p.n * p.k,
                               static_cast<double>(a.bytes() + b.bytes() + out.bytes() * (p.accumulate ? 2 : 1)));
 
@@ -177,6 +158,8 @@ void CpuBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& opt
   }
   const bool all_fp32 = out.dtype == DType::kF32 && a.dtype == DType::kF32 && b.dtype == DType::kF32;
   const Grid grid = all_fp32 ? slices(p.m, p.n, p.k, threads_) : tiles(p.m, p.n, threads_);
+  const bool in_bf16 = a.dtype == DType::kBF16 && b.dtype == DType::kBF16 &&
+                       (multiply_in_bf16_ ? *multiply_in_bf16_ : multiplies_bf16_faster());
   const size_t scratch_bytes = all_fp32 ? 0 : kMatmulScratchFloats * sizeof(float);
   thread_scratch(scratch_bytes);  // an error must not be thrown inside the parallel loop
   const int64_t blocks = grid.rows * grid.cols;
@@ -184,6 +167,6 @@ void CpuBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& opt
   for (int64_t i = 0; i < blocks; ++i) {
     const Block rows = piece(p.m, grid.rows, i / grid.cols), cols = piece(p.n, grid.cols, i % grid.cols);
     if (rows.count == 0 || cols.count == 0) continue;
-    multiply_block(p, rows, cols, all_fp32 ? p.k : kTileDepth, thread_scratch(scratch_bytes));
+    multiply_block(p, rows, cols, all_fp32 ? p.k : kTileDepth, in_bf16, thread_scratch(scratch_bytes));
   }
 }

@@ -1,6 +1,5 @@
 // matmul_row.cpp: matrix products with one row, which is all that a sample of text asks for. Memory-bound: b is read
-// once, where it is and in its own dtype, row after row. (A library's sgemv would need a bf16 matrix widened first, and
-// OpenBLAS's reads fp32 at half the speed of these loops.)
+// once, where it is and in its own dtype, row after row. (A library's sgemv would need a bf16 matrix widened first.)
 #include <algorithm>
 
 #include "kernels/cpu/cpu_backend.h"

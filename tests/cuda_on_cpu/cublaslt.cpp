@@ -13,7 +13,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels/cpu/library_settings.h"
 #include "tests/cuda_on_cpu/cublaslt_product.h"
 #include "tests/cuda_on_cpu/stream.h"
 
@@ -191,7 +190,6 @@ uint32_t alignment_of(const void* address) {
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* lightHandle) {
   if (!lightHandle) return CUBLAS_STATUS_INVALID_VALUE;
-  use_one_blas_thread();
   *lightHandle = new cublasLtContext;
   return CUBLAS_STATUS_SUCCESS;
 }

@@ -1,12 +1,12 @@
-// cublaslt_product.cpp: a matrix product as cuBLASLt defines it, column-major, by a CBLAS. Sums in fp32, one rounding.
+// cublaslt_product.cpp: a matrix product as cuBLASLt defines it, column-major, by the CPU backend's gemm(). Sums in
+// fp32, one rounding.
 #include "tests/cuda_on_cpu/cublaslt_product.h"
-
-#include <cblas.h>
 
 #include <chrono>
 #include <cstring>
 #include <thread>
 
+#include "kernels/cpu/gemm.h"
 #include "kernels/tensor.h"
 
 namespace fake_cublaslt {
@@ -36,11 +36,12 @@ void Call::multiply(std::vector<float>& sum, const std::vector<float>& left, con
                     uint64_t begin, uint64_t end) const {
   const Product& p = product;
   const bool transpose_a = p.operation.transpose_a != CUBLAS_OP_N, transpose_b = p.operation.transpose_b != CUBLAS_OP_N;
-  cblas_sgemm(CblasColMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
-              static_cast<int>(p.d.rows), static_cast<int>(p.d.cols), static_cast<int>(end - begin), alpha,
-              left.data() + begin * (transpose_a ? 1 : p.a.rows), static_cast<int>(p.a.rows),
-              right.data() + begin * (transpose_b ? p.b.rows : 1), static_cast<int>(p.b.rows), 0.0f, sum.data(),
-              static_cast<int>(p.d.rows));
+  const int64_t a_stride = static_cast<int64_t>(p.a.rows), b_stride = static_cast<int64_t>(p.b.rows);
+  const int64_t from = static_cast<int64_t>(begin), rows = static_cast<int64_t>(p.d.rows);
+  // A column-major product is the row-major one of the transposed matrices: sum^T = op(b)^T op(a)^T.
+  gemm({static_cast<int64_t>(p.d.cols), rows, static_cast<int64_t>(end) - from, transpose_b, transpose_a}, alpha,
+       right.data() + from * (transpose_b ? b_stride : 1), b_stride, left.data() + from * (transpose_a ? 1 : a_stride),
+       a_stride, 0.0f, sum.data(), rows);
 }
 
 std::vector<float> Call::sums() const {

@@ -1,0 +1,189 @@
+// onednn_gemm.cpp: products by oneDNN (versions 2 and 3), which generates code for the processor that is there. In fp32
+// its sgemm, which is fast for matrices of any size with any stride and needs no preparation; in bf16 its matmul
+// primitive, made once for each shape. Both on the calling thread: the backend divides the work.
+#include <omp.h>
+#include <dnnl.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+
+#include "kernels/cpu/gemm.h"
+
+namespace {
+
+// oneDNN would divide a product among all of OpenMP's threads.
+class OneThread {
+ public:
+  OneThread() : before_(omp_get_max_threads()) { omp_set_num_threads(1); }
+  ~OneThread() { omp_set_num_threads(before_); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
+
+// Products run in parallel loops, which no exception may leave; and a run without them cannot go on.
+[[noreturn]] void give_up(const char* what) {
+  std::fprintf(stderr, "train_gpt2: oneDNN cannot multiply two matrices: %s\n", what);
+  std::_Exit(1);
+}
+
+char transposed(bool yes) { return yes ? 'T' : 'N'; }
+
+// What a primitive is made for. beta is 0 or 1.
+using Key = std::tuple<int64_t, int64_t, int64_t, bool, bool, int64_t, int64_t, int64_t, float, float>;
+
+struct Bf16Gemm {
+  dnnl::memory::desc a, b, c, scratch;
+  dnnl::matmul product;
+};
+
+dnnl::engine& cpu() {
+  static dnnl::engine engine(dnnl::engine::kind::cpu, 0);
+  return engine;
+}
+
+Bf16Gemm make_bf16_gemm(const GemmShape& s, float alpha, int64_t lda, int64_t ldb, float beta, int64_t ldc) {
+  using dnnl::memory;
+  const auto matrix = [](int64_t rows, int64_t cols, bool transpose, int64_t stride, memory::data_type type) {
+    return memory::desc({rows, cols}, type, transpose ? memory::dims{1, stride} : memory::dims{stride, 1});
+  };
+  Bf16Gemm gemm = {matrix(s.m, s.k, s.transpose_a, lda, memory::data_type::bf16),
+                   matrix(s.k, s.n, s.transpose_b, ldb, memory::data_type::bf16),
+                   matrix(s.m, s.n, false, ldc, memory::data_type::f32),
+                   {},
+                   {}};
+  dnnl::post_ops after;
+  dnnl::primitive_attr attributes;
+#if DNNL_VERSION_MAJOR >= 3
+  if (alpha != 1.0f) after.append_eltwise(dnnl::algorithm::eltwise_linear, alpha, 0.0f);
+#else
+  if (alpha != 1.0f) after.append_eltwise(1.0f, dnnl::algorithm::eltwise_linear, alpha, 0.0f);
+#endif
+  if (beta != 0.0f) after.append_sum(beta);
+  attributes.set_post_ops(after);
+  attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);  // a primitive's own could serve one thread only
+#if DNNL_VERSION_MAJOR >= 3
+  const dnnl::matmul::primitive_desc made(cpu(), gemm.a, gemm.b, gemm.c, attributes);
+#else
+  const dnnl::matmul::primitive_desc made({gemm.a, gemm.b, gemm.c}, attributes, cpu());
+#endif
+  gemm.scratch = made.scratchpad_desc();
+  gemm.product = dnnl::matmul(made);
+  return gemm;
+}
+
+// Shapes come from a model's few matrices, cut into tiles; where they do not (samples of many lengths), it starts anew.
+constexpr size_t kMostShapes = 1024;
+
+std::shared_ptr<const Bf16Gemm> bf16_gemm(const GemmShape& s, float alpha, int64_t lda, int64_t ldb, float beta,
+                                          int64_t ldc) {
+  static std::mutex mutex;
+  static std::map<Key, std::shared_ptr<const Bf16Gemm>> made;
+  const Key key{s.m, s.n, s.k, s.transpose_a, s.transpose_b, lda, ldb, ldc, alpha, beta};
+  const std::lock_guard lock(mutex);
+  if (const auto found = made.find(key); found != made.end()) return found->second;
+  if (made.size() >= kMostShapes) made.clear();
+  return made[key] = std::make_shared<const Bf16Gemm>(make_bf16_gemm(s, alpha, lda, ldb, beta, ldc));
+}
+
+bool has(dnnl_cpu_isa_t instructions) {
+  return (static_cast<unsigned>(dnnl_get_effective_cpu_isa()) & static_cast<unsigned>(instructions)) ==
+         static_cast<unsigned>(instructions);
+}
+
+bool can_multiply_bf16() {
+#if defined(__x86_64__)
+  return has(dnnl_cpu_isa_avx512_core_bf16);
+#else
+  return false;
+#endif
+}
+
+// Seconds of the best of several products of 256 x 256 matrices, in bf16 or, widened, in fp32.
+double best_time(bool in_bf16) {
+  constexpr int64_t kSize = 256;
+  struct alignas(64) Matrices {
+    bf16 a[kSize * kSize], b[kSize * kSize];
+    float wide_a[kSize * kSize], wide_b[kSize * kSize], c[kSize * kSize], scratch[4 * kSize * kSize];
+  };
+  const auto matrices = std::make_unique<Matrices>();
+  Matrices& m = *matrices;
+  uint32_t state = 1;
+  for (bf16* const matrix : {m.a, m.b}) {
+    for (int64_t i = 0; i < kSize * kSize; ++i) {
+      state = state * 1664525u + 1013904223u;
+      matrix[i] = from_float<bf16>(static_cast<float>(state >> 8) * 0x1p-23f - 1.0f);
+    }
+  }
+  double best = INFINITY;
+  for (int i = 0; i < 8; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    if (in_bf16) {
+      if (!gemm_bf16({kSize, kSize, kSize}, 1.0f, m.a, kSize, m.b, kSize, 0.0f, m.c, kSize, m.scratch,
+                     sizeof m.scratch))
+        return INFINITY;
+    } else {
+      for (int64_t j = 0; j < kSize * kSize; ++j) m.wide_a[j] = to_float(m.a[j]), m.wide_b[j] = to_float(m.b[j]);
+      gemm({kSize, kSize, kSize}, 1.0f, m.wide_a, kSize, m.wide_b, kSize, 0.0f, m.c, kSize);
+    }
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
+}  // namespace
+
+void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb, float beta,
+          float* c, int64_t ldc) {
+  const OneThread one_thread;
+  const dnnl_status_t status = dnnl_sgemm(transposed(shape.transpose_a), transposed(shape.transpose_b), shape.m,
+                                          shape.n, shape.k, alpha, a, lda, b, ldb, beta, c, ldc);
+  if (status != dnnl_success) give_up(status == dnnl_out_of_memory ? "out of memory" : "unexpected error");
+}
+
+bool gemm_bf16(const GemmShape& shape, float alpha, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float beta,
+               float* c, int64_t ldc, void* scratch, size_t scratch_bytes) {
+  if (!can_multiply_bf16()) return false;
+  const OneThread one_thread;
+  try {
+    const auto made = bf16_gemm(shape, alpha, lda, ldb, beta, ldc);
+    if (made->scratch.get_size() > scratch_bytes) return false;
+    // oneDNN does not write to its inputs.
+    const dnnl::memory in_a(made->a, cpu(), const_cast<bf16*>(a)), in_b(made->b, cpu(), const_cast<bf16*>(b));
+    const dnnl::memory out(made->c, cpu(), c), room(made->scratch, cpu(), scratch);
+    dnnl::stream stream(cpu());
+    made->product.execute(
+        stream, {{DNNL_ARG_SRC, in_a}, {DNNL_ARG_WEIGHTS, in_b}, {DNNL_ARG_DST, out}, {DNNL_ARG_SCRATCHPAD, room}});
+    stream.wait();
+  } catch (const dnnl::error& error) {
+    give_up(error.what());
+  }
+  return true;
+}
+
+bool multiplies_bf16_faster() {
+  static const bool faster = best_time(true) < 0.8 * best_time(false);
+  return faster;
+}
+
+std::string gemm_description() {
+  const dnnl_version_t* const version = dnnl_version();
+  std::string text = "oneDNN " + std::to_string(version->major) + "." + std::to_string(version->minor) + "." +
+                     std::to_string(version->patch);
+#if defined(__x86_64__)
+  if (has(dnnl_cpu_isa_avx512_core_amx)) return text + " with AMX";
+  if (has(dnnl_cpu_isa_avx512_core_bf16)) return text + " with AVX512-BF16";
+  if (has(dnnl_cpu_isa_avx512_core)) return text + " with AVX-512";
+  if (has(dnnl_cpu_isa_avx2)) return text + " with AVX2";
+#endif
+  return text;
+}
