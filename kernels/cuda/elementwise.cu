@@ -21,16 +21,11 @@ struct Add {
 };
 
 struct Scale {
-  const float* source;
-  float factor = 1.0f;
-  __device__ bool start() {
-    factor = *source;
-    return factor != 1.0f;
-  }
+  float factor;
   __device__ float operator()(float x, float) const { return x * factor; }
 };
 
-// The same for several tensors of one dtype; the blocks of part i begin where the row of all blocks says.
+// Of several tensors of one dtype: the thread blocks of part i are first_block[i] .. first_block[i + 1] - 1.
 struct ScaleParts {
   void* data[kMostTogether];
   int64_t pitch[kMostTogether];
@@ -46,8 +41,7 @@ __global__ void __launch_bounds__(kMapThreads) scale_kernel(ScaleParts parts, co
   int at = 0;
   while (static_cast<int64_t>(blockIdx.x) >= parts.first_block[at + 1]) ++at;
   const VectorView<T, kWidth> x{static_cast<T*>(parts.data[at]), parts.pitch[at]};
-  map_tile(Scale{source, factor}, x, x, NoView{}, parts.extent[at],
-           static_cast<int64_t>(blockIdx.x) - parts.first_block[at]);
+  map_tile(Scale{factor}, x, x, NoView{}, parts.extent[at], static_cast<int64_t>(blockIdx.x) - parts.first_block[at]);
 }
 
 void scale_together(cudaStream_t stream, std::span<const Tensor> tensors, const float* factor) {

@@ -29,22 +29,21 @@ __device__ inline void round_octet(float (&x)[kOctet]) {
   }
 }
 
-// Factors of the rows and columns of a contiguous matrix; none where the pointers are null.
+// Factors of the rows and columns of a contiguous matrix of fewer than 2^32 elements; none where the pointers are null.
 struct MatrixScales {
   const float *rows = nullptr, *columns = nullptr;
-  int64_t cols = 1;
+  uint32_t cols = 1;
 
   __device__ bool any() const { return rows || columns; }
   __device__ void apply(float (&x)[kOctet], const Octet& octet) const {
-    const uint64_t first = static_cast<uint64_t>(octet.first), width = static_cast<uint64_t>(cols);
-    uint64_t row = first <= 0xffffffffu ? static_cast<uint32_t>(first) / static_cast<uint32_t>(width) : first / width;
-    uint64_t column = first - row * width;
+    const uint32_t first = static_cast<uint32_t>(octet.first);
+    uint32_t row = first / cols, column = first - row * cols;
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
       if (i >= octet.count) continue;
       const float row_factor = rows ? rows[row] : 1.0f;
       x[i] *= columns ? row_factor * columns[column] : row_factor;
-      if (++column == width) {
+      if (++column == cols) {
         column = 0;
         ++row;
       }
@@ -52,8 +51,11 @@ struct MatrixScales {
   }
 };
 
-inline MatrixScales matrix_scales(const Tensor& row_scale, const Tensor& col_scale, int64_t cols) {
-  return {row_scale.as<const float>(), col_scale.as<const float>(), cols};
+inline bool takes_scales(const Tensor& matrix) { return matrix.elements() <= int64_t{0xffffffff}; }
+
+inline MatrixScales matrix_scales(const Tensor& row_scale, const Tensor& col_scale, const Tensor& matrix) {
+  require(takes_scales(matrix), "scales: the matrix is too large");
+  return {row_scale.as<const float>(), col_scale.as<const float>(), static_cast<uint32_t>(matrix.cols())};
 }
 
 // MomentumAverage for a kernel.
@@ -66,7 +68,7 @@ struct AveragedMomentum {
 
 inline AveragedMomentum averaged_momentum(const MomentumAverage& average) {
   return {block_tensor(average.momentum), block_tensor(average.in),
-          matrix_scales(average.row_scale, average.col_scale, average.in.cols()), average.in.elements(), average.beta1};
+          matrix_scales(average.row_scale, average.col_scale, average.in), average.in.elements(), average.beta1};
 }
 
 // One block of 256 elements, by a warp.

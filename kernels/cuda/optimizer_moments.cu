@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kStateThreads) ema_kernel(AveragedMomentum ave
 // The update, scaled by rows and columns, through an uncompressed momentum (unless momentum.data is null), and its
 // squares: all tensors are contiguous, of whole octets. T: of the update.
 template <typename T>
-__global__ void __launch_bounds__(OctetSquares<T>::kThreads)
+__global__ void __launch_bounds__(OctetSquares<T>::kThreads, 3 * kSumThreads / OctetSquares<T>::kThreads)
     scaled_momentum_kernel(BlockTensor update, BlockTensor momentum, MatrixScales scales, SumPart part, float beta1,
                            const StepScalars* scalars, SquaresTarget result, double* partials, unsigned* arrived) {
   double* const shared = shared_memory<double>();
@@ -172,7 +172,7 @@ void CudaBackend::scaled_momentum_update(Tensor update, Tensor momentum, Tensor 
   const bool scaled = !row_scale.empty() || !col_scale.empty();
   if (!momentum.empty()) check_state(momentum, update);
   check_scale_rows_cols(update, update, row_scale, col_scale);
-  if (update.cols() % kOctet != 0 || !update.contiguous()) {
+  if (update.cols() % kOctet != 0 || !update.contiguous() || !takes_scales(update)) {
     if (scaled) scale_rows_cols(update, update, row_scale, col_scale, 1.0f, {});
     if (!momentum.empty()) momentum_update(update, momentum, beta1, scalars);
     if (squares.out) sum_squares(Tensor::of(squares.out, DType::kF32, {1}), {&update, 1}, squares.accumulate);
@@ -186,8 +186,8 @@ void CudaBackend::scaled_momentum_update(Tensor update, Tensor momentum, Tensor 
             .block = OctetSquares<T>::kThreads,
             .shared_bytes = kSumShared,
             .stream = stream_},
-           block_tensor(update), block_tensor(momentum), matrix_scales(row_scale, col_scale, update.cols()), part,
-           beta1, scalars, squares, scratch<double>(static_cast<size_t>(part.blocks) * sizeof(double)), arrivals_);
+           block_tensor(update), block_tensor(momentum), matrix_scales(row_scale, col_scale, update), part, beta1,
+           scalars, squares, scratch<double>(static_cast<size_t>(part.blocks) * sizeof(double)), arrivals_);
   });
 }
 

@@ -137,21 +137,23 @@ struct OctetSquares {
   // The partial sum, in all threads.
   __device__ double total(double* shared) {
     join();
-    if constexpr (kVectors == 1) return block_sum(totals_[0], shared);
+    if constexpr (kVectors == 1) {
+      return block_sum(totals_[0], shared);
+    } else {
       // Half of a warp here is a warp there, whose odd lanes are this thread's second vectors.
 #pragma unroll
-    for (int offset = kWarp / 4; offset > 0; offset /= 2) {
+      for (int offset = kWarp / 4; offset > 0; offset /= 2) {
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) totals_[v] += __shfl_xor_sync(kAllLanes, totals_[v], offset);
+        for (int v = 0; v < kVectors; ++v) totals_[v] += __shfl_xor_sync(kAllLanes, totals_[v], offset);
+      }
+      constexpr int kHalf = kWarp / kVectors;
+      __syncthreads();
+      if (threadIdx.x % kHalf == 0) shared[threadIdx.x / kHalf] = totals_[0] + totals_[1];
+      __syncthreads();
+      double all = shared[0];
+      for (int i = 1; i < kSumThreads / kWarp; ++i) all += shared[i];
+      return all;
     }
-    const double sum = totals_[0] + totals_[kVectors - 1];
-    constexpr int kHalf = kWarp / kVectors;
-    __syncthreads();
-    if (threadIdx.x % kHalf == 0) shared[threadIdx.x / kHalf] = sum;
-    __syncthreads();
-    double all = shared[0];
-    for (int i = 1; i < kSumThreads / kWarp; ++i) all += shared[i];
-    return all;
   }
 
  private:
