@@ -122,10 +122,13 @@ CudaBackend::CudaBackend(const CudaOptions& options) : device_(options.device) {
   cudaDeviceProp properties;
   check_cuda(cudaGetDeviceProperties(&properties, device_), "reading the device's properties");
   architecture_ = 10 * properties.major + properties.minor;
-  int reaches = 0;
+  int reaches = 0, shared = 0;
   check_cuda(cudaDeviceGetAttribute(&reaches, cudaDevAttrPageableMemoryAccess, device_),
              "reading the device's properties");
   reaches_pageable_memory_ = reaches != 0;
+  check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_),
+             "reading the device's properties");
+  multiprocessor_shared_bytes_ = static_cast<size_t>(shared);
   int driver = 0, runtime = 0;
   check_cuda(cudaDriverGetVersion(&driver), "reading the driver's version");
   check_cuda(cudaRuntimeGetVersion(&runtime), "reading the runtime's version");

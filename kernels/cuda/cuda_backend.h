@@ -158,7 +158,8 @@ class CudaBackend final : public Backend {
   cudaEvent_t event(int id) const { return events_.at(static_cast<size_t>(id)); }
 
   int device_ = 0;
-  int architecture_ = 0;                  // 80, 90, ...
+  int architecture_ = 0;  // 80, 90, ...
+  size_t multiprocessor_shared_bytes_ = 0;
   bool reaches_pageable_memory_ = false;  // the device by itself, without the driver's staging
   std::string description_;
   std::string failed_operation_;       // which one failed, when that is known
