@@ -33,10 +33,13 @@ void Gradients::begin_step(const StepContext& context) {
   if (norm_is_known) gate_and_clip();
   norm_pass_ = context.norm_pass;
   squares_written_ = false;
+  serial_ = !stepped_ || backend_.profiler;
+  stepped_ = stepped_ || !context.norm_pass;
 }
 
 void Gradients::begin_micro_batch(int index, bool is_last) {
   is_last_ = is_last;
+  used_ = 0;
   for (LayerProgress& layer : layers_) {
     layer.ready = 0;
     layer.waiting.clear();
@@ -49,7 +52,7 @@ void Gradients::begin_micro_batch(int index, bool is_last) {
 GradientSink::Target Gradients::target(const Parameter& parameter) {
   Entry& e = entry(parameter);
   bool& written = e.buffered ? e.buffer_written : e.sum_written;
-  if (e.buffered && !written && shared() && config_.kind == GradientMode::kFused) {
+  if (e.buffered && !written && two_buffers()) {
     if (parameter.matrix) last_turn_ = 1 - last_turn_;
     e.turn = parameter.matrix ? last_turn_ : parameter.layer & 1;
     free_buffer(e);
@@ -75,6 +78,7 @@ void Gradients::ready(const Parameter& parameter) {
       use(layer.waiting);
       layer.waiting.clear();
     }
+    if (++used_ == entries_.size()) join();
   }
 }
 
@@ -161,14 +165,51 @@ void Gradients::use(const std::vector<Complete>& gradients) {
     add_squares(tensors);
     return;
   }
-  clip(tensors);
   const SquaresTarget squares = clips() ? SquaresTarget{} : next_squares();  // known from the norm pass
-  const Parameter& first = gradients.front().entry->parameter;
-  if (first.matrix) {
-    update(first, {tensors.front(), squares});
-  } else {
-    update_vectors(gradients, squares);
+  beside(gradients, [&] {
+    clip(tensors);
+    const Parameter& first = gradients.front().entry->parameter;
+    if (first.matrix) {
+      update(first, {tensors.front(), squares});
+    } else {
+      update_vectors(gradients, squares);
+    }
+  });
+}
+
+// Issues `work`, which uses these gradients, to the update stream, where it comes after all that they are made of.
+template <typename Work>
+void Gradients::beside(const std::vector<Complete>& gradients, Work&& work) {
+  if (!runs_beside()) {
+    work();
+    return;
   }
+  updating_ = true;
+  backend_.record(given_event_, Stream::kCompute);
+  backend_.wait(given_event_, Stream::kUpdate);
+  backend_.on(Stream::kUpdate);
+  try {
+    work();
+  } catch (...) {
+    backend_.on(Stream::kCompute);
+    throw;
+  }
+  backend_.on(Stream::kCompute);
+  for (const auto& [entry, gradient] : gradients) {
+    InUse& buffer = in_use(*entry);
+    backend_.record(buffer.done_event, Stream::kUpdate);
+    buffer.busy = true;
+  }
+}
+
+// What the compute stream is given from now on comes after all updates.
+void Gradients::join() {
+  if (!updating_) return;
+  updating_ = false;
+  backend_.record(updated_event_, Stream::kUpdate);
+  backend_.wait(updated_event_, Stream::kCompute);
+  for (auto& turns : in_use_)
+    for (InUse& buffer : turns) buffer.busy = false;
 }
 
 // Of one layer.
@@ -236,7 +277,7 @@ void Gradients::receive() {
   if (config_.kind == GradientMode::kFused) use(first.gradients);
 }
 
-// Before a buffer is written anew: what travels out of it has arrived.
+// Before a buffer is written anew: what travels out of it has arrived, and no update reads it any more.
 void Gradients::free_buffer(const Entry& e) {
   const Tensor buffer = buffer_of(e);
   const char* const begin = static_cast<const char*>(buffer.data);
@@ -247,6 +288,9 @@ void Gradients::free_buffer(const Entry& e) {
     });
   };
   while (std::any_of(travelling_.begin(), travelling_.end(), overlaps)) receive();
+  InUse& in_use = this->in_use(e);
+  if (in_use.busy) backend_.wait(in_use.done_event, Stream::kCompute);
+  in_use.busy = false;
 }
 
 // ---- norm and clipping
@@ -372,6 +416,14 @@ Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, Paramet
   if (config.micro_batches < 1) throw std::invalid_argument("a step has at least one micro-batch");
   if (config.blocks != GradientBlocks::kWhole && (!fused || config.micro_batches > 1))
     throw std::invalid_argument("gradients in blocks need fused updates and one micro-batch");
+  if (config.beside && (!fused || config.blocks != GradientBlocks::kWhole || config.layer_by_layer || shared()))
+    throw std::invalid_argument("updates beside the backward pass are fused, of whole gradients, and of one rank");
+  if (config.beside) {
+    for (auto& turns : in_use_)
+      for (InUse& buffer : turns) buffer.done_event = backend.create_event();
+    given_event_ = backend.create_event();
+    updated_event_ = backend.create_event();
+  }
   if (config.kind == GradientMode::kCompressed && config.accumulation_rank <= 0)
     throw std::invalid_argument("compressed gradients need an accumulation rank");
   require_indexed(store.parameters());
@@ -419,7 +471,7 @@ uint32_t Gradients::buffer_phases(const Parameter& parameter) const {
 
 void Gradients::reserve_buffers() {
   constexpr int64_t kVectorAlignment = 64;  // elements
-  const int turns = shared() && config_.kind == GradientMode::kFused ? 2 : 1;
+  const int turns = two_buffers() ? 2 : 1;
   std::map<int, int64_t> vectors;  // elements by layer
   for (Entry& e : entries_) {
     const Parameter& p = e.parameter;

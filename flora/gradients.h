@@ -79,6 +79,9 @@ struct GradientConfig {
   uint64_t seed = 0;    // the run's seed
   GradientBlocks blocks = GradientBlocks::kWhole;
   bool layer_by_layer = false;  // a layer's updates are made before the model lets go of it: its weights are streamed
+  // Fused updates run on the backend's update stream, beside the backward pass that goes on: one rank, whole gradients,
+  // nothing streamed. Costs a second buffer for matrices and one for a layer's vectors.
+  bool beside = false;
 };
 
 struct StepContext {
@@ -135,6 +138,12 @@ class Gradients final : public GradientSink {
     int turn = 0;  // which of the shared buffers it has
   };
 
+  // A buffer whose gradient the update stream is using.
+  struct InUse {
+    int done_event = 0;
+    bool busy = false;
+  };
+
   // A gradient of the step, complete.
   struct Complete {
     Entry* entry;
@@ -184,6 +193,14 @@ class Gradients final : public GradientSink {
   void receive();
   void free_buffer(const Entry& e);
 
+  // The update stream.
+  bool two_buffers() const { return config_.kind == GradientMode::kFused && (shared() || config_.beside); }
+  bool runs_beside() const { return config_.beside && !serial_; }
+  InUse& in_use(const Entry& e) { return in_use_[e.parameter.matrix ? 0 : 1][e.turn]; }
+  template <typename Work>
+  void beside(const std::vector<Complete>& gradients, Work&& work);
+  void join();
+
   // Norm, clipping, update.
   void use(const std::vector<Complete>& gradients);
   void add_squares(std::span<const Tensor> gradients);
@@ -204,7 +221,13 @@ class Gradients final : public GradientSink {
   Scratch top_vectors_, rows_;
   std::vector<LayerProgress> layers_;  // by layer + 1
   std::deque<Travelling> travelling_;
-  int last_turn_ = 0;               // of a matrix
+  int last_turn_ = 0;   // of a matrix
+  InUse in_use_[2][2];  // matrices_, vectors_
+  int given_event_ = 0, updated_event_ = 0;
+  bool updating_ = false;  // something was given to the update stream since the last join()
+  size_t used_ = 0;        // parameters of the step that are complete
+  bool serial_ = true;     // of the first step: what is measured in it has the device for itself
+  bool stepped_ = false;
   Scratch projection_, projected_;  // of projected sums
   Tensor squares_, sum_squares_;    // [1] of gradients, and of what is kept when that is compressed
   StepScalars* scalars_ = nullptr;

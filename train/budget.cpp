@@ -125,6 +125,13 @@ BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, b
   return choice;
 }
 
+void let_updates_overlap(RunSetup& setup, Backend& backend, const MemoryLimit& limit) {
+  if (!setup.options.overlap_updates || !can_overlap_updates(setup.engine, backend)) return;
+  setup.engine.overlap_updates = true;
+  const MemoryPlan plan = Engine(setup.engine, backend).plan();
+  setup.engine.overlap_updates = fits({plan.device_bytes(), plan.host_bytes()}, limit);
+}
+
 std::string budget_report(const BudgetChoice& choice) {
   const Budget& budget = choice.budget;
   std::string text = "budget      " + format_bytes(budget.bytes) + " (--memory-budget " +

@@ -37,6 +37,10 @@ struct BudgetChoice {
 // all choose the same, by what rank 0 measures. Throws std::runtime_error, in one line with advice, when nothing fits.
 BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, bool for_run, Job& job);
 
+// Lets updates run beside the backward pass where the options leave it open and the memory for it is within the limit.
+// Not where nobody knows how much there is.
+void let_updates_overlap(RunSetup& setup, Backend& backend, const MemoryLimit& limit);
+
 // Lines for the banner: budget, choice, runner-up. And the same as JSON.
 std::string budget_report(const BudgetChoice& choice);
 nlohmann::ordered_json budget_json(const BudgetChoice& choice);
