@@ -161,29 +161,3 @@ HOST_DEVICE inline bf16 round_stochastic(float value, uint32_t z) {
 HOST_DEVICE inline uint32_t rounding_bits(const PhiloxWords& words, uint64_t i) {
   return (words.w[(i % 8) / 2] >> (16 * (i % 2))) & 0xFFFFu;
 }
-
-// ---- many blocks at once, written so that compilers vectorise across counter blocks
-
-inline constexpr int kPhiloxLanes = 16;
-
-// Blocks first_block .. first_block + 15 of the stream (k, tensor, step): words[4 b + w] is word w of the b-th.
-HOST_DEVICE inline void philox_lanes(uint32_t* words, uint64_t k, uint32_t tensor, uint32_t step,
-                                     uint64_t first_block) {
-#pragma omp simd
-  for (int lane = 0; lane < kPhiloxLanes; ++lane) {
-    const uint64_t block = first_block + static_cast<uint64_t>(lane);
-    const PhiloxWords out = philox4x32(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), tensor, step,
-                                       static_cast<uint32_t>(k), static_cast<uint32_t>(k >> 32));
-    words[4 * lane] = out.w[0];
-    words[4 * lane + 1] = out.w[1];
-    words[4 * lane + 2] = out.w[2];
-    words[4 * lane + 3] = out.w[3];
-  }
-}
-
-// The 64 normals of 16 blocks: out[64] from words[64].
-HOST_DEVICE inline void normals_from_words(float* out, const uint32_t* words) {
-#pragma omp simd
-  for (int pair = 0; pair < 2 * kPhiloxLanes; ++pair)
-    normal_pair(words[2 * pair], words[2 * pair + 1], out[2 * pair], out[2 * pair + 1]);
-}

@@ -1,10 +1,12 @@
-// nccl_library.cpp: finds libnccl.so.2 and its functions with dlopen, where the dynamic linker looks.
+// nccl_library.cpp: finds libnccl.so.2 and its functions at run time.
 #include "parallel/nccl_library.h"
 
 #include <dlfcn.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "kernels/nvidia_libraries.h"
 
 namespace {
 
@@ -15,10 +17,11 @@ void find(Function& function, void* library, const char* name) {
 }
 
 Nccl load() {
-  void* const library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+  std::string reason;
+  void* const library = open_nvidia_library({"libnccl.so.2"}, reason);
   if (!library) {
-    throw std::runtime_error("several GPUs need NVIDIA's NCCL 2.28 or newer, which cannot be loaded (" +
-                             std::string(dlerror()) + "): " + kNcclPackage);
+    throw std::runtime_error("several GPUs need NVIDIA's NCCL 2.28 or newer, which cannot be loaded (" + reason +
+                             "): " + kNcclPackage);
   }
   Nccl table = {};
   find(table.get_version, library, "ncclGetVersion");

@@ -46,9 +46,8 @@ struct Nccl {
 
 inline constexpr int kOldestNccl = 22800;
 inline constexpr char kNcclPackage[] =
-    "install libnccl2 from NVIDIA's repository, or PyPI's nvidia-nccl-cu13 or -cu12, and where it is in a folder of "
-    "its "
-    "own add that to LD_LIBRARY_PATH";
+    "install libnccl2 from NVIDIA's repository, or PyPI's nvidia-nccl-cu13 or -cu12 in a virtual environment that is "
+    "active; where it is elsewhere, add its folder to LD_LIBRARY_PATH";
 
 // Throws std::runtime_error where it cannot be loaded, with the package that brings it.
 const Nccl& nccl();

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""bench_steps.py: training steps of GPT-2 124M in fp32 as ratios of what this machine can do, and of PyTorch where it is.
+"""bench_steps.py: training steps of GPT-2 124M on a CPU as ratios of what this machine can do, and of PyTorch of today.
 
-For every configuration: tokens/s, model FLOPs per second (6 N + 6 L C T per token) as a share of the largest sgemm rate
-measured by the same process, and the time of a step relative to AdamW's. Random tokens; the first steps are not counted.
-Runs take turns so that a slow minute of the machine meets all of them. Needs no Python package (PyTorch is optional).
+For every configuration, in fp32 and in bf16: tokens/s, model FLOPs per second (6 N + 6 L C T per token) as a share of the
+largest rate of products measured by the same process, the time of a step relative to AdamW's of the same dtype and to that of
+the same configuration in fp32, and tokens/s relative to PyTorch's best way of the same dtype (scripts/bench_pytorch.py,
+which installs PyTorch for itself: several GB; --pytorch none leaves it out). Random tokens; the first steps are not counted.
+Runs take turns so that a slow minute of the machine meets all of them.
 """
 import argparse
 import array
@@ -23,6 +25,8 @@ CONFIGURATIONS = [
     ("flora r256 fused 2x512", 2, 512, ["--optimizer", "flora", "--rank", "256", "--gradients", "fused"]),
 ]
 
+DTYPES = ["fp32", "bf16"]
+
 
 def write_shard(path, tokens=200_000, vocabulary=50257):
     numbers = random.Random(7)
@@ -32,9 +36,9 @@ def write_shard(path, tokens=200_000, vocabulary=50257):
         array.array("H", (numbers.randrange(vocabulary) for _ in range(tokens))).tofile(file)
 
 
-def run_steps(folder, number, batch, length, flags, steps, profile):
-    out = os.path.join(folder, f"run{number}")
-    command = ["./train_gpt2", "--model", "d12", "--dtype", "fp32", "--data", os.path.join(folder, "bench.bin"),
+def run_steps(folder, dtype, batch, length, flags, steps, threads, profile):
+    out = os.path.join(folder, "run")
+    command = ["./train_gpt2", "--device", "cpu", "--threads", str(threads), "--model", "d12", "--dtype", dtype, "--data", os.path.join(folder, "bench.bin"),
                "--micro-batch", str(batch), "--seq-len", str(length), "--steps", str(steps), "--eval-every", "0",
                "--checkpoint-every", "0", "--keep-checkpoints", "1", "--log-every", "1000", "--out", out, *flags]
     if profile:
@@ -52,46 +56,61 @@ def run_steps(folder, number, batch, length, flags, steps, profile):
         "mfu": statistics.median(row["mfu"] for row in measured),
         "peak": lines[0]["peak_flops"],
         "profile": table,
+        "device": next(line for line in finished.stdout.splitlines() if line.startswith("device")),
     }
 
 
-def pytorch_rate(python, batch, length, steps):
-    """Tokens per second of the same step in PyTorch, or None where it cannot be imported."""
-    finished = subprocess.run([python, "scripts/bench_pytorch.py", str(batch), str(length), str(steps)],
-                              capture_output=True, text=True)
-    return float(finished.stdout.split()[-1]) if finished.returncode == 0 else None
+def pytorch_rates(python, dtype, batch, length, threads, compiled):
+    """Tokens per second of the same step in PyTorch by way, and its version; ({}, "") where it cannot be had."""
+    command = [sys.executable, "scripts/bench_pytorch.py", str(batch), str(length), "--dtype", dtype, "--threads", str(threads),
+               *(["--python", python] if python else []), *([] if compiled else ["--eager"])]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if finished.returncode != 0:
+        return {}, ""
+    answer = json.loads(finished.stdout.splitlines()[-1])
+    return answer["rates"], answer["torch"]
 
 
 def main():
     parser = argparse.ArgumentParser(description="Training steps of GPT-2 124M, as ratios.")
     parser.add_argument("--steps", type=int, default=6, help="steps of a run, the first not counted (default: 6)")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each configuration (default: 2)")
-    parser.add_argument("--python", default=".venv/bin/python", help="Python that has PyTorch")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--pytorch", default="", help="a Python that has torch and transformers (default: one of "
+                        "build/pytorch, which is installed), or none")
+    parser.add_argument("--compile", action="store_true", help="PyTorch's torch.compile, too: minutes more")
     parser.add_argument("--profile", action="store_true", help="print the profile of each configuration")
     arguments = parser.parse_args()
-    best = {}
+    best, pytorch, version = {}, {}, ""
     with tempfile.TemporaryDirectory() as folder:
         write_shard(os.path.join(folder, "bench.bin"))
         for _ in range(arguments.rounds):
-            for number, (name, batch, length, flags) in enumerate(CONFIGURATIONS):
-                result = run_steps(folder, number, batch, length, flags, arguments.steps, arguments.profile)
-                if name not in best or result["seconds"] < best[name]["seconds"]:
-                    best[name] = result
-    print(f"{'configuration':24s} {'tokens/s':>9s} {'s/step':>8s} {'sgemm GFLOP/s':>14s} {'MFU':>7s} {'/ adamw':>8s}"
-          f" {'/ PyTorch':>10s}")
-    pytorch = {}
-    for name, batch, length, _ in CONFIGURATIONS:
-        if (batch, length) not in pytorch:
-            pytorch[batch, length] = pytorch_rate(arguments.python, batch, length, 4)
-        result = best[name]
+            for name, batch, length, flags in CONFIGURATIONS:
+                for dtype in DTYPES:
+                    result = run_steps(folder, dtype, batch, length, flags, arguments.steps, arguments.threads,
+                                       arguments.profile)
+                    if (name, dtype) not in best or result["seconds"] < best[name, dtype]["seconds"]:
+                        best[name, dtype] = result
+    for _, batch, length, _ in CONFIGURATIONS:
+        for dtype in DTYPES:
+            if arguments.pytorch != "none" and (batch, length, dtype) not in pytorch:
+                rates, found = pytorch_rates(arguments.pytorch, dtype, batch, length, arguments.threads, arguments.compile)
+                pytorch[batch, length, dtype], version = rates, found or version
+    print(f"{next(iter(best.values()))['device']}\nPyTorch {version or 'not measured'}")
+    print(f"{'configuration':23s} {'dtype':5s} {'tokens/s':>8s} {'s/step':>7s} {'GFLOP/s':>8s} {'MFU':>6s} {'/ adamw':>8s} "
+          f"{'/ fp32':>7s} {'/ PyTorch':>9s}  PyTorch's best, tokens/s")
+    for (name, dtype), result in best.items():
+        batch, length = next(row[1:3] for row in CONFIGURATIONS if row[0] == name)
         rate = batch * length / result["seconds"]
-        relative = result["seconds"] / best["adamw 4x64" if length == 64 else "adamw 2x512"]["seconds"]
-        peer = f"{rate / pytorch[batch, length]:10.2f}" if pytorch[batch, length] else "         -"
-        print(f"{name:24s} {rate:9.1f} {result['seconds']:8.3f} {result['peak'] / 1e9:14.0f} {result['mfu']:7.1%}"
-              f" {relative:8.3f} {peer}")
+        adamw = best["adamw 4x64" if length == 64 else "adamw 2x512", dtype]["seconds"]
+        rates = pytorch.get((batch, length, dtype))
+        way = max(rates, key=rates.get) if rates else ""
+        print(f"{name:23s} {dtype:5s} {rate:8.1f} {result['seconds']:7.3f} {result['peak'] / 1e9:8.0f} {result['mfu']:6.1%} "
+              f"{result['seconds'] / adamw:8.3f} {best[name, 'fp32']['seconds'] / result['seconds']:7.2f} "
+              + (f"{rate / rates[way]:9.2f}  {way} {rates[way]:.1f}" if rates else f"{'-':>9s}"))
     if arguments.profile:
-        for name, result in best.items():
-            print(f"\n{name}\n{result['profile']}")
+        for (name, dtype), result in best.items():
+            print(f"\n{name}, {dtype}\n{result['profile']}")
 
 
 if __name__ == "__main__":

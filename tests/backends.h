@@ -59,6 +59,7 @@ inline std::vector<int64_t> row_lengths(const std::string& backend, std::initial
 inline std::unique_ptr<Backend> make_test_backend(const std::string& name = test_backend_name(), int threads = 2,
                                                   bool autotune = false) {
   if (name == "cpu") return make_cpu_backend({.threads = threads});
+  if (name == "cpu_bf16") return make_cpu_backend({.threads = threads, .multiply_in_bf16 = true});
   if (name == "cuda") return make_cuda_backend({.autotune = autotune});
   throw std::runtime_error("unknown backend " + name);
 }

@@ -1,5 +1,6 @@
 // test_philox.cpp: the random numbers of docs/numerics.md: the generator against published vectors, the numbers made
 // from its words against float64 and against the text of the specification, and the tensors filled with them.
+#include "kernels/cpu/philox_lanes.h"
 #include "kernels/philox.h"
 
 #include <gtest/gtest.h>

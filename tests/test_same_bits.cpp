@@ -51,8 +51,12 @@ std::vector<uint8_t> update_bits(const std::string& backend, DType dtype, int64_
     for (bool with_master : {false, true}) {
       TestDevice device(backend);
       const auto random = [&](uint32_t seed, DType type) { return device.random(seed, type, {n}); };
-      const auto state_of = [&](uint32_t seed, DType type) {
-        const Tensor values = random(seed, DType::kF32);
+      const auto state_of = [&](uint32_t seed, DType type, bool negative) {
+        Values numbers = device.read(random(seed, DType::kF32));
+        if (!negative) {
+          for (double& x : numbers) x = std::abs(x);  // of a root there would be a NaN, whose bits are no device's duty
+        }
+        const Tensor values = device.upload(numbers, DType::kF32, {n});
         if (type == DType::kF32) return values;
         const Tensor t = device.poisoned(type, {n});
         type == DType::kBF16 ? device->convert(t, values) : device->quantize(t, values);
@@ -62,7 +66,7 @@ std::vector<uint8_t> update_bits(const std::string& backend, DType dtype, int64_
       const DeviceValue<StepScalars> s(device, scalars_of_step_3());
       const Tensor weight = random(1, dtype), grad = random(2, dtype), squares = device.random(3, DType::kF32, {2});
       const Tensor master = with_master ? random(1, DType::kF32) : Tensor{};
-      const Tensor m = state_of(4, state), v = state_of(5, state == DType::kI8 ? DType::kU8 : DType::kF32);
+      const Tensor m = state_of(4, state, true), v = state_of(5, state == DType::kI8 ? DType::kU8 : DType::kF32, false);
       device->full_second_moment(grad, v, 1.0f, s.data());
       append_bits(device, bits, grad);
       device->momentum_update(grad, m, 0.9f, s.data());

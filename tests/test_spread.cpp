@@ -13,8 +13,9 @@ namespace {
 
 constexpr uint32_t kFewSteps = 3;
 
-// The emulation takes its time: there one number of ranks, and of each setting what has other copies and other waits.
-bool emulated() { return test_backend_name() == "cuda"; }
+// The emulation and sanitizers take their time: there one number of ranks, and of each setting what has other copies
+// and other waits.
+bool takes_long() { return kSanitized || test_backend_name() == "cuda"; }
 
 // Of each rank.
 std::vector<Outcome> run(const EngineConfig& config, int count) {
@@ -31,7 +32,7 @@ std::vector<Outcome> run(const EngineConfig& config, int count) {
 // The run of `config`, by default on two and on three ranks, each against what it is with everything on every rank.
 void expect_same_bits(EngineConfig config, const std::string& what, const std::vector<int>& counts = {2, 3}) {
   for (const int count : counts) {
-    if (emulated() && count != counts[0]) continue;
+    if (takes_long() && count != counts[0]) continue;
     config.spread = Spread::kNone;
     const std::vector<Outcome> whole = run(config, count);
     config.spread = Spread::kWeights;
@@ -62,7 +63,7 @@ TEST_P(SpreadDtype, ChangesNoBitOfAnyOptimizerAndMode) {
     for (const GradientMode mode : {GradientMode::kDense, GradientMode::kFused, GradientMode::kCompressed}) {
       if (GetParam() == DType::kF32 && optimizer != OptimizerKind::kFlora) continue;  // the same moves as in bf16
       const bool moves = optimizer == OptimizerKind::kFlora || optimizer == OptimizerKind::kAdamW;
-      if (emulated() && (!moves || GetParam() == DType::kF32 || mode == GradientMode::kCompressed)) continue;
+      if (takes_long() && (!moves || GetParam() == DType::kF32 || mode == GradientMode::kCompressed)) continue;
       EngineConfig config = deep_config(3, GetParam(), optimizer, mode);
       if (optimizer == OptimizerKind::kSgd) config.optimizer.beta1 = mode == GradientMode::kFused ? 0.9f : 0.0f;
       expect_same_bits(config, name_of_case(optimizer, mode), {mode == GradientMode::kDense ? 2 : 3});
@@ -72,7 +73,7 @@ TEST_P(SpreadDtype, ChangesNoBitOfAnyOptimizerAndMode) {
 
 // Several micro-batches, two passes for clipping, 8-bit states, other recompute levels, activations in host memory.
 TEST_P(SpreadDtype, ChangesNoBitOfRarerSettings) {
-  if (emulated() && GetParam() == DType::kF32) return;
+  if (takes_long() && GetParam() == DType::kF32) return;
   for (const OptimizerKind optimizer : {OptimizerKind::kFlora, OptimizerKind::kAdamW}) {
     EngineConfig config = deep_config(3, GetParam(), optimizer);
     config.model.tied_head = false;
@@ -88,7 +89,7 @@ TEST_P(SpreadDtype, ChangesNoBitOfRarerSettings) {
 TEST(SpreadWeights, ChangeNoBitWithMasterCopies) {
   for (const OptimizerKind optimizer : {OptimizerKind::kFlora, OptimizerKind::kAdamW}) {
     for (const GradientMode mode : {GradientMode::kDense, GradientMode::kFused}) {
-      if (emulated() && mode == GradientMode::kDense) continue;
+      if (takes_long() && mode == GradientMode::kDense) continue;
       EngineConfig config = deep_config(3, DType::kBF16, optimizer, mode);
       config.master_weights = true;
       config.optimizer.scale_parameter = optimizer == OptimizerKind::kFlora;
@@ -138,7 +139,7 @@ int64_t bytes_of_two_steps(const EngineConfig& config, int count) {
 // the backward pass those that are not in the two slots any more, and an update nothing; Flora's leave what is in the
 // slots as it should be, but need the momentum whole.
 TEST(SpreadWeights, SendWhatTheFormulaSays) {
-  if (emulated()) return;  // says the same
+  if (takes_long()) return;  // says the same
   constexpr int64_t kLayers = 5, C = 64, r = 8, kSlots = 2;
   for (const int ranks : {2, 3}) {
     const int64_t weights = 4 * gathered({C * 3 * C, C * C, C * 4 * C, 4 * C * C}, ranks);

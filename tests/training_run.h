@@ -14,6 +14,13 @@
 #include "tests/gpt2_bench.h"
 #include "train/engine.h"
 
+// Under a sanitizer everything takes several times as long, and more of the same steps find nothing new.
+#ifdef __SANITIZE_ADDRESS__
+inline constexpr bool kSanitized = true;
+#else
+inline constexpr bool kSanitized = false;
+#endif
+
 inline constexpr uint32_t kSteps = 13;
 inline constexpr int64_t kBatch = 2, kSequence = 33, kVocabulary = 131;
 

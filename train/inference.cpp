@@ -16,6 +16,7 @@
 #include "train/sampler.h"
 #include "train/standard_streams.h"
 #include "train/trainer.h"
+#include "train/validation.h"
 
 namespace {
 

@@ -6,7 +6,6 @@
 #include <string>
 
 #include "data/token_loader.h"
-#include "data/tokenizer.h"
 #include "parallel/communicator.h"
 #include "parallel/job.h"
 #include "train/checkpoint.h"
@@ -73,22 +72,6 @@ class Trainer {
   double mean_step_seconds_ = 0;  // smoothed, for the ETA
   std::string last_checkpoint_;
 };
-
-struct Validation {
-  double loss = 0;  // mean, in nats per token
-  int64_t tokens = 0;
-  // Of the text that the tokens are, end-of-text tokens being none: 0 where the tokenizer is not known, or lacks one of
-  // them.
-  int64_t bytes = 0;
-
-  // The sum of the losses in bits, those of end-of-text tokens too, over the bytes; nothing where these are not known.
-  std::optional<double> bits_per_byte() const;
-};
-
-// The loss on the first `sequences` windows of the validation shards (0: all of them), each once, whatever the
-// micro-batch; the last one may be smaller. `tokenizer` may be null. With several ranks, whose loaders deliver to each
-// its own, every rank computes a share and has the result of all, with the same bits as one rank.
-Validation validate(Engine& engine, TokenLoader& loader, int64_t sequences, const Tokenizer* tokenizer, Job& job);
 
 // Training shards in their random order, or validation shards (--val-data) from first to last.
 TokenLoader open_loader(const Options& options, const std::string& pattern, int64_t vocabulary, bool shuffle);

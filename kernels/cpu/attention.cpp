@@ -59,7 +59,10 @@ struct RowSum {
 RowSum exponentiate_row(float* scores, int64_t width) {
   float maximum = scores[0];
 #pragma omp simd reduction(max : maximum)
-  for (int64_t j = 0; j < width; ++j) maximum = std::max(maximum, scores[j]);
+  for (int64_t j = 0; j < width; ++j) {
+    const float score = scores[j];  // a value: compilers do not vectorise a choice between references
+    maximum = std::max(maximum, score);
+  }
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < width; ++j) {

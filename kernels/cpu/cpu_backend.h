@@ -103,6 +103,7 @@ class CpuBackend : public Backend {
   float* shared_scratch(size_t bytes) const;
 
   void leave_squares(SquaresTarget target, const Tensor& x);
+  void leave_squares(SquaresTarget target, std::span<const ParameterUpdate> parameters);
   void add_squares(const Tensor& row_sums, const Tensor& col_sums, const Tensor& grad, bool accumulate);
 
   int threads_;

@@ -44,6 +44,7 @@ void add_squares_of_row(float* sum, float* columns, const T* in, int64_t cols) {
 // M <- beta M + (1 - beta) in, for one block in fp32.
 void average(float* out, const float* m, const float* in, int64_t count, float beta) {
   const float one_minus_beta = 1.0f - beta;
+#pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = beta * m[i] + one_minus_beta * in[i];
 }
 
@@ -60,7 +61,9 @@ void average_and_scale(const Tensor& row_state, const Tensor& col_state, const T
     row_total += row[i];
   }
   const float row_mean = static_cast<float>(row_total / static_cast<double>(rows));
+#pragma omp simd
   for (int64_t i = 0; i < rows; ++i) row_factor[i] = 1.0f / std::sqrt(row[i] / row_mean);
+#pragma omp simd
   for (int64_t j = 0; j < cols; ++j) {
     col[j] = beta2 * col[j] + one_minus_beta2 * col_factor[j];
     col_factor[j] = 1.0f / std::sqrt(col[j]);
@@ -99,7 +102,9 @@ void CpuBackend::factored_second_moment(Tensor row_state, Tensor col_state, Tens
   if (scalars->gate == 0) return;
   add_squares(row_scale, col_scale, grad, false);
   float *row = row_scale.as<float>(), *col = col_scale.as<float>();
+#pragma omp simd
   for (int64_t i = 0; i < rows; ++i) row[i] = row[i] / static_cast<float>(cols) + eps1;
+#pragma omp simd
   for (int64_t j = 0; j < cols; ++j) col[j] = col[j] / static_cast<float>(rows) + eps1;
   average_and_scale(row_state, col_state, row_scale, col_scale, scalars->beta2);
   if (!projection) return;
@@ -112,13 +117,23 @@ void CpuBackend::leave_squares(SquaresTarget target, const Tensor& x) {
   if (target.out) sum_squares(Tensor::of(target.out, DType::kF32, {1}), {&x, 1}, target.accumulate);
 }
 
+void CpuBackend::leave_squares(SquaresTarget target, std::span<const ParameterUpdate> parameters) {
+  for (const ParameterUpdate& p : parameters) {
+    check_parameter(p);
+    leave_squares(target, p.grad);
+    target.accumulate = true;
+  }
+}
+
 void CpuBackend::factored_squares(Tensor row_squares, Tensor col_squares, Tensor grad, float eps1, bool accumulate) {
   check_factored_squares(row_squares, col_squares, grad);
   const int64_t rows = grad.rows(), cols = grad.cols();
   const Profiler::Scope scope(profiler, "factored_squares", 4.0 * rows * cols, static_cast<double>(grad.bytes()));
   add_squares(row_squares, col_squares, grad, accumulate);
   float *row = row_squares.as<float>(), *col = col_squares.as<float>();
+#pragma omp simd
   for (int64_t i = 0; i < rows; ++i) row[i] = row[i] / static_cast<float>(cols) + eps1;
+#pragma omp simd
   for (int64_t j = 0; j < cols; ++j) col[j] += static_cast<float>(rows) * eps1;
 }
 
@@ -129,6 +144,7 @@ void CpuBackend::factored_scales(Tensor row_state, Tensor col_state, Tensor row_
                               4.0 * static_cast<double>(row_scale.bytes() + col_scale.bytes()));
   if (scalars->gate == 0) return;
   float* const col = col_scale.as<float>();
+#pragma omp simd
   for (int64_t j = 0; j < col_scale.elements(); ++j) col[j] /= static_cast<float>(row_scale.elements());
   average_and_scale(row_state, col_state, row_scale, col_scale, scalars->beta2);
 }
@@ -143,6 +159,7 @@ void CpuBackend::full_second_moment(Tensor grad, Tensor second_moment, float eps
     Block grad_buffer, moment_buffer, v, u;
     const float* g = load_block(grad, begin, count, grad_buffer);
     const float* old = load_block(second_moment, begin, count, moment_buffer);
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       v[i] = beta2 * old[i] + one_minus_beta2 * (g[i] * g[i] + eps1);
       u[i] = g[i] / std::sqrt(v[i]);
@@ -166,9 +183,11 @@ void CpuBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor
         Out* to = element<Out>(out, i);
         const auto scale_row = [&](auto&& added_at) {
           if (columns) {
+#pragma omp simd
             for (int64_t j = 0; j < cols; ++j)
               to[j] = from_float<Out>(added_at(j, to_float(from[j]) * (row_factor * columns[j])));
           } else {
+#pragma omp simd
             for (int64_t j = 0; j < cols; ++j) to[j] = from_float<Out>(added_at(j, to_float(from[j]) * row_factor));
           }
         };

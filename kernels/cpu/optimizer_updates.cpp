@@ -37,6 +37,7 @@ void CpuBackend::accumulate(Tensor accumulator, Tensor in, RandomKey key, const 
     Block in_buffer, old_buffer, sum;
     const float* added = load_block(in, begin, count, in_buffer);
     const float* old = load_block(accumulator, begin, count, old_buffer);
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) sum[i] = old[i] + added[i];
     store_block_stochastic(accumulator, begin, count, sum, key, *counter);
   });
@@ -64,6 +65,7 @@ void CpuBackend::apply_update(Tensor weight, Tensor master, Tensor update, const
     Block weight_buffer, update_buffer, result;
     const float* w = destination.load(begin, count, weight_buffer);
     const float* d = load_block(update, begin, count, update_buffer);
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) result[i] = w[i] - lr * (decay * w[i] + shrink * d[i]);
     destination.store(begin, count, result);
   });
@@ -71,10 +73,8 @@ void CpuBackend::apply_update(Tensor weight, Tensor master, Tensor update, const
 
 void CpuBackend::unfactored_update(std::span<const ParameterUpdate> parameters, const UnfactoredOptions& options,
                                    const StepScalars* scalars, SquaresTarget squares) {
+  leave_squares(squares, parameters);
   for (const ParameterUpdate& p : parameters) {
-    check_parameter(p);
-    leave_squares(squares, p.grad);
-    squares.accumulate = true;
     full_second_moment(p.grad, p.second_moment, options.eps1, scalars);
     float update_squares = 0, weight_squares = 0;
     scaled_momentum_update(p.grad, p.momentum, {}, {}, options.beta1, scalars, {&update_squares, false});
@@ -91,12 +91,10 @@ void CpuBackend::unfactored_update(std::span<const ParameterUpdate> parameters, 
 
 void CpuBackend::adamw_update(std::span<const ParameterUpdate> parameters, const AdamWOptions& options,
                               const StepScalars* scalars, SquaresTarget squares) {
+  leave_squares(squares, parameters);
   const Profiler::Scope scope(profiler, "adamw_update", 0, update_bytes(parameters));
+  if (scalars->gate == 0) return;
   for (const ParameterUpdate& p : parameters) {
-    check_parameter(p);
-    leave_squares(squares, p.grad);
-    squares.accumulate = true;
-    if (scalars->gate == 0) continue;
     const float beta1 = p.momentum.empty() ? 0.0f : options.beta1, rest1 = 1.0f - beta1;
     const float beta2 = options.beta2, rest2 = 1.0f - beta2;
     const float correct1 = 1.0f / scalars->bias_correction1, correct2 = 1.0f / scalars->bias_correction2;
@@ -108,6 +106,7 @@ void CpuBackend::adamw_update(std::span<const ParameterUpdate> parameters, const
       const float* old_m = p.momentum.empty() ? g : load_block(p.momentum, begin, count, m_buffer);
       const float* old_v = load_block(p.second_moment, begin, count, v_buffer);
       const float* w = destination.load(begin, count, weight_buffer);
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         new_m[i] = beta1 * old_m[i] + rest1 * g[i];
         new_v[i] = beta2 * old_v[i] + rest2 * (g[i] * g[i]);
@@ -123,12 +122,10 @@ void CpuBackend::adamw_update(std::span<const ParameterUpdate> parameters, const
 
 void CpuBackend::sgd_update(std::span<const ParameterUpdate> parameters, float beta1, const StepScalars* scalars,
                             SquaresTarget squares) {
+  leave_squares(squares, parameters);
   const Profiler::Scope scope(profiler, "sgd_update", 0, update_bytes(parameters));
+  if (scalars->gate == 0) return;
   for (const ParameterUpdate& p : parameters) {
-    check_parameter(p);
-    leave_squares(squares, p.grad);
-    squares.accumulate = true;
-    if (scalars->gate == 0) continue;
     const float lr = scalars->lr * p.lr_scale, decay = p.weight_decay;
     const Destination destination{p.weight, p.master, p.key, scalars->step};
     for_each_block(threads_, p.weight.elements(), [&](int64_t begin, int64_t count) {
@@ -136,11 +133,13 @@ void CpuBackend::sgd_update(std::span<const ParameterUpdate> parameters, float b
       const float* u = load_block(p.grad, begin, count, grad_buffer);
       if (!p.momentum.empty()) {
         const float* old = load_block(p.momentum, begin, count, m_buffer);
+#pragma omp simd
         for (int64_t i = 0; i < count; ++i) new_m[i] = beta1 * old[i] + u[i];
         store_block(p.momentum, begin, count, new_m);
         u = new_m;
       }
       const float* w = destination.load(begin, count, weight_buffer);
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) result[i] = w[i] - lr * (decay * w[i] + u[i]);
       destination.store(begin, count, result);
     });

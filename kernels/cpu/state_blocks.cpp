@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels/cpu/philox_lanes.h"
+
 namespace {
 
 // int8: value = s * sign * (|code| / 127)^2.
@@ -114,18 +116,16 @@ void store_block_stochastic(const Tensor& tensor, int64_t begin, int64_t count, 
   constexpr int64_t kElements = 8, kWordsPerCall = 4 * kPhiloxLanes;
   constexpr int64_t kCalls = kQuantBlock / (kElements * kPhiloxLanes) + 1;
   uint32_t words[kCalls * kWordsPerCall];
-  uint32_t bits[2 * kCalls * kWordsPerCall];
   const uint64_t first = key.offset + static_cast<uint64_t>(begin);
   const int64_t skip = static_cast<int64_t>(first % kElements);
   const int64_t calls = (skip + count + kElements * kPhiloxLanes - 1) / (kElements * kPhiloxLanes);
   const uint64_t k = philox_key(key);
   for (int64_t call = 0; call < calls; ++call)
     philox_lanes(words + call * kWordsPerCall, k, key.tensor, step, first / kElements + call * kPhiloxLanes);
-  for (int64_t w = 0; w < calls * kWordsPerCall; ++w) {
-    bits[2 * w] = words[w] & 0xFFFFu;
-    bits[2 * w + 1] = words[w] >> 16;
-  }
+  uint16_t bits[2 * kCalls * kWordsPerCall];  // rounding_bits() of all elements, one after another
+  std::memcpy(bits, words, static_cast<size_t>(calls * kWordsPerCall) * sizeof(uint32_t));
   bf16* out = tensor.as<bf16>() + begin;
+#pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = round_stochastic(values[i], bits[skip + i]);
 }
 

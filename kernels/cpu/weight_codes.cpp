@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/philox_lanes.h"
 #include "kernels/cpu/state_blocks.h"
 #include "kernels/operands.h"
 

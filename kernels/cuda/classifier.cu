@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2) classifier_kernel(Logits<T> logit
     for (int u = 0; u < kUnroll; ++u) {
       const int i = first + u * kThreads;
       if (i >= used_groups) continue;
-      if (p.keep) store_vector(kept + i * kWidth, raw[u]);
+      if (p.keep) store128_shared(kept + i * kWidth, raw[u].packs[0]);
       float values[kWidth];
       unpack(raw[u], values);
       replace_padding(values, p.vocabulary - i * kWidth, -INFINITY);

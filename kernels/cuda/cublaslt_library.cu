@@ -1,44 +1,29 @@
-// cublaslt_library.cu: finds libcublasLt.so and its functions with dlopen. The version this program was compiled for
-// comes first, and the places the dynamic linker knows before the usual places of a CUDA Toolkit.
+// cublaslt_library.cu: finds libcublasLt.so and its functions at run time. The version this program was compiled for
+// comes first.
 #include <dlfcn.h>
 
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernels/cuda/matmul.h"
+#include "kernels/nvidia_libraries.h"
 
 namespace {
 
-std::vector<std::string> candidates() {
-  std::vector<std::string> folders = {""};
-  for (const char* variable : {"CUDA_HOME", "CUDA_PATH"}) {
-    if (const char* home = std::getenv(variable)) folders.push_back(std::string(home) + "/lib64/");
-  }
-  folders.push_back("/usr/local/cuda/lib64/");
+void* open_library() {
   std::vector<std::string> names = {"libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR)};
   for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"}) {
     if (names[0] != name) names.push_back(name);
   }
-  std::vector<std::string> paths;
-  for (const std::string& name : names) {
-    for (const std::string& folder : folders) paths.push_back(folder + name);
-  }
-  return paths;
-}
-
-void* open_library() {
-  const std::vector<std::string> paths = candidates();
   std::string reason;
-  for (const std::string& path : paths) {
-    if (void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
-    if (reason.empty()) reason = dlerror();
-  }
+  if (void* const library = open_nvidia_library(names, reason)) return library;
   std::string message = "matrix products on the GPU need NVIDIA's cuBLASLt, which cannot be loaded (" + reason +
-                        "): install the CUDA Toolkit's libcublas, or add the folder of " + paths[0] +
-                        " to LD_LIBRARY_PATH. Looked for";
-  for (const std::string& path : paths) message += " " + path;
+                        "): install the CUDA Toolkit's libcublas, or add the folder of " + names[0] +
+                        " to LD_LIBRARY_PATH. Looked for " + names[0];
+  for (size_t i = 1; i < names.size(); ++i) message += ", " + names[i];
+  message += " also in";
+  for (const std::string& folder : nvidia_library_folders()) message += " " + folder;
   throw std::runtime_error(message);
 }
 

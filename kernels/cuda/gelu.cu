@@ -49,5 +49,11 @@ void CudaBackend::gelu_forward(Tensor out, Tensor in) {
 
 void CudaBackend::gelu_backward(Tensor d, Tensor in) {
   const Timed timed(*this, "gelu_backward", 0, static_cast<double>(in.bytes() + 2 * d.bytes()));
-  map("gelu_backward", stream_, GeluGradient{}, d, d, in);
+  const Extent extent = common_extent(d, in);
+  if (extent.rows == 0) return;
+  dispatch(d.dtype, in.dtype, [&]<typename D, typename In>() {
+    constexpr int kWidth = kVectorWidth<D, In>;
+    const auto gradient = vector_view<D, kWidth>(d);
+    launch_map("gelu_backward", stream_, GeluGradient{}, gradient, gradient, vector_view<In, kWidth>(in), extent);
+  });
 }

@@ -43,8 +43,16 @@ __device__ inline Pack<T> load128_streaming(const T* address) {
   return pack;
 }
 
+// To global memory. A plain assignment of four words is one that the compiler may take apart, and it often does.
 template <typename T>
 __device__ inline void store128(T* address, const Pack<T>& pack) {
+  uint4 words;
+  memcpy(&words, &pack, sizeof words);
+  __stwb(reinterpret_cast<uint4*>(address), words);
+}
+
+template <typename T>
+__device__ inline void store128_shared(T* address, const Pack<T>& pack) {
   uint4 words;
   memcpy(&words, &pack, sizeof words);
   *reinterpret_cast<uint4*>(address) = words;

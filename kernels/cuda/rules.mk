@@ -35,3 +35,13 @@ $(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu $(BUILD)/.nvcc | $(BUILD)/.packages
 	@mkdir -p $(@D)
 	@echo "  NVCC  $<"
 	$(Q)scripts/nvcc.sh $@ $(NVCC) $(NVCCFLAGS) -MMD -MP -c $<
+
+# What nvcc makes of the kernels for the oldest GPU, before its assembler: read by tests/test_ptx.py.
+PTX := $(patsubst kernels/cuda/%.cu,$(BUILD)/ptx/%.ptx,$(wildcard kernels/cuda/*.cu))
+$(BUILD)/ptx/%.ptx: kernels/cuda/%.cu $(BUILD)/.nvcc | $(BUILD)/.packages
+	@mkdir -p $(@D)
+	@echo "  NVCC  $< (PTX)"
+	$(Q)$(NVCC) $(filter-out -gencode=%,$(NVCCFLAGS)) -arch=compute_80 -MMD -MP -MF $(@:.ptx=.d) -ptx -o $@ $<
+ptx: $(PTX)
+.PHONY: ptx
+-include $(PTX:.ptx=.d)

@@ -162,8 +162,8 @@ cublasStatus_t check_memory(const Call& call) {
   }
   const size_t workspace = call.algorithm.workspace;
   if (workspace > 0 &&
-      (!cuda_on_cpu::is_device_range(call.workspace, workspace) || !address_multiple(call.workspace, 16))) {
-    return mistake("the workspace is not inside device memory, or not aligned");
+      (!cuda_on_cpu::is_device_range(call.workspace, workspace) || !address_multiple(call.workspace, 256))) {
+    return mistake("the workspace is not inside device memory, or not aligned to 256 bytes");
   }
   if (overlap(call.d, span(p.d), call.a, span(p.a)) || overlap(call.d, span(p.d), call.b, span(p.b))) {
     return mistake("the result overlaps an operand");

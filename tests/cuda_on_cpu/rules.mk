@@ -24,7 +24,7 @@ SHIM_FLAGS  := $(filter-out -O3 -I.,$(CXXFLAGS)) -Wno-unknown-pragmas $(if $(fin
                -Itests/cuda_on_cpu/include -I.
 SHIM_LDLIBS := -lboost_context $(GTEST) $(LDLIBS)
 $(SHIM)/%.o: OPTIMIZE := -O2
-$(SANITIZED)/%.o: OPTIMIZE := -O1 -fsanitize=address,undefined -fno-omit-frame-pointer
+$(SANITIZED)/%.o: OPTIMIZE := -Og -fsanitize=address,undefined -fno-omit-frame-pointer
 
 # Both trees of objects, from .cu and .cpp alike.
 define COMPILE_FOR_SHIM

@@ -179,6 +179,10 @@ void check_aligned16(const void* address, const char* what, Site site) {
   if ((reinterpret_cast<uintptr_t>(address) & 15) != 0) kernel_error(what, site);
 }
 
+void check_shared(const void* address, bool expected, const char* what, Site site) {
+  if (in_shared_memory(address, 16) != expected) kernel_error(what, site);
+}
+
 void start_async_copy(void* shared, const void* global, bool valid, Site site) {
   check_aligned16(shared, "misaligned shared address in cp_async16", site);
   if (valid) check_aligned16(global, "misaligned global address in cp_async16", site);

@@ -14,6 +14,7 @@ namespace cuda_on_cpu {
 extern constinit thread_local unsigned char* block_shared_memory;
 
 void check_aligned16(const void* address, const char* what, Site site);
+void check_shared(const void* address, bool expected, const char* what, Site site);
 void start_async_copy(void* shared, const void* global, bool valid, Site site);
 void commit_async_copies();
 void wait_async_copies(int groups);
@@ -51,6 +52,14 @@ inline Pack<T> load128_streaming(const T* address, CUDA_ON_CPU_SITE) {
 template <typename T>
 inline void store128(T* address, const Pack<T>& pack, CUDA_ON_CPU_SITE) {
   cuda_on_cpu::check_aligned16(address, "misaligned address in store128", site);
+  cuda_on_cpu::check_shared(address, false, "store128 to shared memory", site);
+  memcpy(address, &pack, sizeof pack);
+}
+
+template <typename T>
+inline void store128_shared(T* address, const Pack<T>& pack, CUDA_ON_CPU_SITE) {
+  cuda_on_cpu::check_aligned16(address, "misaligned address in store128_shared", site);
+  cuda_on_cpu::check_shared(address, true, "store128_shared to other than shared memory", site);
   memcpy(address, &pack, sizeof pack);
 }
 
