@@ -18,6 +18,12 @@ uint32_t gradient_phases(const Parameter& parameter) {
 
 // ---- a step
 
+std::vector<Tensor> Gradients::tensors_of(const std::vector<Complete>& gradients) {
+  std::vector<Tensor> tensors;
+  for (const Complete& complete : gradients) tensors.push_back(complete.gradient);
+  return tensors;
+}
+
 void Gradients::begin_step(const StepContext& context) {
   scalars_ = context.scalars;
   StepScalars scalars;
@@ -148,24 +154,25 @@ void Gradients::end_step() {
       const Tensor gradient = whole(e);
       if (!kept) clip({&gradient, 1});
       if (e.parameter.matrix) {
-        update(e.parameter, {gradient, norm_first ? SquaresTarget{} : next_squares()});
+        update(e.parameter, {gradient, norm_first ? SquaresTarget{} : measured({&gradient, 1})});
       } else {
         vectors.push_back({&e, gradient});
       }
     }
-    if (!vectors.empty()) update_vectors(vectors, norm_first ? SquaresTarget{} : next_squares());
+    if (vectors.empty()) continue;
+    const std::vector<Tensor> tensors = tensors_of(vectors);
+    update_vectors(vectors, norm_first ? SquaresTarget{} : measured(tensors));
   }
 }
 
 // Under fused updates: what becomes of a complete gradient, or of a layer's vectors.
 void Gradients::use(const std::vector<Complete>& gradients) {
-  std::vector<Tensor> tensors;
-  for (const Complete& complete : gradients) tensors.push_back(complete.gradient);
+  const std::vector<Tensor> tensors = tensors_of(gradients);
   if (norm_pass_) {
     add_squares(tensors);
     return;
   }
-  const SquaresTarget squares = clips() ? SquaresTarget{} : next_squares();  // known from the norm pass
+  const SquaresTarget squares = clips() ? SquaresTarget{} : measured(tensors);  // known from the norm pass
   beside(gradients, [&] {
     clip(tensors);
     const Parameter& first = gradients.front().entry->parameter;
@@ -263,8 +270,7 @@ void Gradients::share(Entry& e) {
 }
 
 void Gradients::send(std::vector<Complete> gradients) {
-  std::vector<Tensor> tensors;
-  for (const Complete& complete : gradients) tensors.push_back(complete.gradient);
+  const std::vector<Tensor> tensors = tensors_of(gradients);
   const Communicator::Ticket ticket = communicator_.all_reduce(tensors);
   travelling_.push_back({std::move(gradients), ticket});
 }
@@ -301,8 +307,13 @@ void Gradients::add_squares(std::span<const Tensor> gradients) {
   squares_written_ = true;
 }
 
-// The same for an update that does it itself.
-SquaresTarget Gradients::next_squares() {
+// The same by the update of these gradients: where it leaves their squares. Updates of several ranks may see parts of
+// them only, which are no part of the sum.
+SquaresTarget Gradients::measured(std::span<const Tensor> gradients) {
+  if (shared()) {
+    add_squares(gradients);
+    return {};
+  }
   const SquaresTarget target{squares_.as<float>(), squares_written_};
   squares_written_ = true;
   return target;

@@ -204,7 +204,8 @@ class Gradients final : public GradientSink {
   // Norm, clipping, update.
   void use(const std::vector<Complete>& gradients);
   void add_squares(std::span<const Tensor> gradients);
-  SquaresTarget next_squares();
+  SquaresTarget measured(std::span<const Tensor> gradients);
+  static std::vector<Tensor> tensors_of(const std::vector<Complete>& gradients);
   void gate_on_sums();
   void gate_and_clip();
   void clip(std::span<const Tensor> gradients);
