@@ -116,6 +116,7 @@ int run_training(const Options& options, char** argv, std::unique_ptr<Job>& job)
     check_devices(options);
     return run_local_ranks(static_cast<int>(options.devices), argv);
   }
+  take_signals();
   speak_as_rank(launch.rank);
   if (launch.rank > 0) answer_interrupts_silently();
   outlive_reader();

@@ -1,4 +1,5 @@
-// interrupt.cpp: see interrupt.h. A handler may neither allocate nor lock, so what it says is composed beforehand.
+// interrupt.cpp: see interrupt.h. What is said is composed beforehand: the thread that says it neither allocates nor
+// locks.
 #include "train/interrupt.h"
 
 #include <unistd.h>
@@ -6,10 +7,10 @@
 #include <ctime>
 
 #include <atomic>
-#include <cerrno>
 #include <climits>
 #include <cstdio>
 #include <cstring>
+#include <thread>
 
 namespace {
 
@@ -20,7 +21,7 @@ struct Answers {
   char first[96];
   char second[PATH_MAX + 96];
 };
-// Two, of which the handler reads the one that is not being written.
+// Two, of which the answering thread reads the one that is not being written.
 Answers answers[2];
 std::atomic<int> current_answers{0};
 
@@ -47,8 +48,9 @@ void say(const char* text, const char* end) {
   if (write(STDERR_FILENO, line, length) < 0) return;  // nobody reads it: the run goes on all the same
 }
 
-void on_signal(int signal) {
-  const int error = errno;
+std::atomic<bool> watching{false};
+
+void answer(int signal) {
   const Answers& words = answers[current_answers];
   const bool ends = signal == SIGINT || signal == SIGTERM;
   const int64_t now = milliseconds_now();
@@ -61,24 +63,42 @@ void on_signal(int signal) {
     say(words.second, "\n");
     _exit(128 + signal);
   }
-  errno = error;
+}
+
+// What the signal would have done had nobody taken it.
+void act_by_default(int signal) {
+  struct sigaction action {};
+  sigaction(signal, nullptr, &action);
+  if (action.sa_handler == SIG_IGN) return;
+  sigset_t one;
+  sigemptyset(&one);
+  sigaddset(&one, signal);
+  pthread_sigmask(SIG_UNBLOCK, &one, nullptr);
+  raise(signal);
 }
 
 }  // namespace
 
 void answer_interrupts_silently() { silent = true; }
 
-void watch_for_interrupts() {
-  if (isatty(STDERR_FILENO)) line_start = "\n";
-  struct sigaction action {};
-  action.sa_handler = on_signal;
-  action.sa_flags = SA_RESTART;
-  for (const int signal : kSignals) sigaddset(&action.sa_mask, signal);
+void take_signals() {
+  sigset_t taken;
+  sigemptyset(&taken);
   for (const int signal : kSignals) {
     struct sigaction before {};
     sigaction(signal, nullptr, &before);
-    if (signal != SIGHUP || before.sa_handler != SIG_IGN) sigaction(signal, &action, nullptr);
+    if (signal != SIGHUP || before.sa_handler != SIG_IGN) sigaddset(&taken, signal);
   }
+  pthread_sigmask(SIG_BLOCK, &taken, nullptr);
+  std::thread([taken] {
+    for (int signal = 0;;)
+      if (sigwait(&taken, &signal) == 0) watching ? answer(signal) : act_by_default(signal);
+  }).detach();
+}
+
+void watch_for_interrupts() {
+  if (isatty(STDERR_FILENO)) line_start = "\n";
+  watching = true;
 }
 
 void say_when_interrupted(uint32_t step, const std::string& last_checkpoint) {

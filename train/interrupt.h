@@ -7,10 +7,15 @@
 #include <cstdint>
 #include <string>
 
+// A thread of its own takes these signals from here on; to be called before there are others. No handler may run on a
+// thread that computes: oneDNN's products use memory of the heap as their stack, and what the kernel writes below the
+// stack pointer for a handler would destroy what lies there.
+void take_signals();
+
 // Such a signal is answered in silence: another process of the job says it.
 void answer_interrupts_silently();
 
-// From here on such a signal asks for a stop. Before, each has its default action and ends the program.
+// From here on a signal that was taken asks for a stop. Before, each has its default action and ends the program.
 void watch_for_interrupts();
 
 // What the answers name: the step that is being computed, and the last checkpoint ("" where there is none).

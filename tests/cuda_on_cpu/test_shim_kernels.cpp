@@ -337,8 +337,9 @@ __global__ void tile_matmul_kernel(float* d, const bf16* a, const bf16* b, bool 
   bf16* const shared_b = shared_a + 16 * kPitch;
   const int lane = static_cast<int>(threadIdx.x);
   for (int i = lane; i < 32; i += 32) {
-    store128(&shared_a[i / 2 * kPitch + i % 2 * 8], load128(&a[8 * i]));
-    store128(&shared_b[i / 2 * kPitch + i % 2 * 8], load128_streaming(&b[8 * i]));
+    const auto eight_a = load128(&a[8 * i]), eight_b = load128_streaming(&b[8 * i]);
+    memcpy(&shared_a[i / 2 * kPitch + i % 2 * 8], &eight_a, sizeof eight_a);
+    memcpy(&shared_b[i / 2 * kPitch + i % 2 * 8], &eight_b, sizeof eight_b);
   }
   __syncwarp();
   uint32_t fragment_a[4], fragment_b[4];
