@@ -23,7 +23,8 @@
 #
 # Variables: CXX, BLAS (dnnl: oneDNN; none: products of our own), GLOO (gloo, or none: no --devices on CPUs;
 # by default what is there), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...), PYTHON (of tests and
-# plots), V=1 (shows the commands). What was built with other flags is built anew; another BUILD keeps both. ./train_gpt2
+# plots), V=1 (shows the commands), TEST_OBJECTS (folder of a build with another SANITIZE, after `make test-objects` there:
+# the C++ tests are taken from it, not compiled again). What was built with other flags is built anew; another BUILD keeps both. ./train_gpt2
 # is a link to the one that was built last.
 
 CXX      ?= g++
@@ -60,7 +61,7 @@ ifneq ($(BUNDLE),)
 endif
 ifneq ($(SANITIZE),)
   # A null pointer's use ends by itself, and nothing is cast down a class.
-  CXXFLAGS += -fsanitize=$(SANITIZE) -fno-omit-frame-pointer -fno-sanitize=null,vptr
+  CXXFLAGS += -fsanitize=$(SANITIZE) -fno-omit-frame-pointer -fno-sanitize=null,vptr -fPIC
   LDFLAGS  += -fsanitize=$(SANITIZE)
 endif
 
@@ -134,10 +135,19 @@ $(BUILD)/googletest/%.o: CXXFLAGS := -std=c++20 -O1 -I$(BUNDLE)/include -I$(BUND
 $(BUILD)/googletest/%.o: $(BUNDLE)/googletest/src/%.cc
 	$(COMPILE)
 
+ifeq ($(TEST_OBJECTS),)
 $(TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(filter %.o,$(GTEST)) $(LIB) $(BUILD)/.linked
 	$(LINK) $(filter -l%,$(GTEST)) $(LDLIBS)
+else
+# -Bsymbolic-functions: of functions in headers the library keeps its own copy, with the sanitizers' checks.
+$(BUILD)/libtrain_gpt2.so: $(LIB_OBJECTS) $(BUILD)/.linked
+	$(LINK) -shared -Wl,-soname,$(@F) -Wl,-Bsymbolic-functions $(LDLIBS)
+$(TESTS): $(BUILD)/tests/%: $(TEST_OBJECTS)/tests/%.o $(BUILD)/libtrain_gpt2.so $(BUILD)/.linked
+	$(LINK) $(BUILD)/libtrain_gpt2.so -Wl,-rpath,'$$ORIGIN/..' $(GTEST) $(LDLIBS)
+endif
 
 tests: $(TESTS)
+test-objects: $(TESTS:%=%.o)
 
 # Names what a build needs and this machine lacks; costs one run of the preprocessor, once.
 $(BUILD)/.packages: $(BUILD)/.linked
@@ -199,7 +209,7 @@ clean:
 	rm -rf $(BUILD) train_gpt2
 
 FORCE:
-.PHONY: FORCE all python-packages tests shim-tests demo test check fuzz test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
+.PHONY: FORCE all python-packages tests test-objects shim-tests demo test check fuzz test-cuda-on-cpu test-gpu bundle gpu-report bench format lint clean
 .PRECIOUS: $(BUILD)/%.o
 
 include bench/rules.mk tests/cuda_on_cpu/rules.mk tests/fuzz/rules.mk scripts/gpu_report.mk

@@ -234,7 +234,9 @@ TEST_P(GpuRows, OfOtherLayoutsAreRefused) {
   const Tensor targets = device.upload({1, 2, 3, 0}, DType::kI32, {rows});
   refused([&](const Tensor& x, const Tensor&) { device->classifier(scalars, x, targets, 9, 1.0f, true); });
   const Tensor ids = device.upload({1, 2, 3, 0}, DType::kI32, {1, rows});
-  refused([&](const Tensor& x, const Tensor&) { device->embedding_forward(x, ids, x, x); });
+  refused([&](const Tensor& x, const Tensor&) {
+    device->embedding_forward(device.poisoned(dtype(), {rows, x.cols()}), ids, x, x);
+  });
 }
 
 class Conversion : public ::testing::TestWithParam<std::string> {};

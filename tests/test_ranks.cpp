@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr uint32_t kManySteps = kSanitized ? 5 : 20;
+uint32_t many_steps() { return takes_long() ? 5 : 20; }
 
 struct Way {
   std::string name;
@@ -67,7 +67,7 @@ TEST_P(Ranks, TrainAsOneDoes) {
       const std::string what = way.name + ", " + std::to_string(ranks) + " ranks";
       EngineConfig config = small_config(DType::kF32);
       way.change(config);
-      const uint32_t steps = emulated ? 2 : kManySteps;
+      const uint32_t steps = emulated ? 2 : many_steps();
       const int micro_batches = ranks - 1;
       config.gradients.micro_batches = ranks * micro_batches;
       const std::unique_ptr<Backend> backend = make_test_backend(GetParam());
@@ -92,7 +92,7 @@ TEST_P(Ranks, TrainAsOneDoes) {
 TEST_P(Ranks, TrainAsOneDoesWithGradientsInBlocks) {
   EngineConfig config = small_config(DType::kF32);
   config.model.layers = 3;
-  const uint32_t steps = GetParam() == "cuda" ? 2 : kManySteps;
+  const uint32_t steps = GetParam() == "cuda" ? 2 : many_steps();
   config.gradients.micro_batches = 2;
   const std::unique_ptr<Backend> backend = make_test_backend(GetParam());
   const Outcome one = train(*backend, alone(), config, rate(config), steps);

@@ -13,10 +13,6 @@ namespace {
 
 constexpr uint32_t kFewSteps = 3;
 
-// The emulation and sanitizers take their time: there one number of ranks, and of each setting what has other copies
-// and other waits.
-bool takes_long() { return kSanitized || test_backend_name() == "cuda"; }
-
 // Of each rank.
 std::vector<Outcome> run(const EngineConfig& config, int count) {
   std::vector<Outcome> outcomes(static_cast<size_t>(count));
