@@ -130,7 +130,7 @@ void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int head
   if (s.token_heads() == 0) return;
   require_octet_rows(out, qkv);
   const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
-  if (has_mma_tiles(sizes.head_dim) && all_bf16({out, qkv})) {
+  if (!plain_attention_forward_ && has_mma_tiles(sizes.head_dim) && all_bf16({out, qkv})) {
     dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
       using Tiles = ForwardTiles<kHeadDim>;
       launch("attention_forward", attention_forward_mma_kernel<Tiles>,
@@ -184,7 +184,7 @@ void CudaBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tenso
          {.grid = static_cast<unsigned>(delta_blocks), .block = kDeltaThreads, .stream = stream_}, delta,
          any_view(dout), any_view(out), sizes, s.token_heads());
 
-  if (has_mma_tiles(sizes.head_dim) && all_bf16({dqkv, dout, qkv})) {
+  if (!plain_attention_backward_ && has_mma_tiles(sizes.head_dim) && all_bf16({dqkv, dout, qkv})) {
     dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
       using KeyTiles = KeyGradientTiles<kHeadDim>;
       using QueryTiles = QueryGradientTiles<kHeadDim>;
