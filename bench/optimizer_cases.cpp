@@ -114,17 +114,24 @@ class OptimizerCases : CaseList {
         const Tensor m = state(in, kind.m, rows, cols, 0, 1), v = state(in, kind.v, rows, cols, 1, 0.1f);
         const Tensor master = kind.master ? in.normal(kF32, {rows, cols}, 0, 0.02f) : Tensor{};
         const StepScalars* const scalars = in.scalars();
-        return Call{
-            [=, &in] { in.backend.adamw_update(w, master, m, v, g, {.weight_decay = 0.1f}, rounding, scalars); }};
+        const ParameterUpdate update = {.weight = w,
+                                        .master = master,
+                                        .momentum = m,
+                                        .second_moment = v,
+                                        .grad = g,
+                                        .weight_decay = 0.1f,
+                                        .key = rounding};
+        return Call{[=, &in] { in.backend.adamw_update(update, {}, scalars); }};
       });
     }
     for (bool momentum : {false, true}) {
       add(momentum ? "sgd_update momentum" : "sgd_update", shape, [=](Inputs& in) {
         const Tensor w = in.normal(kBF16, {rows, cols}, 0, 0.02f), g = in.normal(gradient, {rows, cols});
         const Tensor m = momentum ? in.normal(kBF16, {rows, cols}) : Tensor{};
-        const SgdOptions options = {.beta1 = momentum ? 0.9f : 0.0f, .weight_decay = 0.1f};
+        const ParameterUpdate update = {.weight = w, .momentum = m, .grad = g, .weight_decay = 0.1f, .key = rounding};
+        const float beta1 = momentum ? 0.9f : 0.0f;
         const StepScalars* const scalars = in.scalars();
-        return Call{[=, &in] { in.backend.sgd_update(w, {}, m, g, options, rounding, scalars); }};
+        return Call{[=, &in] { in.backend.sgd_update(update, beta1, scalars); }};
       });
     }
     for (DType dtype : {DType::kI8, DType::kU8}) {
@@ -172,7 +179,7 @@ class OptimizerCases : CaseList {
       add(std::string("ema ") + dtype_name(dtype), shape, [=](Inputs& in) {
         const Tensor momentum = state(in, dtype, rows, cols, 0, 1), s = in.normal(kF32, {rows, cols});
         const StepScalars* const scalars = in.scalars();
-        return Call{[=, &in] { in.backend.ema(momentum, s, 0.9f, scalars); }};
+        return Call{[=, &in] { in.backend.ema({.momentum = momentum, .in = s, .beta1 = 0.9f}, scalars); }};
       });
     }
     add("restore_norm", dimensions({rows, cols}) + " fp32", [=](Inputs& in) {

@@ -37,7 +37,10 @@ void Gradients::begin_step(const StepContext& context) {
 
 void Gradients::begin_micro_batch(int index, bool is_last) {
   is_last_ = is_last;
-  for (LayerProgress& layer : layers_) layer.ready = 0;
+  for (LayerProgress& layer : layers_) {
+    layer.ready = 0;
+    layer.waiting.clear();
+  }
   if (index > 0) backend_.increment(&scalars_->rounding_counter);
   if (index > 0) return;
   for (Entry& e : entries_) e.buffer_written = e.sum_written = false;
@@ -63,7 +66,15 @@ void Gradients::ready(const Parameter& parameter) {
   if (shared() && is_last_) {
     share(e);
   } else if (used_at_once) {
-    use(parameter, complete(e));
+    const Complete here{&e, complete(e)};
+    // In a norm pass nothing is gained by waiting.
+    LayerProgress& layer = layers_.at(static_cast<size_t>(parameter.layer + 1));
+    if (parameter.matrix || norm_pass_) {
+      use({here});
+    } else if (layer.waiting.push_back(here); layer.waiting.size() == layer.vectors) {
+      use(layer.waiting);
+      layer.waiting.clear();
+    }
   }
 }
 
@@ -83,9 +94,9 @@ void Gradients::from_rows(const Parameter& parameter, const Rows& rows) {
     const Tensor block = buffer_of(entry(parameter)).slice(0, count);
     rows(block, begin, false);
     communicator_.wait(communicator_.all_reduce(block));
-    if (first_pass) add_squares(block);
+    if (first_pass) add_squares({&block, 1});
     if (begin + count == parameter.rows) first_pass = false;
-    if (!norm_pass_) clip(block);
+    if (!norm_pass_) clip({&block, 1});
     return block;
   });
   if (norm_pass_) {
@@ -102,8 +113,16 @@ void Gradients::end_step() {
   if (config_.kind == GradientMode::kFused) return;
   if (config_.kind == GradientMode::kCompressed) gate_on_sums();
   const bool norm_first = config_.kind == GradientMode::kDense || clips();
+  const bool kept = config_.kind == GradientMode::kDense;  // else decompressed one by one
   if (norm_first) {
-    for (Entry& e : entries_) add_squares(whole(e));
+    std::vector<Tensor> gradients;
+    for (Entry& e : entries_) {
+      gradients.push_back(whole(e));
+      if (kept) continue;
+      add_squares(gradients);
+      gradients.clear();
+    }
+    if (kept) add_squares(gradients);
     gate_and_clip();
   }
   std::vector<int> layers;  // the last one first, -1 at the end
@@ -113,22 +132,57 @@ void Gradients::end_step() {
   HeldLayer<ParameterStore> held(store_);
   for (int layer : layers) {
     if (!optimizer_.updates_parts()) held.hold(layer, Access::kUpdate);
+    std::vector<Complete> vectors;
+    if (kept) {
+      std::vector<Tensor> gradients;
+      for (Entry& e : entries_)
+        if (e.parameter.layer == layer) gradients.push_back(whole(e));
+      clip(gradients);
+    }
     for (Entry& e : entries_) {
       if (e.parameter.layer != layer) continue;
       const Tensor gradient = whole(e);
-      if (!norm_first) add_squares(gradient);
-      clip(gradient);
-      update(e.parameter, gradient);
+      if (!kept) clip({&gradient, 1});
+      if (e.parameter.matrix) {
+        update(e.parameter, {gradient, norm_first ? SquaresTarget{} : next_squares()});
+      } else {
+        vectors.push_back({&e, gradient});
+      }
     }
+    if (!vectors.empty()) update_vectors(vectors, norm_first ? SquaresTarget{} : next_squares());
   }
 }
 
-// Under fused updates: what becomes of a complete gradient.
-void Gradients::use(const Parameter& parameter, Tensor gradient) {
-  if (norm_pass_ || !clips()) add_squares(gradient);
-  if (norm_pass_) return;
-  clip(gradient);
-  update(parameter, gradient);
+// Under fused updates: what becomes of a complete gradient, or of a layer's vectors.
+void Gradients::use(const std::vector<Complete>& gradients) {
+  std::vector<Tensor> tensors;
+  for (const Complete& complete : gradients) tensors.push_back(complete.gradient);
+  if (norm_pass_) {
+    add_squares(tensors);
+    return;
+  }
+  clip(tensors);
+  const SquaresTarget squares = clips() ? SquaresTarget{} : next_squares();  // known from the norm pass
+  const Parameter& first = gradients.front().entry->parameter;
+  if (first.matrix) {
+    update(first, {tensors.front(), squares});
+  } else {
+    update_vectors(gradients, squares);
+  }
+}
+
+// Of one layer.
+void Gradients::update_vectors(const std::vector<Complete>& vectors, SquaresTarget squares) {
+  const int layer = vectors.front().entry->parameter.layer;
+  const bool parts = optimizer_.updates_parts();  // vectors are none, and not streamed then
+  if (!parts) store_.acquire(layer, Access::kUpdate);
+  std::vector<VectorGradient> updates;
+  for (const auto& [entry, gradient] : vectors) {
+    const Parameter& p = entry->parameter;
+    updates.push_back({&p, store_.stored(p), store_.master(p), gradient});
+  }
+  optimizer_.update_vectors(updates, squares, scalars_);
+  if (!parts) store_.release(layer, true);
 }
 
 void Gradients::update(const Parameter& parameter, const Gradient& gradient) {
@@ -155,33 +209,31 @@ Tensor Gradients::shared_gradient(Entry& e) { return config_.kind == GradientMod
 // Where the weights of a layer are about to go, what is under way is waited for.
 void Gradients::share(Entry& e) {
   LayerProgress& layer = layers_.at(static_cast<size_t>(e.parameter.layer + 1));
+  const Complete here{&e, shared_gradient(e)};
   if (e.parameter.matrix) {
-    send({&e});
-  } else {
-    layer.waiting.push_back(&e);
-    if (layer.waiting.size() == layer.vectors) {
-      send(layer.waiting);
-      layer.waiting.clear();
-    }
+    send({here});
+  } else if (layer.waiting.push_back(here); layer.waiting.size() == layer.vectors) {
+    send(std::move(layer.waiting));
+    layer.waiting.clear();
   }
   const bool complete = ++layer.ready == layer.parameters;
   if (complete && config_.layer_by_layer && config_.kind == GradientMode::kFused)
     while (!travelling_.empty()) receive();
 }
 
-void Gradients::send(const std::vector<Entry*>& entries) {
-  std::vector<Tensor> gradients;
-  for (Entry* e : entries) gradients.push_back(shared_gradient(*e));
-  const Communicator::Ticket ticket = communicator_.all_reduce(gradients);
-  for (size_t i = 0; i < entries.size(); ++i) travelling_.push_back({entries[i], gradients[i], ticket});
+void Gradients::send(std::vector<Complete> gradients) {
+  std::vector<Tensor> tensors;
+  for (const Complete& complete : gradients) tensors.push_back(complete.gradient);
+  const Communicator::Ticket ticket = communicator_.all_reduce(tensors);
+  travelling_.push_back({std::move(gradients), ticket});
 }
 
-// The gradient that has been under way for longest is there.
+// What has been under way for longest is there.
 void Gradients::receive() {
-  const Travelling first = travelling_.front();
+  const Travelling first = std::move(travelling_.front());
   travelling_.pop_front();
   communicator_.wait(first.ticket);
-  if (config_.kind == GradientMode::kFused) use(first.entry->parameter, first.gradient);
+  if (config_.kind == GradientMode::kFused) use(first.gradients);
 }
 
 // Before a buffer is written anew: what travels out of it has arrived.
@@ -189,8 +241,10 @@ void Gradients::free_buffer(const Entry& e) {
   const Tensor buffer = buffer_of(e);
   const char* const begin = static_cast<const char*>(buffer.data);
   const auto overlaps = [&](const Travelling& t) {
-    const char* const other = static_cast<const char*>(t.gradient.data);
-    return other < begin + buffer.bytes() && begin < other + t.gradient.bytes();
+    return std::any_of(t.gradients.begin(), t.gradients.end(), [&](const Complete& complete) {
+      const char* const other = static_cast<const char*>(complete.gradient.data);
+      return other < begin + buffer.bytes() && begin < other + complete.gradient.bytes();
+    });
   };
   while (std::any_of(travelling_.begin(), travelling_.end(), overlaps)) receive();
 }
@@ -198,9 +252,16 @@ void Gradients::free_buffer(const Entry& e) {
 // ---- norm and clipping
 
 // gradient_squares() += sum of gradient^2, from 0 at the start of a step.
-void Gradients::add_squares(Tensor gradient) {
-  backend_.sum_squares(squares_, gradient, squares_written_);
+void Gradients::add_squares(std::span<const Tensor> gradients) {
+  backend_.sum_squares(squares_, gradients, squares_written_);
   squares_written_ = true;
+}
+
+// The same for an update that does it itself.
+SquaresTarget Gradients::next_squares() {
+  const SquaresTarget target{squares_.as<float>(), squares_written_};
+  squares_written_ = true;
+  return target;
 }
 
 // From the complete gradient_squares(): closes the gate when they are not finite and sets the clipping factor.
@@ -210,8 +271,8 @@ void Gradients::gate_and_clip() {
 }
 
 // gradient *= the clipping factor.
-void Gradients::clip(Tensor gradient) {
-  if (clips()) backend_.scale(gradient, &scalars_->gradient_scale);
+void Gradients::clip(std::span<const Tensor> gradients) {
+  if (clips()) backend_.scale(gradients, &scalars_->gradient_scale);
 }
 
 // A gradient that is not finite leaves a sum that is not finite, and compressed sums are small: the gate is known

@@ -7,7 +7,8 @@
 //   compressed  keeps sums in a random projection of rank r, r / min(n, m) of their size, fresh every step; after the
 //               last micro-batch one parameter at a time is decompressed and updated. Costs a matmul of 2 r n m
 //               operations per micro-batch and one to decompress (two with clipping, once for the norm).
-// All of them take one pass over each gradient for the global norm.
+// The global norm comes out of a pass over all gradients where it is needed before the first update, and else out of
+// the updates, which read them anyway.
 //
 // Of several ranks each computes some of a step's micro-batches. Their sum is formed where a gradient is complete, in
 // the last micro-batch, beside the backward pass that goes on: of what is kept (dense, compressed: the projected sums
@@ -19,6 +20,7 @@
 #include <deque>
 #include <functional>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -135,18 +137,23 @@ class Gradients final : public GradientSink {
     int turn = 0;  // which of the shared buffers it has
   };
 
-  // A gradient that is becoming the sum of all ranks; the updates come in this order.
-  struct Travelling {
+  // A gradient of the step, complete.
+  struct Complete {
     Entry* entry;
     Tensor gradient;
+  };
+
+  // Gradients that are becoming the sum of all ranks; the updates come in this order.
+  struct Travelling {
+    std::vector<Complete> gradients;
     Communicator::Ticket ticket;
   };
 
-  // What of a layer the last micro-batch has had. Its vectors travel together.
+  // What of a layer the last micro-batch has had. Its vectors travel and are updated together.
   struct LayerProgress {
     size_t parameters = 0, vectors = 0;  // in all, without those that come in blocks
     size_t ready = 0;
-    std::vector<Entry*> waiting;  // its vectors that are ready
+    std::vector<Complete> waiting;  // its vectors that are ready
   };
 
   Entry& entry(const Parameter& parameter) { return entries_.at(static_cast<size_t>(parameter.index)); }
@@ -175,17 +182,19 @@ class Gradients final : public GradientSink {
   bool shared() const { return communicator_.size() > 1; }
   Tensor shared_gradient(Entry& e);
   void share(Entry& e);
-  void send(const std::vector<Entry*>& entries);
+  void send(std::vector<Complete> gradients);
   void receive();
   void free_buffer(const Entry& e);
 
   // Norm, clipping, update.
-  void use(const Parameter& parameter, Tensor gradient);
-  void add_squares(Tensor gradient);
+  void use(const std::vector<Complete>& gradients);
+  void add_squares(std::span<const Tensor> gradients);
+  SquaresTarget next_squares();
   void gate_on_sums();
   void gate_and_clip();
-  void clip(Tensor gradient);
+  void clip(std::span<const Tensor> gradients);
   void update(const Parameter& parameter, const Gradient& gradient);
+  void update_vectors(const std::vector<Complete>& vectors, SquaresTarget squares);
 
   GradientConfig config_;
   Optimizer& optimizer_;

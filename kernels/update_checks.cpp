@@ -132,7 +132,9 @@ Difference adamw_update(Backend& backend, const CheckShapes& s) {
   const Tensor m = bench.poisoned(DType::kF32, {rows, cols}), v = bench.poisoned(DType::kF32, {rows, cols});
   backend.fill_constant(m, 0.5f);
   backend.fill_constant(v, 0.25f);
-  backend.adamw_update(weight.tensor, {}, m, v, grad.tensor, {.weight_decay = 0.1f}, {}, bench.upload(step_3()));
+  backend.adamw_update(
+      {.weight = weight.tensor, .momentum = m, .second_moment = v, .grad = grad.tensor, .weight_decay = 0.1f}, {},
+      bench.upload(step_3()));
   Comparison comparison;
   const StepScalars scalars = step_3();
   for (const int64_t row : spread(rows, 8)) {

@@ -133,8 +133,9 @@ CudaBackend::CudaBackend(const CudaOptions& options) : device_(options.device) {
   description_ = std::string(properties.name) + ", sm_" + std::to_string(architecture_) + ", " +
                  gibibytes(properties.totalGlobalMem) + ", CUDA " + version_text(runtime) + " (driver " +
                  version_text(driver) + ")";
-  check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
-  check_cuda(cudaStreamCreateWithFlags(&copy_stream_, cudaStreamNonBlocking), "creating a stream");
+  for (cudaStream_t* stream : {&lanes_[0].stream, &lanes_[1].stream, &copy_streams_[0], &copy_streams_[1]})
+    check_cuda(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "creating a stream");
+  enter(lanes_[0]);
   matmul_ = std::make_unique<CudaMatmul>(options,
                                          std::string(properties.name) + ", sm_" + std::to_string(architecture_) + ", " +
                                              std::to_string(properties.multiProcessorCount) + " multiprocessors");
@@ -142,15 +143,14 @@ CudaBackend::CudaBackend(const CudaOptions& options) : device_(options.device) {
 
 // Errors are of no use here: either all is well, or one was reported and the device is lost.
 CudaBackend::~CudaBackend() {
-  cudaStreamSynchronize(stream_);
-  cudaStreamSynchronize(copy_stream_);
+  const cudaStream_t streams[] = {lanes_[0].stream, lanes_[1].stream, copy_streams_[0], copy_streams_[1]};
+  for (cudaStream_t stream : streams) cudaStreamSynchronize(stream);
   for (cudaGraphExec_t graph : graphs_) cudaGraphExecDestroy(graph);
   for (cudaEvent_t event : events_) cudaEventDestroy(event);
   for (const auto& block : device_blocks_) cudaFree(block.first);
   for (void* block : pinned_blocks_) cudaFreeHost(block);
   for (const auto& block : pageable_blocks_) std::free(block.first);
-  cudaStreamDestroy(copy_stream_);
-  cudaStreamDestroy(stream_);
+  for (cudaStream_t stream : streams) cudaStreamDestroy(stream);
 }
 
 std::string CudaBackend::name() const { return "cuda"; }
@@ -238,9 +238,40 @@ size_t CudaBackend::allocated_bytes() const { return allocated_; }
 
 size_t CudaBackend::workspace_bytes(const KernelShapes& shapes) const { return cuda_workspace_bytes(shapes); }
 
-void CudaBackend::set_workspace(void* memory, size_t bytes) {
-  workspace_ = memory;
-  workspace_bytes_ = bytes;
+// The counter takes the last bytes; what is not a multiple of its size stays unused.
+void CudaBackend::set_workspace(void* memory, size_t bytes, Stream stream) {
+  Lane& lane = lanes_[stream == Stream::kUpdate ? 1 : 0];
+  const size_t usable = bytes / kArrivalBytes * kArrivalBytes;
+  lane.workspace = memory;
+  lane.workspace_bytes = usable > 0 ? usable - kArrivalBytes : 0;
+  lane.arrivals = nullptr;
+  if (usable > 0) {
+    lane.arrivals = reinterpret_cast<unsigned*>(static_cast<char*>(memory) + lane.workspace_bytes);
+    check_cuda(cudaMemsetAsync(lane.arrivals, 0, kArrivalBytes, lane.stream), "filling memory");
+  }
+  on(updating_ ? Stream::kUpdate : Stream::kCompute);
+}
+
+void CudaBackend::on(Stream stream) {
+  updating_ = stream == Stream::kUpdate;
+  enter(lanes_[updating_ ? 1 : 0]);
+}
+
+void CudaBackend::enter(const Lane& lane) {
+  stream_ = lane.stream;
+  workspace_ = lane.workspace;
+  workspace_bytes_ = lane.workspace_bytes;
+  arrivals_ = lane.arrivals;
+}
+
+cudaStream_t CudaBackend::stream_of(Stream stream) const {
+  switch (stream) {
+    case Stream::kCompute: return lanes_[0].stream;
+    case Stream::kUpdate: return lanes_[1].stream;
+    case Stream::kCopy: return copy_streams_[0];
+    case Stream::kCopyBack: return copy_streams_[1];
+  }
+  throw std::logic_error("no such stream");
 }
 
 void* CudaBackend::checked_scratch(size_t bytes) const {
@@ -250,11 +281,12 @@ void* CudaBackend::checked_scratch(size_t bytes) const {
 
 void CudaBackend::copy(void* destination, const void* source, size_t bytes, Stream stream) {
   if (bytes == 0) return;
-  check_cuda(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDefault, stream_of(stream)), "copying");
+  const cudaStream_t queue = stream == Stream::kCompute ? stream_ : stream_of(stream);
+  check_cuda(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDefault, queue), "copying");
   // The driver reads pageable memory, or has written it, before the call returns, because it stages it in pinned memory
   // of its own; not so where the device reaches all of the host's memory.
   if (reaches_pageable_memory_ && (is_pageable(destination) || is_pageable(source)))
-    check_cuda(cudaStreamSynchronize(stream_of(stream)), "copying");
+    check_cuda(cudaStreamSynchronize(queue), "copying");
 }
 
 void CudaBackend::fill(void* destination, int byte, size_t bytes) {
