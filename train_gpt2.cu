@@ -1,4 +1,5 @@
-// train_gpt2.cu: main(). Options, device, data, plan, trainer; and the subcommands plan, generate and eval.
+// train_gpt2.cu: main(). Options, device, data, plan, trainer; and the subcommands plan, generate, eval and
+// selftest.
 // Compiled by g++ where there is no nvcc: nothing in this file is CUDA.
 #include <chrono>
 #include <cmath>
@@ -28,6 +29,7 @@
 #include "train/resume.h"
 #include "train/run_data.h"
 #include "train/run_setup.h"
+#include "train/self_check.h"
 #include "train/standard_streams.h"
 #include "train/trainer.h"
 
@@ -90,7 +92,7 @@ int train(Options options, Job& job) {
   // A resumed run has its settings from its checkpoint, unless a budget is given anew.
   std::optional<BudgetChoice> choice;
   if (options.was_given("memory-budget")) choice = choose_within_budget(request, *backend, true, job);
-  RunSetup setup = choice ? choice->setup : resolve(request);
+  RunSetup setup = choice ? choice->setup : resolve_for(request, *backend, job);
   let_updates_overlap(setup, *backend, choice ? choice->budget.limit : available_memory_limit(*backend, job));
   find_tokenizer(setup);
   if (options.sample_every > 0) check_prompt(setup);
@@ -137,12 +139,16 @@ void refuse_launchers(const Options& options) {
 }
 
 int run(Command command, const Options& options, char** argv, std::unique_ptr<Job>& job) {
-  if (command == Command::kGenerate || command == Command::kEval) refuse_launchers(options);
+  if (command == Command::kGenerate || command == Command::kEval || command == Command::kSelftest)
+    refuse_launchers(options);
   switch (command) {
     case Command::kTrain: return run_training(options, argv, job);
     case Command::kPlan: print_plan(options); break;
     case Command::kGenerate: generate(options); break;
     case Command::kEval: evaluate(options); break;
+    case Command::kSelftest:
+      if (!selftest(options)) return 1;
+      break;
     case Command::kExit: break;
   }
   return output_arrived() ? 0 : 1;  // what was asked for is what is printed

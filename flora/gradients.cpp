@@ -421,7 +421,7 @@ Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, Paramet
                {"gradient.second_vectors", config.gradient_dtype, 0, Category::kGradients}},
       top_vectors_("gradient.top_vectors", config.gradient_dtype, 0, Category::kGradients),
       rows_("gradient.rows", DType::kF32, kPhaseBackward, Category::kGradients),
-      projection_("gradient.projection", config.gradient_dtype, 0),
+      projection_("gradient.projection", config.projection_dtype.value_or(config.gradient_dtype), 0),
       projected_("gradient.projected", DType::kF32, 0) {
   const bool fused = config.kind == GradientMode::kFused;
   if (config.micro_batches < 1) throw std::invalid_argument("a step has at least one micro-batch");

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -40,7 +41,7 @@
 class GradientSink {
  public:
   struct Target {
-    Tensor tensor;    // [rows, cols] (1-D: [cols]); padded_rows rows are writable behind it for the padded embedding
+    Tensor tensor;    // [rows, cols] (1-D: [cols]); padded_rows rows of the embedding and the head are writable
     bool accumulate;  // add to what is there instead of overwriting it
   };
 
@@ -74,6 +75,7 @@ struct GradientConfig {
   DType accumulation_dtype = DType::kF32;  // of one summed over micro-batches: fp32, or bf16 rounded stochastically
   int64_t accumulation_rank = 0;           // > 0: sums are kept projected (fused and compressed)
   ProjectionKind projection = ProjectionKind::kCosine;  // of the accumulated gradient
+  std::optional<DType> projection_dtype = {};           // gradient_dtype where it is not said
   bool compress_embeddings = false;
   float clip_norm = 0;  // 0: off. Fused: needs two backward passes, see needs_norm_pass()
   uint64_t seed = 0;    // the run's seed

@@ -185,6 +185,6 @@ class Optimizer {
   WeightPieces pieces_;
 };
 
-// gradient_dtype: of the gradients that update() gets; the projection scratch has the same.
+// gradient_dtype: of random projections, as a rule that of the gradients that update() gets.
 std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, const std::vector<Parameter>& parameters,
                                           DType gradient_dtype, Backend& backend);

@@ -34,6 +34,11 @@ struct Parameter {
     return matrix ? Tensor::of(memory, dtype, {rows, cols}, scales) : Tensor::of(memory, dtype, {cols}, scales);
   }
   Tensor tensor(const Tensor& memory) const { return tensor(memory.data, memory.dtype, memory.scales); }
+  // Such a tensor of a matrix with the padding rows behind it.
+  Tensor padded(Tensor t) const {
+    t.shape[0] = padded_rows;
+    return t;
+  }
 };
 
 // Throws std::logic_error unless every parameter stands at its own index.

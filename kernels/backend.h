@@ -190,6 +190,13 @@ class Backend {
   // From now on nothing is measured any more: what is new takes the first choice, which is the same in every run.
   virtual void end_tuning() {}
 
+  // Matrix products that were computed in a way far slower than the device's own, and why, as one line; empty when
+  // there were none.
+  virtual std::string slow_products() const { return ""; }
+  // The last result of an operation, by its name in a profile, was wrong: it is computed in another way from now on, a
+  // product only where it is of the same kind. Returns what that is, in words; empty when there is no other way.
+  virtual std::string distrust(const std::string& /*operation*/) { return ""; }
+
   Profiler* profiler = nullptr;  // when set, every operation is timed (the device is synchronized around it)
 
   // ---- elementwise and reductions
@@ -240,7 +247,8 @@ class Backend {
   virtual void layernorm_backward(Tensor din, Tensor dweight, Tensor dbias, bool accumulate_parameters, Tensor dout,
                                   Tensor in, Tensor mean, Tensor rstd, Tensor weight) = 0;
 
-  // out[M,N] (+)= alpha * op(a)[M,K] op(b)[K,N] + bias. Any mix of fp32 and bf16; rows may be strided.
+  // out[M,N] (+)= alpha * op(a)[M,K] op(b)[K,N] + bias. Any mix of fp32 and bf16; rows may be strided. A GPU multiplies
+  // an fp32 operand that meets a bf16 one as bf16, rounded to nearest even.
   virtual void matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options = {}) = 0;
   virtual void bias_backward(Tensor dbias, Tensor dout, bool accumulate) = 0;  // dbias[j] (+)= sum_i dout[i,j]
 

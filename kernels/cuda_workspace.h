@@ -13,6 +13,8 @@ inline constexpr int64_t kChannelMultiple = 8, kMostNormChannels = 16384, kMostH
 
 // What cuBLASLt may use; part of the plan, the same on every device.
 inline constexpr size_t kCublasWorkspaceBytes = size_t{32} << 20;
+// What is left of it for a product whose matrices are copied into the rest first (kernels/cuda/matmul_staging.cu).
+inline constexpr size_t kStagedProductWorkspace = size_t{8} << 20;
 
 // Sums (kernels/cuda/reductions.cu, column_sums.cuh): the most partial sums that a first kernel leaves for a second.
 inline constexpr int64_t kMaxSumBlocks = 1024;  // of all elements

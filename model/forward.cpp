@@ -185,8 +185,9 @@ void Gpt2::head(GradientSink* sink, float gradient_scale) {
     if (!sink) continue;
     backend_.matmul(d_norm.slice(begin, count), logits, head_weight);
     if (blocks) continue;
+    // With the padding rows, whose gradient is 0: whole tiles.
     const GradientSink::Target target = sink->target(head);
-    backend_.matmul(target.tensor, logits.columns(0, V), in, {.transpose_a = true, .accumulate = target.accumulate});
+    backend_.matmul(head.padded(target.tensor), logits, in, {.transpose_a = true, .accumulate = target.accumulate});
   }
   store_.release(-1, false);
 }

@@ -94,11 +94,7 @@ Tensor WeightStore::weight(const Parameter& parameter) {
   return decoded;
 }
 
-Tensor WeightStore::padded_weight(const Parameter& parameter) {
-  Tensor padded = weight(parameter);
-  padded.shape[0] = parameter.padded_rows;
-  return padded;
-}
+Tensor WeightStore::padded_weight(const Parameter& parameter) { return parameter.padded(weight(parameter)); }
 
 // Pieces are fp32 in the memory of decoded matrices.
 void WeightStore::assign(const Parameter& p, const std::function<void(Tensor, int64_t)>& fill) {

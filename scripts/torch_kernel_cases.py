@@ -113,7 +113,7 @@ class Cases:
                     lambda out, x, d: torch.mm(x.t(), d, out=out))
 
     def matmuls(self):
-        C, V, P, r = self.model.channels, self.model.vocabulary, self.model.padded, self.model.rank
+        C, P, r = self.model.channels, self.model.padded, self.model.rank
         N = self.model.batch * self.model.sequence
         self.linear("qkv", C, 3 * C)
         self.linear("proj", C, C)
@@ -124,8 +124,8 @@ class Cases:
         for n in self.model.chunks:
             self.matmul("head forward", n, P, C, (n, C), (P, C), lambda out, x, w: torch.mm(x, w.t(), out=out))
             self.matmul("head input_gradient", n, C, P, (n, P), (P, C), lambda out, d, w: torch.mm(d, w, out=out))
-            self.matmul("head weight_gradient", V, C, n, (n, P), (n, C),
-                        lambda out, d, x: out.addmm_(d[:, :V].t(), x), in_place=True)
+            self.matmul("head weight_gradient", P, C, n, (n, P), (n, C), lambda out, d, x: out.addmm_(d.t(), x),
+                        in_place=True)
         self.matmul("transfer_square", r, r, C, (r, C), (r, C), lambda out, p, q: torch.mm(p, q.t(), out=out))
 
     def attention(self):

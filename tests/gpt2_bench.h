@@ -98,13 +98,22 @@ class CapturingSink final : public GradientSink {
   }
 
   Floats gradient(const std::string& name) const {
-    for (const Parameter& p : parameters_)
-      if (p.name == name) return download_floats(backend_, p.tensor(buffers_.at(name)));
-    throw std::logic_error("no parameter " + name);
+    return download_floats(backend_, parameter(name).tensor(buffers_.at(name)));
+  }
+
+  // What is in the rows behind the gradient.
+  Floats padding(const std::string& name) const {
+    const Parameter& p = parameter(name);
+    return download_floats(backend_, buffers_.at(name).slice(p.rows, p.padded_rows - p.rows));
   }
 
  private:
   DType dtype_of(const Parameter& p) const { return p.long_lived ? DType::kF32 : dtype_; }
+  const Parameter& parameter(const std::string& name) const {
+    for (const Parameter& p : parameters_)
+      if (p.name == name) return p;
+    throw std::logic_error("no parameter " + name);
+  }
 
   std::vector<Parameter> parameters_;
   DType dtype_;

@@ -42,7 +42,7 @@ COUNTS = {
     ("matmul fc input_gradient", "64x128x512 bf16"): (2 * (N * 4 * C + C * 4 * C + N * C), 2 * N * 4 * C * C),
     ("matmul fc weight_gradient_accumulated", "128x512x64 bf16"):
         (2 * (N * C + N * 4 * C) + 2 * 4 * C * 4 * C, 2 * N * 4 * C * C),
-    ("matmul head weight_gradient", "257x128x16 bf16"): (2 * 16 * (V + C) + 2 * 4 * V * C, 2 * 16 * V * C),
+    ("matmul head weight_gradient", "384x128x16 bf16"): (2 * 16 * (384 + C) + 2 * 4 * 384 * C, 2 * 16 * 384 * C),
     # Two products of T (T + 1) / 2 pairs of positions, 2 FLOPs per pair and channel; backward five.
     ("attention_forward", "B2 T32 NH2 HD64 bf16"): (2 * (N * 3 * C + N * C), 2 * 2 * 2 * (32 * 33 // 2) * C),
     ("attention_backward", "B2 T32 NH2 HD64 bf16"): (2 * (2 * N * 3 * C + 2 * N * C), 5 * 2 * 2 * (32 * 33 // 2) * C),

@@ -61,6 +61,23 @@ TEST_P(Gpt2Precision, ChunksOfTheHeadAgree) {
   }
 }
 
+// The head's product writes the padding rows of its gradient, too; the lookup adds nothing to them.
+TEST_P(Gpt2Precision, PaddingRowsOfTheHeadGetNoGradient) {
+  BenchOptions options = odd_options(GetParam());
+  options.head_chunk = 20;
+  for (const bool tied : {true, false}) {
+    options.config.tied_head = tied;
+    Gpt2Bench bench(options);
+    bench.randomize(2);
+    bench.gradients(odd_batch());
+    const std::string head = tied ? "wte.weight" : "lm_head.weight";
+    const Floats padding = bench.sink.padding(head);
+    ASSERT_EQ(padding.size(), static_cast<size_t>((256 - 131) * options.config.channels));
+    EXPECT_EQ(padding, Floats(padding.size(), 0.0f)) << head;
+    for (const float value : bench.sink.gradient(head)) ASSERT_TRUE(std::isfinite(value));
+  }
+}
+
 TEST_P(Gpt2Precision, EvaluationIsTheTrainingLoss) {
   Gpt2Bench bench(odd_options(GetParam()));
   bench.randomize(3);

@@ -32,6 +32,14 @@ struct DTypes {
   DType out, a, b;
 };
 
+// A matrix as a product takes it: a GPU multiplies in bf16 what meets a bf16 matrix.
+Values operand(TestDevice& device, const Tensor& t, DType other) {
+  Values values = device.read(t);
+  if (device->name() == "cpu" || t.dtype == other) return values;
+  for (double& value : values) value = to_float(from_float<bf16>(static_cast<float>(value)));
+  return values;
+}
+
 // `gap` extra elements between the rows of every matrix.
 void check(const std::string& backend, const Case& c, DTypes dtypes, int64_t gap = 0) {
   SCOPED_TRACE("m " + std::to_string(c.m) + " n " + std::to_string(c.n) + " k " + std::to_string(c.k) + " transposed " +
@@ -47,7 +55,8 @@ void check(const std::string& backend, const Case& c, DTypes dtypes, int64_t gap
   const Tensor bias = device.random(3, dtypes.b, {c.n}, 3);
   const Tensor out = c.accumulate ? device.random(4, dtypes.out, {c.m, c.n}, 5, pitch(c.n))
                                   : device.poisoned(dtypes.out, {c.m, c.n}, pitch(c.n));
-  const Values expected = reference(c, device.read(a), device.read(b), device.read(out), device.read(bias));
+  const Values expected =
+      reference(c, operand(device, a, b.dtype), operand(device, b, a.dtype), device.read(out), device.read(bias));
   device->matmul(out, a, b,
                  {.transpose_a = c.transpose_a,
                   .transpose_b = c.transpose_b,
@@ -313,9 +322,40 @@ TEST_P(GpuMatmul, NoAlgorithm) {
     EXPECT_NE(what.find(dtype_name(dtype())), std::string::npos) << what;
     EXPECT_NE(what.find("CUBLAS_STATUS_NOT_SUPPORTED"), std::string::npos) << what;
   }
-  // Odd sizes are nobody's fault: the plain kernel computes them.
-  const DTypes same = {dtype(), dtype(), dtype()};
-  check(backend(), {.m = 17, .n = 19, .k = 23}, same);
+  // Odd sizes are nobody's fault: the plain kernel computes them, and says so.
+  EXPECT_EQ(device->slow_products(), "");
+  const Tensor odd_a = device.random(1, dtype(), {17, 23}), odd_b = device.random(2, dtype(), {23, 19});
+  const Tensor odd_out = device.poisoned(dtype(), {17, 19});
+  const Values expected = reference({.m = 17, .n = 19, .k = 23}, device.read(odd_a), device.read(odd_b), {}, {});
+  device->matmul(odd_out, odd_a, odd_b);
+  device->matmul(odd_out, odd_a, odd_b);
+  EXPECT_LE(relative_error(device.read(odd_out), expected), tolerance(dtype()));
+  const std::string slow = device->slow_products(), name = dtype_name(dtype());
+  EXPECT_NE(slow.find("2 x [17,23]x[23,19] " + name + " and " + name), std::string::npos) << slow;
+  EXPECT_NE(slow.find("cuBLASLt has no algorithm"), std::string::npos) << slow;
+}
+
+// A product whose result was wrong gets one algorithm after another, then the plain kernel; others keep theirs.
+TEST_P(GpuMatmul, DistrustedAlgorithms) {
+  TestDevice device(backend());
+  const Case c = {.m = 16, .n = 64, .k = 32};
+  const Tensor a = device.random(1, dtype(), {c.m, c.k}), b = device.random(2, dtype(), {c.k, c.n});
+  const Tensor out = device.poisoned(dtype(), {c.m, c.n}), other = device.poisoned(dtype(), {8, c.n});
+  const Values expected = reference(c, device.read(a), device.read(b), {}, {});
+  std::vector<std::string> taken;
+  do {
+    device->matmul(out, a, b);
+    EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype()));
+    taken.push_back(device->distrust("matmul"));
+  } while (!taken.back().empty() && taken.size() < 20);
+  ASSERT_GE(taken.size(), 2u);
+  EXPECT_EQ(taken.back(), "") << "nothing is left behind the plain kernel";
+  EXPECT_EQ(taken[taken.size() - 2], "the plain kernel");
+  for (size_t i = 0; i + 2 < taken.size(); ++i) EXPECT_EQ(taken[i], "another algorithm of cuBLASLt");
+  EXPECT_NE(device->slow_products().find("cuBLASLt's results are wrong"), std::string::npos);
+  const std::string before = device->slow_products();
+  device->matmul(other, a.slice(0, 8), b);
+  EXPECT_EQ(device->slow_products(), before);
 }
 
 // ---- mixtures of dtypes
@@ -333,6 +373,12 @@ TEST_P(MixedMatmul, EveryMixOfDTypes) {
       check(GetParam(), {.m = 21, .n = 5, .k = 31, .transpose_a = true, .accumulate = accumulate}, dtypes, 2);
     }
   }
+}
+
+// Copies that do not fit the workspace at once: of an operand, then of the result.
+TEST_P(MixedMatmul, InPieces) {
+  check(GetParam(), {.m = 8, .n = 8192, .k = 1600, .bias = true}, {DType::kF32, DType::kBF16, DType::kF32});
+  check(GetParam(), {.m = 2568, .n = 2504, .k = 8, .accumulate = true}, {DType::kBF16, DType::kF32, DType::kF32});
 }
 
 // ---- bias_backward

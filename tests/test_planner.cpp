@@ -40,7 +40,8 @@ Rates random_rates(std::mt19937& random) {
           .flops = between(1e9, 1e15),
           .bytes = between(1e8, 1e13),
           .transfer = between(1e8, 1e12),
-          .call = random() % 3 == 0 ? 0 : between(1e-7, 1e-3)};
+          .call = random() % 3 == 0 ? 0 : between(1e-7, 1e-3),
+          .tiles = random() % 2 == 0 ? 0 : between(1, 1000)};
 }
 
 RunSetup undecided(std::vector<std::string> arguments, const std::string& device = "cpu") {
@@ -103,6 +104,40 @@ TEST(Prediction, MoreTokensAreNeverSlowerPerToken) {
       before = now;
     }
   }
+}
+
+TEST(Prediction, LongerChunksOfTheHeadAreFaster) {
+  const Rates rates = nominal_rates(small_config(), "cuda");
+  EngineConfig config = small_config();
+  config.shapes.batch = 16, config.shapes.sequence = 1024;
+  double before = INFINITY;
+  for (const int64_t chunk : {128, 512, 2048, 8192, 16384}) {
+    config.shapes.head_chunk = chunk;
+    const double now = predict_step(config, rates, {});
+    EXPECT_LT(now, before) << chunk;
+    before = now;
+  }
+}
+
+// Where memory is left the head takes all tokens at a time, else the half, the quarter, ... down to what there was.
+TEST(HeadChunk, IsAsLongAsMemoryAllows) {
+  const std::unique_ptr<Backend> backend = make_cpu_backend();
+  EngineConfig config = small_config();
+  config.shapes.batch = 16, config.shapes.sequence = 50, config.shapes.head_chunk = 64;
+  config.model.positions = 50, config.model.vocabulary = 50000;
+  const auto bytes = [&](int64_t chunk) {
+    EngineConfig other = config;
+    other.shapes.head_chunk = chunk;
+    return Engine(other, *backend).plan().device_bytes();
+  };
+  const auto chosen = [&](size_t free) { return longest_head_chunk(config, {free, SIZE_MAX, false}, *backend); };
+  const auto with_sixteenth = [](size_t plan) { return plan + plan / 15 + 16; };
+  EXPECT_EQ(chosen(with_sixteenth(bytes(800))), 800);
+  EXPECT_EQ(chosen(bytes(800)), 400) << "a sixteenth is left";
+  EXPECT_EQ(chosen(with_sixteenth(bytes(400))), 400);
+  EXPECT_EQ(chosen(with_sixteenth(bytes(100))), 100);
+  EXPECT_EQ(chosen(bytes(64)), 64);
+  EXPECT_EQ(chosen(0), 64) << "unknown";
 }
 
 TEST(Prediction, RecomputationAndBlocksCostTime) {

@@ -11,7 +11,8 @@ import socket
 import subprocess
 
 import pytest
-from program import PROGRAM, TINY, call, fail, losses, metrics, same_state, steps_saved, succeed
+from program import (PROGRAM, TINY, call, fail, language, losses, metrics, same_state, steps_saved, succeed,
+                     write_shard)
 
 pytestmark = pytest.mark.cuda
 
@@ -37,7 +38,7 @@ def model(tmp_path):
     """A model with heads of 64, so that attention in bf16 runs on tensor cores."""
     path = tmp_path / "model.json"
     path.write_text(json.dumps({"vocab_size": 257, "n_positions": 64, "n_embd": 128, "n_layer": 2, "n_head": 2}))
-    return ["--model", path, "--device", "cuda", "--no-autotune"]
+    return ["--model", path, "--device", "cuda", "--no-autotune", "--no-self-check"]
 
 
 def with_environment(**variables):
@@ -335,3 +336,75 @@ def test_an_old_nccl_is_refused_with_the_package(data, tmp_path, model):
     message = fail("--data", data / "text_train_*.bin", *TINY, *model, "--devices", 2, "--steps", 1, "--out", tmp_path / "run",
                    code=1, env=with_environment(CUDA_ON_CPU_NCCL=22703, CUDA_ON_CPU_DEVICES=2))
     assert "NCCL 2.28 or newer, and this one is 2.27" in message and "nvidia-nccl-cu13" in message
+
+
+# ---- a GPU that computes something wrongly
+
+FAULT = "CUDA_ON_CPU_LOSE_BLOCK"
+
+
+def checked(tmp_path, *flags, cache="cache", **variables):
+    """Two steps on a device that nobody has checked, or that passed what `cache` says, with faults planted in it."""
+    out = tmp_path / f"run_{len(list(tmp_path.iterdir()))}"
+    return call("--data", tmp_path / "*.bin", *TINY, "--device", "cuda", "--steps", 2, "--eval-every", 0, "--out", out,
+                *flags, env=with_environment(XDG_CACHE_HOME=tmp_path / cache, **variables))
+
+
+def checked_until(text, tmp_path, **variables):
+    """A slow machine makes only some checks at each start, which is remembered, but at least one."""
+    for _ in range(60):
+        result = checked(tmp_path, **variables)
+        if text in result.stdout + result.stderr:
+            return result
+    raise AssertionError(result.stdout + result.stderr)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return write_shard(tmp_path / "text_train_0.bin", language(3000, 1))
+
+
+@on_shim
+def test_a_new_device_is_checked_once(tmp_path, shard):
+    first = checked(tmp_path).stdout
+    assert first.count("\nchecked ") == 1 and " of this device against their formulas (" in first
+    for _ in range(60):
+        text = checked(tmp_path).stdout
+        if "\nchecked " not in text:
+            break
+    assert "\nchecked " not in text and "trained 2 steps" in text
+    (tmp_path / "cache" / "train_gpt2" / "checked").unlink()
+    assert "\nchecked " not in checked(tmp_path, "--no-self-check").stdout
+
+
+@on_shim
+def test_a_wrong_kernel_is_replaced_or_ends_the_run(tmp_path, shard):
+    result = checked_until("attention_forward", tmp_path, cache="a", **{FAULT: "attention_forward_mma"})
+    (line,) = [line for line in result.stderr.splitlines() if "attention_forward" in line]
+    assert "[2,32,128] bf16 2 heads was wrong on this device (largest difference " in line
+    assert line.endswith("computed by the plain kernels in this run")
+    assert result.returncode == 0 and "trained 2 steps" in result.stdout
+
+    result = checked_until("attention_backward", tmp_path, cache="b", **{FAULT: "attention_delta"})
+    assert "attention_backward [2,32,128] bf16 2 heads is computed wrongly on CUDA on CPU" in result.stderr
+    assert result.returncode == 1 and "selftest" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert checked(tmp_path, "--no-self-check", **{FAULT: "attention_delta"}).returncode == 0
+
+
+@on_shim
+def test_products_without_tensor_cores_are_said_after_the_first_step(tmp_path, shard):
+    said = "matrix products that the plain kernel computed, which is slow: "
+    assert said not in checked(tmp_path, "--tokens-per-step", 128, "--rank", 16).stdout
+    # Found wrong, because a check of a product comes within the first starts.
+    text = checked_until(said, tmp_path, cache="a", CUDA_ON_CPU_WRONG_ALGORITHMS=99).stdout
+    lines = [line for line in text.splitlines() if said in line]
+    assert len(lines) == 1 and "cuBLASLt's results are wrong" in lines[0]
+
+
+@on_shim
+def test_selftest_finds_a_wrong_kernel(tmp_path):
+    flags = ["selftest", "--device", "cuda", "--model", "tiny", "--seq-len", 32, "--micro-batch", 2]
+    result = call(*flags, env=with_environment(**{FAULT: "layernorm_backward"}))
+    wrong = [line for line in result.stdout.splitlines() if line.endswith("WRONG")]
+    assert result.returncode == 1 and wrong and all(line.startswith("layernorm_backward ") for line in wrong)
+    assert f", {len(wrong)} wrong" in result.stdout.splitlines()[-1]

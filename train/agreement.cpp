@@ -16,7 +16,31 @@
 
 namespace {
 
-// The build id that the linker has given this program, in hexadecimal; "" where it has given none.
+// NCCL's own, with which several ranks may have one GPU.
+constexpr char kShareVariable[] = "NCCL_MULTI_RANK_GPU_ENABLE";
+
+// Of one machine, or compared by what they lead to: shards by their contents.
+const std::set<std::string>& of_one_machine() {
+  static const std::set<std::string> keys = {
+      "data", "val_data", "threads", "peak_tflops", "devices", "rendezvous_port", "rendezvous_timeout", "comm_timeout"};
+  return keys;
+}
+
+std::string cores() {
+  char host[256] = "";
+  gethostname(host, sizeof host - 1);
+  std::string text = host;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return text;
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (CPU_ISSET(core, &set)) text += " " + std::to_string(core);
+  }
+  return text;
+}
+
+}  // namespace
+
 std::string build_id() {
   std::string id;
   const auto visit = [](dl_phdr_info* info, size_t, void* found) {
@@ -43,31 +67,6 @@ std::string build_id() {
   dl_iterate_phdr(visit, &id);
   return id;
 }
-
-// NCCL's own, with which several ranks may have one GPU.
-constexpr char kShareVariable[] = "NCCL_MULTI_RANK_GPU_ENABLE";
-
-// Of one machine, or compared by what they lead to: shards by their contents.
-const std::set<std::string>& of_one_machine() {
-  static const std::set<std::string> keys = {
-      "data", "val_data", "threads", "peak_tflops", "devices", "rendezvous_port", "rendezvous_timeout", "comm_timeout"};
-  return keys;
-}
-
-std::string cores() {
-  char host[256] = "";
-  gethostname(host, sizeof host - 1);
-  std::string text = host;
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof set, &set) != 0) return text;
-  for (int core = 0; core < CPU_SETSIZE; ++core) {
-    if (CPU_ISSET(core, &set)) text += " " + std::to_string(core);
-  }
-  return text;
-}
-
-}  // namespace
 
 void agree_on_options(Job& job, const Options& options) {
   if (job.size() == 1) return;

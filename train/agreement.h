@@ -8,6 +8,9 @@
 #include "train/options.h"
 #include "train/run_setup.h"
 
+// The build id that the linker has given this program, in hexadecimal; "" where it has given none.
+std::string build_id();
+
 // The same program and the same options, but for those that concern one machine. Throws LaunchError on every rank where
 // one differs.
 void agree_on_options(Job& job, const Options& options);

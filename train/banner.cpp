@@ -84,6 +84,8 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
   const Options& o = setup.options;
   const Gpt2Config& model = setup.engine.model;
   std::printf("device      %s (%s)\n", backend.description().c_str(), why.c_str());
+  if (const std::string checked = checked_text(trainer.checked_device()); !checked.empty())
+    std::printf("checked     %s\n", checked.c_str());
   std::printf("model       %s: %lld layers, %lld channels, %lld heads, vocabulary %lld, %.1fM parameters, weights %s\n",
               o.model.c_str(), static_cast<long long>(model.layers), static_cast<long long>(model.channels),
               static_cast<long long>(model.heads), static_cast<long long>(model.vocabulary),
@@ -115,6 +117,7 @@ void print_banner(const RunSetup& setup, const Backend& backend, const std::stri
     warn(warning);
   }
   for (const std::string& warning : trainer.data_warnings()) warn(warning);
+  for (const std::string& warning : trainer.checked_device().switched_off) warn(warning);
   for (const std::string& change : changes) std::printf("changed     %s\n", change.c_str());
   std::fflush(stdout);
 }

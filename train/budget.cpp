@@ -31,13 +31,13 @@ std::string described(const Candidate& candidate, bool measured) {
 // All ranks measure at the same time, as they will compute.
 Rates rates_of_rank_0(Job& job, const Rates& mine) {
   char text[192];
-  snprintf(text, sizeof text, "%d %d %a %a %a %a %a", mine.measured, mine.copies_overlap, mine.flops, mine.bytes,
-           mine.transfer, mine.call, mine.wire);
+  snprintf(text, sizeof text, "%d %d %a %a %a %a %a %a", mine.measured, mine.copies_overlap, mine.flops, mine.bytes,
+           mine.transfer, mine.call, mine.wire, mine.tiles);
   const std::string first = from_rank_0(job, text);
   Rates rates;
   int measured = 0, overlap = 0;
-  std::sscanf(first.c_str(), "%d %d %la %la %la %la %la", &measured, &overlap, &rates.flops, &rates.bytes,
-              &rates.transfer, &rates.call, &rates.wire);
+  std::sscanf(first.c_str(), "%d %d %la %la %la %la %la %la", &measured, &overlap, &rates.flops, &rates.bytes,
+              &rates.transfer, &rates.call, &rates.wire, &rates.tiles);
   rates.measured = measured != 0;
   rates.copies_overlap = overlap != 0;
   return rates;
@@ -100,6 +100,20 @@ RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice) {
   o.set("offload", o.engine.offload, choice.offload);
   if (o.ranks > 1) o.set("shard", o.engine.spread, choice.spread);
   return resolve(request);
+}
+
+RunSetup resolve_for(const RunRequest& request, Backend& backend, Job& job) {
+  const RunSetup setup = resolve(request);
+  const bool open = request.checkpoint.empty() && !request.options.was_given("head-chunk");
+  if (backend.name() == "cpu" || !open) return setup;
+  const MemoryLimit limit = available_memory_limit(backend, job);
+  EngineConfig config = setup.engine;
+  config.shapes.head_chunk = longest_head_chunk(config, limit, backend);
+  RunRequest longer = request;
+  longer.options.choose("head-chunk", longer.options.engine.shapes.head_chunk, config.shapes.head_chunk);
+  RunSetup chosen = resolve(longer);
+  chosen.request = request;
+  return chosen;
 }
 
 BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, bool for_run, Job& job) {

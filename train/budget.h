@@ -24,6 +24,10 @@ Budget find_budget(const Options& options, Backend& backend, bool for_run, Job& 
 // The run with the settings of `choice`, resolved anew.
 RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice);
 
+// A run without a budget: resolve(), and on a GPU whose memory is known a head chunk as long as that allows, the same
+// on all ranks.
+RunSetup resolve_for(const RunRequest& request, Backend& backend, Job& job);
+
 struct BudgetChoice {
   Budget budget;
   RunSetup setup;

@@ -66,7 +66,10 @@ const std::set<std::string>& flags_of(Command command) {
   static const std::set<std::string> eval = {
       "model",   "data",  "val-data",     "data-format",      "eval-batches", "hellaswag", "tokenizer", "micro-batch",
       "seq-len", "dtype", "weight-dtype", "activation-dtype", "head-chunk",   "device",    "threads",   "tf32"};
-  return command == Command::kGenerate ? generate : eval;
+  static const std::set<std::string> selftest = {"model",        "micro-batch",      "seq-len",        "dtype",
+                                                 "weight-dtype", "activation-dtype", "gradient-dtype", "rank",
+                                                 "device",       "threads",          "tf32",           "no-autotune"};
+  return command == Command::kGenerate ? generate : command == Command::kEval ? eval : selftest;
 }
 
 const std::set<std::string>& not_of_plan() {
@@ -156,6 +159,9 @@ class Parser {
     add(Command::kGenerate, "generate", "continue --prompt with the --model given");
     add(Command::kEval, "eval",
         "loss and bits per byte of the --model given on --val-data, or its accuracy on --hellaswag");
+    add(Command::kSelftest, "selftest",
+        "compare every operation of the device with its formula, at odd shapes and those of the --model given; exit "
+        "code 1 when one is wrong");
     app_.require_subcommand(0, 1);
     describe(options_, visitor_);
     for (const auto& [name, set] : visitor_.setters) names_.push_back(name);

@@ -5,7 +5,7 @@
 
 #include "train/options.h"
 
-enum class Command { kTrain, kPlan, kGenerate, kEval, kExit };
+enum class Command { kTrain, kPlan, kGenerate, kEval, kSelftest, kExit };
 
 // Prints --help or --version itself and returns kExit. Throws UsageError.
 Command parse_command_line(int argc, char** argv, Options& options);

@@ -70,14 +70,20 @@ struct Operations {
   }
 
   // Chunk by chunk: a product over few tokens waits for the table, or for the fp32 gradient that it is added to. The
-  // number of chunks is not rounded up, so that it never grows faster than the tokens.
-  Work head() const {
+  // number of chunks is not rounded up, so that it never grows faster than the tokens. The gradient of the input has
+  // few tiles and long sums, which a library divides among as many as kShares multiprocessors.
+  Work head(double tiles_at_a_time) const {
+    constexpr double kShares = 4;
     const double rows = static_cast<double>(config.model.padded_vocabulary());
-    const double chunks = std::max(1.0, tokens / static_cast<double>(config.shapes.head_chunk));
+    const double chunk = static_cast<double>(config.shapes.head_chunk);
+    const double chunks = std::max(1.0, tokens / chunk);
+    const double tiles = std::max(1.0, chunk / 128) * std::max(1.0, C / 256);
     const Work product = {.flops = 2 * C * rows * tokens, .bytes = C * size * rows * chunks};
     const Work gradient = {.flops = 2 * C * rows * tokens, .bytes = 8 * C * rows * chunks};
     const Work classifier = {.bytes = 2 * size * rows * tokens};
-    const Work both = product + classifier + product;  // logits, losses, gradient of the input
+    Work input_gradient = product;
+    input_gradient.flops *= std::max(1.0, tiles_at_a_time / (kShares * tiles));
+    const Work both = product + classifier + input_gradient;  // after the logits and the losses
     if (config.gradients.blocks == GradientBlocks::kWhole) return both + gradient;
     // In blocks the logits are computed again for every pass over the gradient.
     return both + gradient_passes(config.optimizer) * (product + classifier + gradient);
@@ -133,7 +139,8 @@ Rates nominal_rates(const EngineConfig& config, const std::string& backend) {
           .bytes = 2.5e12,
           .transfer = 2.5e10,
           .call = 5e-6,
-          .wire = 2.5e10};
+          .wire = 2.5e10,
+          .tiles = 132};
 }
 
 Rates measure_rates(const EngineConfig& config, Backend& backend) {
@@ -251,8 +258,8 @@ double predict_step(const EngineConfig& config, const Rates& rates, const BlockB
   const Work backward =
       passes * layers * (step.decode() + step.backward()) + micro_batches * layers * step.accumulate();
   const double back = passes * (weights + kept), changed = 2 * state + weights;
-  double total =
-      passes * (kPerMicroBatch + seconds(forward, weights + kept, wire.forward / passes) + seconds(step.head(), 0, 0));
+  double total = passes * (kPerMicroBatch + seconds(forward, weights + kept, wire.forward / passes) +
+                           seconds(step.head(rates.tiles), 0, 0));
   if (fused) {  // updates run beside the transfers of the next blocks
     total += seconds(backward + step.update(), back + changed, wire.backward + wire.update);
   } else {

@@ -15,6 +15,7 @@ struct Rates {
   double transfer = 0;          // bytes per second from host to device, and back
   double call = 0;              // seconds that every operation costs
   double wire = 0;              // bytes per second that a rank sends to another; never measured
+  double tiles = 0;  // of 128 x 256 numbers of a product, which the device computes at a time; never measured
 };
 
 // For order only: what a device of this kind (the backend's name) reaches by its data sheet.

@@ -41,6 +41,11 @@ std::unique_ptr<Communicator> planned(int ranks) {
   return std::make_unique<PlannedRanks>(ranks);
 }
 
+// Of random projections: bf16 beside bf16 activations, because tensor cores do not multiply fp32 numbers.
+DType projection_dtype(const EngineConfig& config) {
+  return config.shapes.dtype == DType::kBF16 ? DType::kBF16 : config.gradients.gradient_dtype;
+}
+
 // What follows from offloading, from ranks and from gradients in blocks for the parts. What visits the device is copied
 // on a stream of its own from and to memory that changes, so the operations are not the same each time.
 EngineConfig completed(EngineConfig config, Communicator& communicator, const Backend& backend) {
@@ -59,6 +64,7 @@ EngineConfig completed(EngineConfig config, Communicator& communicator, const Ba
   config.gradients.layer_by_layer = config.optimizer.states.streamed_layers > 0 && !config.optimizer.states.parts;
   config.gradients.beside = config.overlap_updates && can_overlap_updates(config, backend);
   config.optimizer.blocks = config.gradients.blocks;
+  config.gradients.projection_dtype = projection_dtype(config);
   config.shapes.head_blocks = config.shapes.training && config.gradients.blocks != GradientBlocks::kWhole;
   return config;
 }
@@ -111,7 +117,7 @@ Engine::Engine(const EngineConfig& config, Backend& backend, std::unique_ptr<Com
       model_(config_.model, config_.shapes, store_, backend),
       graphs_(backend, config_.graphs) {
   if (config_.shapes.training) {
-    optimizer_ = make_optimizer(config_.optimizer, store_.parameters(), config_.gradients.gradient_dtype, backend);
+    optimizer_ = make_optimizer(config_.optimizer, store_.parameters(), projection_dtype(config_), backend);
     gradients_ = std::make_unique<Gradients>(config_.gradients, *optimizer_, store_, backend, communicator_);
   }
   if (config_.sampling) sampler_ = std::make_unique<Gpt2>(config_.model, sampling_shapes(config_), store_, backend);

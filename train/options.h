@@ -58,7 +58,7 @@ struct Options {
   // device
   DeviceKind device = DeviceKind::kAuto;
   int64_t threads = 0;  // 0: as many as there are cores
-  bool tf32 = false, autotune = true;
+  bool tf32 = false, autotune = true, self_check = true;
   bool overlap_updates = true;  // where memory allows: let_updates_overlap()
   bool profile = false;
   double peak_tflops = 0;  // 0: measured
@@ -236,8 +236,9 @@ void describe(Options& o, Visitor& v) {
     "auto: what the device has free; plan without --model: the largest models that fit",
     Text{}, free);
   v(shapes.recompute, "recompute", "", "activations computed again in the backward pass", kRecomputeNames, free);
-  v(shapes.head_chunk, "head-chunk", "tokens", "tokens whose logits exist at a time; default: at most 512", at_least(1),
-    fixed);
+  v(shapes.head_chunk, "head-chunk", "tokens",
+    "tokens whose logits exist at a time; default: at most 512, in training on a GPU as many as its memory allows",
+    at_least(1), fixed);
   v(gradients.blocks, "gradient-blocks", "",
     "gradients that are computed and used block by block, computed again for each pass of the update, instead of "
     "whole: of embedding and head, or of all large matrices (fused gradients, one micro-batch)",
@@ -278,12 +279,15 @@ void describe(Options& o, Visitor& v) {
   v(o.tf32, "tf32", "", "CUDA: fp32 matmuls on tensor cores, inputs rounded to TF32", Switch{}, fixed);
   v(o.autotune, "no-autotune", "",
     "CUDA: cuBLASLt's first choice of a matmul algorithm instead of timing several at the start", Switch{false}, free);
+  v(o.self_check, "no-self-check", "",
+    "do not compare what a GPU computes with plain formulas before it trains; it takes a second, once for each device, "
+    "driver, build and shape",
+    Switch{false}, free);
   v(engine.graphs, "no-cuda-graph", "", "CUDA: launch every kernel instead of replaying a recorded step", Switch{false},
     free);
   v(o.overlap_updates, "no-update-overlap", "",
     "CUDA: fused updates take turns with the backward pass; else they run beside it where a second buffer for "
-    "gradients "
-    "and a second workspace fit into memory",
+    "gradients and a second workspace fit into memory",
     Switch{false}, free);
   v(o.profile, "profile", "", "time, rate and share of every operation at the end", Switch{}, free);
   v(o.peak_tflops, "peak-tflops", "TFLOP/s", "of the device, for MFU; 0: measured at the start", at_least(0), free);

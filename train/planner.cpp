@@ -8,8 +8,8 @@
 
 namespace {
 
-constexpr int64_t kHeadChunks[] = {128, 512, 2048};
-constexpr int64_t kMostTokens = INT32_MAX;  // of a pass
+constexpr int64_t kHeadChunks[] = {128, 512, 2048, 8192, INT64_MAX};  // the last one: all tokens
+constexpr int64_t kMostTokens = INT32_MAX;                            // of a pass
 
 std::vector<int64_t> micro_batches(const EngineConfig& start, const SearchSpace& space) {
   if (!space.micro_batch) return {start.shapes.batch};
@@ -155,6 +155,18 @@ bool gradient_blocks_possible(const EngineConfig& config) {
   const bool full_moment =
       (kind == OptimizerKind::kFlora || kind == OptimizerKind::kAdafactor) && !config.optimizer.factored;
   return config.gradients.kind == GradientMode::kFused && config.gradients.micro_batches == 1 && !full_moment;
+}
+
+int64_t longest_head_chunk(const EngineConfig& config, const MemoryLimit& limit, Backend& backend) {
+  const int64_t tokens = config.shapes.batch * config.shapes.sequence;
+  const MemoryLimit most = {limit.device - limit.device / 16, limit.host, limit.shared};
+  EngineConfig longer = config;
+  for (int64_t parts = 1; tokens / parts > config.shapes.head_chunk; parts *= 2) {
+    longer.shapes.head_chunk = divide_up(tokens, parts);
+    const MemoryPlan plan = Engine(longer, backend).plan();
+    if (fits({plan.device_bytes(), plan.host_bytes()}, most)) return longer.shapes.head_chunk;
+  }
+  return config.shapes.head_chunk;
 }
 
 std::string settings_flags(const EngineConfig& config) {

@@ -47,6 +47,10 @@ SearchSpace search_space(const RunSetup& setup, bool given_too = false);
 // factored second moment.
 bool gradient_blocks_possible(const EngineConfig& config);
 
+// How many tokens the head may take at a time: of the micro-batch, its halves, quarters and so on the largest part with
+// which the plan leaves a sixteenth of the device's memory, if it is more than the configuration has; else that.
+int64_t longest_head_chunk(const EngineConfig& config, const MemoryLimit& limit, Backend& backend);
+
 struct Candidate {
   EngineConfig config;
   size_t device_bytes = 0, host_bytes = 0;  // 0 until it is planned

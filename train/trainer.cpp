@@ -88,15 +88,22 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, Job& job, Communicator
   const MemoryLimit available = available_memory_limit(backend, job);
   if (!fits({plan.device_bytes(), plan.host_bytes()}, available))
     throw std::runtime_error(memory_advice(setup, available, backend));
+  bool foreign_tuning = false;
+  if (!checkpoint.empty()) {
+    backend_.set_tuning(state.tuning);
+    const bool remembered = !backend_.tuning().empty();
+    if (remembered) backend_.end_tuning();  // as in the run it goes on from, which measured in its first step only
+    foreign_tuning = !state.tuning.empty() && !remembered;
+  }
+  // Algorithms that each rank chose by its own measurements would give each rank bits of its own.
+  if (job_.size() > 1) backend_.end_tuning();
+  if (o.self_check && backend.name() != "cpu") check_results();
   peak_flops_ = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : backend.measure_peak_flops();
   engine_.allocate();
   std::optional<uint32_t> resumed;
   if (!checkpoint.empty()) {
     load_checkpoint(checkpoint, engine_);
-    backend_.set_tuning(state.tuning);
-    const bool remembered = !backend_.tuning().empty();
-    if (remembered) backend_.end_tuning();  // as in the run it goes on from, which measured in its first step only
-    if (!state.tuning.empty() && !remembered) {
+    if (foreign_tuning) {
       progress_.message(
           "the checkpoint's matmul algorithms are another GPU's or another cuBLASLt's: chosen anew, the losses may "
           "differ in their last digits");
@@ -113,12 +120,20 @@ Trainer::Trainer(const RunSetup& setup, Backend& backend, Job& job, Communicator
   } else {
     engine_.model().initialize(static_cast<uint64_t>(o.seed));
   }
-  // Algorithms that each rank chose by its own measurements would give each rank bits of its own.
-  if (job_.size() > 1) backend_.end_tuning();
   if (!first_rank()) return;
   clean_run(o.out);
   metrics_ =
       std::make_unique<MetricsFile>(o.out, metrics_header(), resumed, std::filesystem::path(checkpoint).parent_path());
+}
+
+// A device that computes something in another way than the others has other last bits.
+void Trainer::check_results() {
+  constexpr double kSeconds = 1;
+  PassedChecks passed;
+  checked_device_ = check_device(engine_.config(), setup_.options.tf32, backend_, passed, kSeconds);
+  std::string switched_off;
+  for (const std::string& line : checked_device_.switched_off) switched_off += line + "; ";
+  if (job_.size() > 1) agree(job_, {{"results of the device", switched_off, "not all devices compute the same"}});
 }
 
 void Trainer::open_validation() {
@@ -347,6 +362,7 @@ int Trainer::run() {
                                "; last checkpoint: " + last_checkpoint());
     }
     backend_.end_tuning();
+    if (const std::string slow = backend_.slow_products(); t == first_step_ && !slow.empty()) progress_.message(slow);
     const double seconds = seconds_since(start);
     step_seconds += seconds;
     const bool updated = finite_or_skipped(t, result);

@@ -12,6 +12,7 @@
 #include "train/engine.h"
 #include "train/metrics.h"
 #include "train/run_setup.h"
+#include "train/self_check.h"
 
 class Trainer {
  public:
@@ -32,12 +33,15 @@ class Trainer {
   std::string data_summary() const;
   // What of the data was left out, one line each.
   const std::vector<std::string>& data_warnings() const { return data_warnings_; }
+  // What of the device was checked before this run.
+  const CheckedDevice& checked_device() const { return checked_device_; }
   // Why there is no validation although there are shards for it, else empty.
   const std::string& validation_problem() const { return validation_problem_; }
 
  private:
   StepResult train_step(uint32_t t);
   bool finite_or_skipped(uint32_t t, const StepResult& result);
+  void check_results();
   void open_validation();
   int64_t validation_sequences() const;  // of one evaluation; 0: all
   void evaluate(StepMetrics& metrics);
@@ -62,6 +66,7 @@ class Trainer {
   std::unique_ptr<TokenLoader> validation_;
   std::vector<std::string> data_warnings_;
   std::string validation_problem_;
+  CheckedDevice checked_device_;
   Profiler profiler_;
   Progress progress_;
   nlohmann::ordered_json saved_options_;  // as in checkpoints

@@ -236,6 +236,7 @@ void CpuBackend::ema(const MomentumAverage& a, const StepScalars* scalars) {
     const float* added = load_block(a.in, begin, count, in_buffer);
     if (rows || columns) {
       int64_t row = begin / cols, column = begin % cols;
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         const float row_factor = rows ? rows[row] : 1.0f;
         scaled[i] = added[i] * (columns ? row_factor * columns[column] : row_factor);

@@ -142,7 +142,7 @@ void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int head
   if (s.token_heads() == 0) return;
   require_octet_rows(out, qkv);
   const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
-  if (has_mma_tiles(sizes.head_dim) && all_bf16({out, qkv})) {
+  if (!plain_attention_forward_ && has_mma_tiles(sizes.head_dim) && all_bf16({out, qkv})) {
     const auto run = [&]<typename Tiles>() {
       launch("attention_forward", attention_forward_mma_kernel<Tiles>,
              mma_shape<Tiles>(sizes, Tiles::kQueries, stream_), out.as<bf16>(), lse.as<float>(), qkv.as<const bf16>(),
@@ -198,7 +198,7 @@ void CudaBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tenso
          {.grid = static_cast<unsigned>(delta_blocks), .block = kDeltaThreads, .stream = stream_}, delta,
          any_view(dout), any_view(out), sizes, s.token_heads());
 
-  if (has_mma_tiles(sizes.head_dim) && all_bf16({dqkv, dout, qkv})) {
+  if (!plain_attention_backward_ && has_mma_tiles(sizes.head_dim) && all_bf16({dqkv, dout, qkv})) {
     const auto run_queries = [&]<typename Tiles>() {
       launch("attention_backward_queries", attention_backward_queries_mma_kernel<Tiles>,
              mma_shape<Tiles>(sizes, Tiles::kQueries, stream_), dqkv.as<bf16>(), dout.as<const bf16>(),

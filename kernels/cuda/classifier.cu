@@ -195,7 +195,7 @@ void CudaBackend::classifier(Tensor losses, Tensor logits, Tensor targets, int64
   const size_t row_bytes = static_cast<size_t>(cols) * dtype_size(logits.dtype);
   dispatch(logits.dtype, [&]<typename T>() {
     // Data center Hopper and Blackwell; elsewhere an SM has less, and what it has serves better as a cache.
-    const size_t room = architecture_ >= 90 && architecture_ < 120 ? kHalfAnSm : 0;
+    const size_t room = architecture_ >= 90 && architecture_ < 120 && !plain_classifier_ ? kHalfAnSm : 0;
     const bool keep = write_gradient && kReduceBytes + row_bytes <= room;
     const Rows p = {targets.as<const int32_t>(),  losses.as<float>(), lse.as<float>(), static_cast<int>(cols),
                     static_cast<int>(vocabulary), gradient_scale,     write_gradient,  keep};

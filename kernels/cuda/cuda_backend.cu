@@ -8,6 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels/cpu/machine.h"
 #include "kernels/cuda/launch.cuh"
@@ -327,6 +328,16 @@ void CudaBackend::wait(int id, Stream stream) {
 }
 
 void CudaBackend::synchronize_event(int id) { check_cuda(cudaEventSynchronize(event(id)), "waiting for an event"); }
+
+std::string CudaBackend::distrust(const std::string& operation) {
+  if (operation == "matmul") return matmul_->distrust();
+  const std::pair<const char*, bool*> plain[] = {{"attention_forward", &plain_attention_forward_},
+                                                 {"attention_backward", &plain_attention_backward_},
+                                                 {"classifier", &plain_classifier_}};
+  for (const auto& [name, is_on] : plain)
+    if (operation == name && !std::exchange(*is_on, true)) return "the plain kernels";
+  return "";
+}
 
 bool CudaBackend::can_capture() const { return true; }
 

@@ -55,6 +55,8 @@ class CudaBackend final : public Backend {
   std::string tuning() const override;
   void set_tuning(const std::string& tuning) override;
   void end_tuning() override;
+  std::string slow_products() const override;
+  std::string distrust(const std::string& operation) override;
 
   void convert(Tensor out, Tensor in) override;
   void add(Tensor out, Tensor a, Tensor b) override;
@@ -168,6 +170,8 @@ class CudaBackend final : public Backend {
   std::vector<cudaEvent_t> events_;
   std::vector<cudaGraphExec_t> graphs_;
   std::unique_ptr<CudaMatmul> matmul_;
+  // After distrust(): no tensor-core kernels, no kernel that keeps a row of logits in shared memory.
+  bool plain_attention_forward_ = false, plain_attention_backward_ = false, plain_classifier_ = false;
   // Of the lane that operations go to now.
   bool updating_ = false;
   cudaStream_t stream_ = nullptr;

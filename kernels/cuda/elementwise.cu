@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/map.cuh"
+#include "kernels/cuda/matmul.h"
 #include "kernels/operands.h"
 
 namespace {
@@ -87,9 +88,13 @@ __global__ void increment_kernel(uint32_t* counter) { *counter += 1; }
 
 }  // namespace
 
+void convert_elements(const Tensor& out, const Tensor& in, cudaStream_t stream) {
+  map("convert", stream, Convert{}, out, in);
+}
+
 void CudaBackend::convert(Tensor out, Tensor in) {
   const Timed timed(*this, "convert", 0, static_cast<double>(out.bytes() + in.bytes()));
-  map("convert", stream_, Convert{}, out, in);
+  convert_elements(out, in, stream_);
 }
 
 void CudaBackend::add(Tensor out, Tensor a, Tensor b) {

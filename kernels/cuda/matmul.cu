@@ -1,8 +1,7 @@
 // matmul.cu: matrix products through cuBLASLt. Compute-bound: 2 M N K operations.
 //
-// Which algorithm is the fastest depends on the shape and is found by trying: the first time a kind of product is seen,
-// the library's best guesses are timed on the real operands, and the winner stays for the whole run. Algorithms differ
-// in the order of their sums, so the choice belongs to the result: tuning() keeps it for the next run.
+// The library takes two operands of one dtype whose rows begin at multiples of 16 bytes; everything else is copied for
+// it (matmul_staging.cu). Which of its algorithms computes a product is chosen in matmul_tuning.cu.
 //
 // cuBLASLt is column-major. What is row-major here is the transposed matrix there, so a product is computed as
 // out^T = op(b)^T op(a)^T: the operands change places, and nothing is transposed.
@@ -10,9 +9,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <cmath>
-#include <cstring>
-#include <functional>
 #include <stdexcept>
 #include <utility>
 
@@ -21,129 +17,16 @@
 #include "kernels/cuda_workspace.h"
 #include "kernels/operands.h"
 
-// The numbers of one call.
-struct CudaMatmul::Call {
-  Tensor out;
-  const void *a, *b, *bias;
-  float alpha;
-  void* workspace;
-  cudaStream_t stream;
-};
-
 namespace {
-
-constexpr int64_t kWideAccess = 16;  // bytes; what fast kernels demand of addresses and pitches
-constexpr int kMostCandidates = 8;
-
-void check(cublasStatus_t status, const std::string& what) {
-  if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw std::runtime_error("cuBLASLt: " + what + ": " + cublaslt().status_name(status));
-}
 
 cudaDataType_t data_type(DType dtype) { return dtype == DType::kF32 ? CUDA_R_32F : CUDA_R_16BF; }
 
-int64_t pitch(const Tensor& t) { return t.rows() == 1 ? t.cols() : t.leading_dimension(); }
-
-// The largest power of two, kWideAccess at most, that divides the address of every row.
-int64_t row_alignment(const Tensor& t) {
-  const auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data)) |
-                    pitch(t) * static_cast<int64_t>(dtype_size(t.dtype)) | kWideAccess;
-  return bits & -bits;
-}
-
-// Operands of one dtype; a result of the same, or fp32; a bias of the result's dtype.
-bool cublaslt_knows(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias) {
-  if (a.dtype != b.dtype || (a.dtype == DType::kF32 && out.dtype != DType::kF32)) return false;
-  if (!bias.empty() && (bias.dtype != out.dtype || reinterpret_cast<uintptr_t>(bias.data) % kWideAccess)) return false;
-  return std::max({out.rows(), out.cols(), a.rows(), a.cols(), pitch(out), pitch(a), pitch(b)}) <= INT_MAX;
-}
-
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check_cuda(cudaStreamIsCapturing(stream, &status), "asking whether a graph is being recorded");
-  return status != cudaStreamCaptureStatusNone;
-}
-
-// ---- an algorithm as text: its 64 bytes in hexadecimal
-
-constexpr char kDigits[] = "0123456789abcdef";
-
-std::string to_text(const cublasLtMatmulAlgo_t& algorithm) {
-  unsigned char bytes[sizeof algorithm];
-  std::memcpy(bytes, &algorithm, sizeof bytes);
-  std::string text;
-  for (const unsigned char byte : bytes) text += {kDigits[byte >> 4], kDigits[byte & 15]};
-  return text;
-}
-
-// False when the text is not such.
-bool from_text(cublasLtMatmulAlgo_t& algorithm, const std::string& text) {
-  unsigned char bytes[sizeof algorithm];
-  if (text.size() != 2 * sizeof bytes || text.find_first_not_of(kDigits) != std::string::npos) return false;
-  for (size_t i = 0; i < sizeof bytes; ++i)
-    bytes[i] = static_cast<unsigned char>(std::stoi(text.substr(2 * i, 2), nullptr, 16));
-  std::memcpy(&algorithm, bytes, sizeof bytes);
-  return true;
-}
-
-// ---- measuring
-
-class Event {
- public:
-  Event() { check_cuda(cudaEventCreate(&event_), "creating an event"); }
-  ~Event() { cudaEventDestroy(event_); }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-
-  void record(cudaStream_t stream) { check_cuda(cudaEventRecord(event_, stream), "recording an event"); }
-
-  // Waits for this event; the time since an earlier one.
-  float milliseconds_since(const Event& start) const {
-    check_cuda(cudaEventSynchronize(event_), "timing a matrix product");
-    float milliseconds = 0;
-    check_cuda(cudaEventElapsedTime(&milliseconds, start.event_, event_), "timing a matrix product");
-    return milliseconds;
-  }
-
- private:
-  cudaEvent_t event_ = nullptr;
-};
-
-// Each enqueues its work on one stream; false when it cannot.
-using Ways = std::vector<std::function<bool()>>;
-
-// The shortest of several times of each way in milliseconds, infinity for one that fails. In rounds over all ways, so
-// that a device that changes its clock is fair to them; all of a round are enqueued before the host waits, behind an
-// untimed one, so that the device always has work and what is measured is not the host.
-std::vector<float> shortest_times(const Ways& ways, cudaStream_t stream) {
-  constexpr int kRounds = 4;  // the first only warms up
-  std::vector<float> times(ways.size(), INFINITY);
-  std::vector<bool> works(ways.size(), true);
-  std::vector<Event> events(ways.size() + 1);
-  for (int round = 0; round < kRounds; ++round) {
-    ways[0]();
-    events[0].record(stream);
-    for (size_t i = 0; i < ways.size(); ++i) {
-      works[i] = works[i] && ways[i]();
-      events[i + 1].record(stream);
-    }
-    for (size_t i = 0; i < ways.size(); ++i) {
-      const float time = events[i + 1].milliseconds_since(events[i]);
-      if (works[i] && round > 0) times[i] = std::min(times[i], time);
-    }
-  }
-  return times;
-}
-
-// The index of the way to take: the first unless another is clearly faster.
-size_t fastest(const Ways& ways, cudaStream_t stream) {
-  constexpr float kClearlyFaster = 0.98f;  // of the time of the first way
-  const std::vector<float> times = shortest_times(ways, stream);
-  const size_t best = static_cast<size_t>(std::min_element(times.begin(), times.end()) - times.begin());
-  return times[best] < kClearlyFaster * times[0] ? best : 0;
-}
-
 }  // namespace
+
+void check_cublaslt(cublasStatus_t status, const std::string& what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  throw std::runtime_error("cuBLASLt: " + what + ": " + cublaslt().status_name(status));
+}
 
 CudaMatmul::CudaMatmul(const CudaOptions& options, std::string device)
     : options_(options), device_(std::move(device)) {}
@@ -153,12 +36,39 @@ CudaMatmul::~CudaMatmul() {
   if (handle_) cublaslt().destroy(handle_);
 }
 
+// A single row may have any pitch: one that its elements could have.
+int64_t CudaMatmul::pitch(const Tensor& t) {
+  if (t.rows() > 1) return t.leading_dimension();
+  const int64_t whole = kWideAccess / static_cast<int64_t>(dtype_size(t.dtype));
+  return divide_up(t.cols(), whole) * whole;
+}
+
+// The largest power of two, kWideAccess at most, that divides the address of every row.
+int64_t CudaMatmul::row_alignment(const Tensor& t) {
+  const auto bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data)) |
+                    pitch(t) * static_cast<int64_t>(dtype_size(t.dtype)) | kWideAccess;
+  return bits & -bits;
+}
+
+// The library's sizes are ints.
+bool CudaMatmul::in_range(const Tensor& out, const Tensor& a, const Tensor& b) {
+  return std::max({out.rows(), out.cols(), a.rows(), a.cols(), pitch(out), pitch(a), pitch(b)}) <= INT_MAX;
+}
+
 void CudaMatmul::run(Tensor out, Tensor a, Tensor b, const MatmulOptions& options, void* workspace,
                      cudaStream_t stream) {
-  if (!cublaslt_knows(out, a, b, options.bias)) {
-    matmul_plain(out, a, b, options, stream);
-    return;
-  }
+  last_.clear();
+  if (!in_range(out, a, b)) return run_plain(out, a, b, options, "a side of 2^31 or more", stream);
+  const Staging needed = staging(out, a, b, options.bias);
+  if (needed.any()) return run_in_pieces(out, a, b, options, needed, workspace, stream);
+  if (run_by_library(out, a, b, options, {workspace, kCublasWorkspaceBytes}, stream)) return;
+  const Product& product = *last_.back();
+  throw std::runtime_error("cuBLASLt has no algorithm for the matrix product " + text(product.kind) + " (" +
+                           cublaslt().status_name(product.status) + ")");
+}
+
+bool CudaMatmul::run_by_library(const Tensor& out, const Tensor& a, const Tensor& b, const MatmulOptions& options,
+                                Workspace workspace, cudaStream_t stream) {
   const Kind kind = {.m = out.rows(),
                      .n = out.cols(),
                      .k = options.transpose_a ? a.rows() : a.cols(),
@@ -166,41 +76,63 @@ void CudaMatmul::run(Tensor out, Tensor a, Tensor b, const MatmulOptions& option
                      .pitch_b = pitch(b),
                      .pitch_out = pitch(out),
                      .alignment = std::min({row_alignment(a), row_alignment(b), row_alignment(out)}),
+                     .workspace = static_cast<int64_t>(workspace.bytes),
                      .operands = a.dtype,
                      .result = out.dtype,
                      .transpose_a = options.transpose_a,
                      .transpose_b = options.transpose_b,
                      .accumulate = options.accumulate,
                      .bias = !options.bias.empty()};
-  const Call call = {out, a.data, b.data, options.bias.data, options.alpha, workspace, stream};
+  const Call call = {out, a.data, b.data, options.bias.data, options.alpha, workspace.memory, stream};
   Product& product = product_for(kind);
+  last_.push_back(&product);
   choose(product, call);
-  if (product.algorithm) {
-    const cublasStatus_t status = launch(product, *product.algorithm, call);
-    if (status == CUBLAS_STATUS_SUCCESS) return;
-    // The library only says that something failed; it may have been an earlier kernel.
-    if (const cudaError_t error = cudaPeekAtLastError(); error != cudaSuccess) throw launch_error(error, "matmul");
-    check(status, text(kind));
-  } else if (kind.alignment == kWideAccess) {
-    throw std::runtime_error("cuBLASLt has no algorithm for the matrix product " + text(kind) + " (" +
-                             cublaslt().status_name(product.status) + ")");
-  } else {
-    matmul_plain(out, a, b, options, stream);  // odd pitches or addresses, which not every version can do
+  if (!product.algorithm) {
+    if (product.distrusted.empty()) return false;
+    run_plain(out, a, b, options, "cuBLASLt's results are wrong", stream);
+    return true;
   }
+  const cublasStatus_t status = launch(product, *product.algorithm, call);
+  if (status == CUBLAS_STATUS_SUCCESS) return true;
+  // The library only says that something failed; it may have been an earlier kernel.
+  if (const cudaError_t error = cudaPeekAtLastError(); error != cudaSuccess) throw launch_error(error, "matmul");
+  check_cublaslt(status, text(kind));
+  return false;
+}
+
+void CudaMatmul::run_plain(const Tensor& out, const Tensor& a, const Tensor& b, const MatmulOptions& options,
+                           const char* why, cudaStream_t stream) {
+  const int64_t k = options.transpose_a ? a.rows() : a.cols();
+  ++plain_["[" + std::to_string(out.rows()) + "," + std::to_string(k) + "]x[" + std::to_string(k) + "," +
+           std::to_string(out.cols()) + "] " + dtype_name(a.dtype) + " and " + dtype_name(b.dtype) + " to " +
+           dtype_name(out.dtype) + " (" + why + ")"];
+  matmul_plain(out, a, b, options, stream);
+}
+
+std::string CudaMatmul::slow_products() const {
+  constexpr size_t kMostNamed = 4;
+  if (plain_.empty()) return "";
+  std::string line = "matrix products that the plain kernel computed, which is slow: ";
+  size_t named = 0;
+  for (const auto& [product, count] : plain_) {
+    if (named == kMostNamed) return line + "; and " + std::to_string(plain_.size() - named) + " more kinds";
+    line += (named++ > 0 ? "; " : "") + std::to_string(count) + " x " + product;
+  }
+  return line;
 }
 
 CudaMatmul::Product& CudaMatmul::product_for(const Kind& kind) {
   const auto found = products_.find(kind);
   if (found != products_.end()) return found->second;
-  if (!handle_) check(cublaslt().create(&handle_), "starting");
+  if (!handle_) check_cublaslt(cublaslt().create(&handle_), "starting");
   const std::string name = text(kind);
   // A row-major matrix of r rows and c columns is described as column-major, c by r.
   const auto layout = [&](DType dtype, bool transposed, int64_t rows, int64_t cols, int64_t leading_dimension) {
     if (transposed) std::swap(rows, cols);
     cublasLtMatrixLayout_t made = nullptr;
-    check(cublaslt().layout_create(&made, data_type(dtype), static_cast<uint64_t>(cols), static_cast<uint64_t>(rows),
-                                   leading_dimension),
-          "describing a matrix of " + name);
+    check_cublaslt(cublaslt().layout_create(&made, data_type(dtype), static_cast<uint64_t>(cols),
+                                            static_cast<uint64_t>(rows), leading_dimension),
+                   "describing a matrix of " + name);
     return std::unique_ptr<cublasLtMatrixLayoutOpaque_t, Destroy>(made);
   };
   Product product = {.kind = kind,
@@ -211,11 +143,12 @@ CudaMatmul::Product& CudaMatmul::product_for(const Kind& kind) {
                      .algorithm = {}};
   const bool tf32 = options_.tf32 && kind.operands == DType::kF32;
   cublasLtMatmulDesc_t operation = nullptr;
-  check(cublaslt().operation_create(&operation, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F),
-        "describing " + name);
+  check_cublaslt(
+      cublaslt().operation_create(&operation, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F),
+      "describing " + name);
   product.operation.reset(operation);
   const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
-    check(cublaslt().operation_set(operation, attribute, &value, sizeof value), "describing " + name);
+    check_cublaslt(cublaslt().operation_set(operation, attribute, &value, sizeof value), "describing " + name);
   };
   set(CUBLASLT_MATMUL_DESC_TRANSA, static_cast<int32_t>(kind.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N));
   set(CUBLASLT_MATMUL_DESC_TRANSB, static_cast<int32_t>(kind.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N));
@@ -230,78 +163,6 @@ CudaMatmul::Product& CudaMatmul::product_for(const Kind& kind) {
   return products_.emplace(kind, std::move(product)).first->second;
 }
 
-// Takes over what set_tuning() brought, if it can be used.
-void CudaMatmul::recall(Product& product) const {
-  const auto found = remembered_.find(text(product.kind));
-  Algorithm algorithm;
-  if (found == remembered_.end() || !from_text(algorithm.code, found->second)) return;
-  cublasLtMatmulHeuristicResult_t result = {};
-  const cublasStatus_t status = cublaslt().check(handle_, product.operation.get(), product.b.get(), product.a.get(),
-                                                 product.out.get(), product.out.get(), &algorithm.code, &result);
-  if (status != CUBLAS_STATUS_SUCCESS || result.workspaceSize > kCublasWorkspaceBytes) return;
-  product.algorithm = algorithm;
-  product.choice = Product::kFinal;
-}
-
-// At most `count` algorithms, what cuBLASLt expects to be the fastest first. Only such that add partial sums in fp32
-// and always in the same order.
-std::vector<CudaMatmul::Algorithm> CudaMatmul::candidates(Product& product, int count) const {
-  cublasLtMatmulPreference_t created = nullptr;
-  check(cublaslt().preference_create(&created), "describing a preference");
-  const std::unique_ptr<cublasLtMatmulPreferenceOpaque_t, Destroy> preference(created);
-  const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
-    check(cublaslt().preference_set(created, attribute, &value, sizeof value), "describing a preference");
-  };
-  set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(kCublasWorkspaceBytes));
-  // The other schemes add partial sums in the result's dtype: a bf16 result would be rounded more than once.
-  set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-      static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
-  for (const auto matrix : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-    set(matrix, static_cast<uint32_t>(product.kind.alignment));
-
-  cublasLtMatmulHeuristicResult_t results[kMostCandidates] = {};
-  int found = 0;
-  product.status = cublaslt().heuristic(handle_, product.operation.get(), product.b.get(), product.a.get(),
-                                        product.out.get(), product.out.get(), created, count, results, &found);
-  std::vector<Algorithm> algorithms;
-  for (int i = 0; i < found && product.status == CUBLAS_STATUS_SUCCESS; ++i) {
-    if (results[i].state != CUBLAS_STATUS_SUCCESS) {
-      product.status = results[i].state;
-    } else if (results[i].workspaceSize <= kCublasWorkspaceBytes) {
-      algorithms.push_back({results[i].algo});
-    }
-  }
-  return algorithms;
-}
-
-// Does not change `out` in the end. While a graph is recorded nothing can be measured: the library's first guess is
-// taken until there is a chance.
-void CudaMatmul::choose(Product& product, const Call& call) const {
-  if (product.choice == Product::kFinal) return;
-  const bool measure = options_.autotune && !is_capturing(call.stream);
-  if (product.choice == Product::kUnmeasured && !measure) return;
-  product.choice = measure || !options_.autotune ? Product::kFinal : Product::kUnmeasured;
-  const std::vector<Algorithm> algorithms = candidates(product, measure ? kMostCandidates : 1);
-  if (algorithms.empty()) return;
-  product.algorithm = algorithms[0];
-  if (algorithms.size() == 1) return;
-
-  Ways ways;
-  for (const Algorithm& candidate : algorithms)
-    ways.push_back([&] { return launch(product, candidate, call) == CUBLAS_STATUS_SUCCESS; });
-  // What is added to waits on the host meanwhile.
-  const size_t elements = static_cast<size_t>((product.kind.m - 1) * product.kind.pitch_out + product.kind.n);
-  std::vector<char> before(product.kind.accumulate ? elements * dtype_size(product.kind.result) : 0);
-  const auto copy = [&](void* destination, const void* source) {
-    check_cuda(cudaMemcpyAsync(destination, source, before.size(), cudaMemcpyDefault, call.stream), "saving a result");
-    check_cuda(cudaStreamSynchronize(call.stream), "saving a result");
-  };
-  if (product.kind.accumulate) copy(before.data(), call.out.data);
-  product.algorithm = algorithms[fastest(ways, call.stream)];
-  if (product.kind.accumulate) copy(call.out.data, before.data());
-}
-
 cublasStatus_t CudaMatmul::launch(const Product& product, const Algorithm& algorithm, const Call& call) const {
   if (product.kind.bias) {
     const cublasStatus_t status = cublaslt().operation_set(product.operation.get(), CUBLASLT_MATMUL_DESC_BIAS_POINTER,
@@ -311,54 +172,8 @@ cublasStatus_t CudaMatmul::launch(const Product& product, const Algorithm& algor
   const float beta = product.kind.accumulate ? 1.0f : 0.0f;
   return cublaslt().matmul(handle_, product.operation.get(), &call.alpha, call.b, product.b.get(), call.a,
                            product.a.get(), &beta, call.out.data, product.out.get(), call.out.data, product.out.get(),
-                           &algorithm.code, call.workspace, kCublasWorkspaceBytes, call.stream);
+                           &algorithm.code, call.workspace, static_cast<size_t>(product.kind.workspace), call.stream);
 }
-
-// ---- choices as text: the header, then "; kind: algorithm" for each kind in alphabetical order
-
-std::string CudaMatmul::header() const { return "cuBLASLt " + std::to_string(cublaslt().version()) + " on " + device_; }
-
-// The kind in words, different for different kinds.
-std::string CudaMatmul::text(const Kind& kind) const {
-  const auto list = [](std::initializer_list<int64_t> values) {
-    std::string text;
-    for (const int64_t value : values) text += (text.empty() ? "" : ",") + std::to_string(value);
-    return text;
-  };
-  return "[" + list({kind.m, kind.k}) + "]x[" + list({kind.k, kind.n}) + "] " + dtype_name(kind.operands) +
-         (options_.tf32 && kind.operands == DType::kF32 ? " (tf32)" : "") + " to " + dtype_name(kind.result) + " " +
-         (kind.transpose_a ? "T" : "N") + (kind.transpose_b ? "T" : "N") + (kind.accumulate ? " accumulated" : "") +
-         (kind.bias ? " +bias" : "") + ", pitches " + list({kind.pitch_a, kind.pitch_b, kind.pitch_out}) +
-         ", aligned to " + std::to_string(kind.alignment);
-}
-
-std::string CudaMatmul::tuning() const {
-  std::map<std::string, std::string> choices = remembered_;
-  for (const auto& [kind, product] : products_) {
-    if (product.algorithm) choices[text(kind)] = to_text(product.algorithm->code);
-  }
-  if (choices.empty()) return "";
-  std::string line = header();
-  for (const auto& [kind, algorithm] : choices) line += "; " + kind + ": " + algorithm;
-  return line;
-}
-
-void CudaMatmul::set_tuning(const std::string& tuning) {
-  if (tuning.empty()) return;
-  const std::string expected = header();
-  if (tuning.compare(0, expected.size(), expected) != 0) return;
-  remembered_.clear();
-  size_t begin = expected.size();
-  while (tuning.compare(begin, 2, "; ") == 0) {
-    begin += 2;
-    const size_t end = std::min(tuning.find("; ", begin), tuning.size()), colon = tuning.find(": ", begin);
-    if (colon < end) remembered_[tuning.substr(begin, colon - begin)] = tuning.substr(colon + 2, end - colon - 2);
-    begin = end;
-  }
-  for (auto& entry : products_) recall(entry.second);
-}
-
-void CudaMatmul::end_tuning() { options_.autotune = false; }
 
 // ---- the backend's operations
 
@@ -369,43 +184,4 @@ void CudaBackend::matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& op
   matmul_->run(out, a, b, options, scratch(kCublasWorkspaceBytes), stream_);
 }
 
-std::string CudaBackend::tuning() const { return matmul_->tuning(); }
-void CudaBackend::set_tuning(const std::string& tuning) { matmul_->set_tuning(tuning); }
-void CudaBackend::end_tuning() { matmul_->end_tuning(); }
-
-// Sizes double until one takes a millisecond: enough to fill any GPU, and no more than a slow one can do in no time.
-double CudaBackend::measure_peak_flops() {
-  constexpr int64_t kSmallest = 1024, kLargest = 8192;
-  constexpr int kRepeats = 6;
-  constexpr float kLongEnough = 1.0f;  // milliseconds
-  struct Temporary {
-    CudaBackend& backend;
-    void* memory;
-    ~Temporary() { backend.release(memory); }
-  };
-  CudaMatmul products({}, "");  // of its own: these shapes are not the run's
-  const Temporary workspace = {*this, allocate(kCublasWorkspaceBytes)};
-  Profiler* const outer_profiler = std::exchange(profiler, nullptr);
-  double best = 0;
-  float milliseconds = 0;
-  for (int64_t size = kSmallest; size <= kLargest && milliseconds < kLongEnough; size *= 2) {
-    const size_t bytes = static_cast<size_t>(size * size) * sizeof(bf16);
-    const Temporary memory = {*this, allocate(3 * bytes)};
-    const auto matrix = [&](size_t index) {
-      return Tensor::of(static_cast<char*>(memory.memory) + index * bytes, DType::kBF16, {size, size});
-    };
-    const Tensor out = matrix(0), a = matrix(1), b = matrix(2);
-    fill_normal(a, 0.0f, 1.0f, RandomKey{});
-    fill_normal(b, 0.0f, 1.0f, RandomKey{});
-    const auto multiply = [&] {
-      products.run(out, a, b, {}, workspace.memory, stream_);
-      return true;
-    };
-    const std::vector<float> times = shortest_times(Ways(kRepeats, multiply), stream_);
-    milliseconds = *std::min_element(times.begin(), times.end());
-    const double dimension = static_cast<double>(size);
-    best = std::max(best, 2e3 * dimension * dimension * dimension / static_cast<double>(milliseconds));
-  }
-  profiler = outer_profiler;
-  return best;
-}
+std::string CudaBackend::slow_products() const { return matmul_->slow_products(); }

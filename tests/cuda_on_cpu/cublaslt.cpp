@@ -5,7 +5,8 @@
 // The algorithms offered differ in what they demand (alignment, workspace, a way to add partial sums) and one of them
 // in its last bits, so that a caller who ignores their conditions fails. Choices by time must be repeatable here, so
 // every algorithm but one wastes some: all but the first in the list, or but number CUDA_ON_CPU_ALGORITHM.
-// CUDA_ON_CPU_NO_ALGORITHM=1: the heuristic finds none.
+// CUDA_ON_CPU_NO_ALGORITHM=1: the heuristic finds none. CUDA_ON_CPU_WRONG_ALGORITHMS=2: the first two in its list
+// compute one number wrongly.
 #include <cublasLt.h>
 
 #include <algorithm>
@@ -363,6 +364,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t
   if (algorithm->workspace > workspaceSizeInBytes) return CUBLAS_STATUS_INVALID_VALUE;
   call.algorithm = *algorithm;
   call.wasted_microseconds = wasted_time(*algo);
+  const char* const wrong = std::getenv("CUDA_ON_CPU_WRONG_ALGORITHMS");
+  call.is_wrong = wrong && algo->data[4] < std::strtoull(wrong, nullptr, 10);
   const cublasStatus_t memory = check_memory(call);
   if (memory != CUBLAS_STATUS_SUCCESS) return memory;
   const cudaError_t enqueued = cuda_on_cpu::enqueue(stream, "cublasLtMatmul", [call] { call.run(); });

@@ -63,7 +63,8 @@ std::vector<float> Call::sums() const {
 void Call::run() const {
   const Product& p = product;
   const Operation& o = p.operation;
-  const std::vector<float> sum = sums();
+  std::vector<float> sum = sums();
+  if (is_wrong) sum.back() = 2 * sum.back() + 100;
   if (algorithm.workspace > 0) std::memset(workspace, 0xff, algorithm.workspace);  // it is the algorithm's to use
   for (uint64_t j = 0; j < p.d.cols; ++j) {
     for (uint64_t i = 0; i < p.d.rows; ++i) {

@@ -57,6 +57,7 @@ struct Call {
   const void *a, *b;
   void *d, *workspace;
   uint64_t wasted_microseconds;
+  bool is_wrong = false;
 
   void run() const;
 

@@ -93,6 +93,12 @@ bool is_made_to_fail(uint64_t number, const std::string& name) {
   return ++matches == (colon == std::string::npos ? 1 : std::stoull(what.substr(colon + 1)));
 }
 
+// CUDA_ON_CPU_LOSE_BLOCK: of kernels whose name contains it the last block never runs.
+bool loses_block(const std::string& name) {
+  const std::string what = setting_text("CUDA_ON_CPU_LOSE_BLOCK");
+  return !what.empty() && name.find(what) != std::string::npos;
+}
+
 void execute(Launch launch, const std::string& name) {
   static uint64_t launches = 0;
   launch.number = ++launches;
@@ -104,8 +110,10 @@ void execute(Launch launch, const std::string& name) {
   uint64_t stride = random.next() % blocks + 1;
   while (std::gcd(stride, blocks) != 1) ++stride;
   const bool small = blocks * launch.block.x * launch.block.y * launch.block.z < 4096;
+  const bool loses_last = loses_block(name);
   parallel_for(blocks, small, [&](uint64_t i) {
     const uint64_t number = (first + static_cast<unsigned __int128>(i) * stride % blocks) % blocks;
+    if (loses_last && number + 1 == blocks) return;
     run_block(launch, {static_cast<unsigned>(number % launch.grid.x),
                        static_cast<unsigned>(number % plane / launch.grid.x), static_cast<unsigned>(number / plane)});
   });

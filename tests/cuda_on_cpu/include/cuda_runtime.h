@@ -32,6 +32,7 @@
 //   CUDA_ON_CPU_DRIVER_TOO_OLD=0  1: a driver older than the runtime
 //   CUDA_ON_CPU_FAIL_LAUNCH=      the kernel that ends with an illegal address: "7" for the seventh that runs, "name"
 //                                 for the first one whose name contains it, "name:3" for the third
+//   CUDA_ON_CPU_LOSE_BLOCK=       of kernels whose name contains it the last block never runs
 //   CUDA_LAUNCH_BLOCKING=0        1: a launch waits for the kernel and returns its error
 #pragma once
 
