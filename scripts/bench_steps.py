@@ -38,7 +38,8 @@ def write_shard(path, tokens=200_000, vocabulary=50257):
 
 def run_steps(folder, dtype, batch, length, flags, steps, threads, profile):
     out = os.path.join(folder, "run")
-    command = ["./train_gpt2", "--device", "cpu", "--threads", str(threads), "--model", "d12", "--dtype", dtype, "--data", os.path.join(folder, "bench.bin"),
+    command = ["./train_gpt2", "--device", "cpu", "--threads", str(threads), "--model", "d12", "--dtype", dtype,
+               "--data", os.path.join(folder, "bench.bin"),
                "--micro-batch", str(batch), "--seq-len", str(length), "--steps", str(steps), "--eval-every", "0",
                "--checkpoint-every", "0", "--keep-checkpoints", "1", "--log-every", "1000", "--out", out, *flags]
     if profile:

@@ -77,7 +77,8 @@ TEST_P(Gemm, IsTheSumInFloat64) {
                                 {33, 65, 2051}}) {
     for (const bool transpose_a : {false, true}) {
       for (const bool transpose_b : {false, true}) {
-        for (const float beta : {0.0f, 1.0f}) {
+        for (const float beta : {0.0f, 1.0f, -0.5f}) {
+          if (beta < 0.0f && GetParam() == Which::kBf16) continue;
           const Case t = packed({m, n, k, transpose_a, transpose_b}, 1.5f, beta, m % 4);
           const Numbers a(t.a_count(), 1), b(t.b_count(), 2);
           Numbers c(m * t.ldc, 3);
@@ -87,14 +88,14 @@ TEST_P(Gemm, IsTheSumInFloat64) {
           double difference = 0, norm = 0;
           for (int64_t i = 0; i < m; ++i) {
             for (int64_t j = 0; j < n; ++j) {
-              double sum = beta == 0.0f ? 0.0 : static_cast<double>(before[static_cast<size_t>(i * t.ldc + j)]);
+              double sum = beta == 0.0f ? 0.0 : static_cast<double>(beta * before[static_cast<size_t>(i * t.ldc + j)]);
               for (int64_t p = 0; p < k; ++p)
                 sum += 1.5 * static_cast<double>(a.data()[transpose_a ? p * t.lda + i : i * t.lda + p]) *
                        static_cast<double>(b.data()[transpose_b ? j * t.ldb + p : p * t.ldb + j]);
               difference += std::pow(static_cast<double>(c.data()[i * t.ldc + j]) - sum, 2);
               norm += sum * sum;
             }
-            for (int64_t j = n; j < t.ldc && beta == 1.0f; ++j)
+            for (int64_t j = n; j < t.ldc && beta != 0.0f; ++j)
               EXPECT_EQ(c.data()[i * t.ldc + j], before[static_cast<size_t>(i * t.ldc + j)]) << "beside the result";
           }
           // bf16 instructions add in fp32, but round each pair of products' sum on its own.

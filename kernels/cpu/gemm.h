@@ -8,6 +8,7 @@
 
 #include "kernels/tensor.h"
 
+// Of c[m,n] = op(a)[m,k] op(b)[k,n]; op transposes or does not.
 struct GemmShape {
   int64_t m, n, k;
   bool transpose_a = false, transpose_b = false;
@@ -15,7 +16,7 @@ struct GemmShape {
 
 // c[M,N] = alpha * op(a)[M,K] op(b)[K,N] + beta * c, row-major with row strides lda, ldb, ldc, sums in fp32. beta = 0
 // overwrites c whatever it holds. The library packs pieces of the operands into memory of its own, a few MiB at most
-// however large the product is (kGemmBuffers).
+// however large the product is (kGemmBuffers); where it gets none, the program ends with a line that says so.
 void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb, float beta,
           float* c, int64_t ldc);
 
@@ -30,7 +31,7 @@ bool gemm_bf16(const GemmShape& shape, float alpha, const bf16* a, int64_t lda, 
 // once, within milliseconds, as the best of several products.
 bool multiplies_bf16_faster();
 
-// For the banner: "oneDNN 2.6.3 with AVX-512 and bf16".
+// For the banner: "oneDNN 2.6.3 with AVX512-BF16".
 std::string gemm_description();
 
 // Our own product, for a build without a library; always there, so that it is tested.

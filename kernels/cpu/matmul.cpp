@@ -1,10 +1,9 @@
 // matmul.cpp: matrix products through gemm(). Compute-bound: 2 M N K operations.
 //
-// gemm() runs on one thread; OpenMP threads each take a slice of the result, so no bit depends on their number, and
-// pack the operand they share once each. All fp32: it works on the tensors where they are. A result with bf16 anywhere
-// is made in tiles: two bf16 operands are multiplied as they are where the processor is faster so; else panels are
-// widened into a fixed per-thread scratch. A bf16 result is summed over all of K in an fp32 tile there and rounded
-// once.
+// gemm() runs on one thread; OpenMP threads each take a slice of the result, which costs one extra packing of the
+// operand they share. All fp32: it works on the tensors where they are. With bf16 anywhere the result is made in tiles:
+// two bf16 operands are multiplied as they are where the processor is faster so; else panels are widened into a fixed
+// per-thread scratch. A bf16 result is summed over all of K in an fp32 tile there and rounded once.
 #include <omp.h>
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 // while kDepth steps of A and B stream through the first-level cache.
 //
 // It packs kDepth x kPanelCols of op(B) and kDepth x kRows of op(A), so that the innermost loop reads both one
-// after another, and keeps a tile of kRows x kCols of C in 24 vector registers of 16 floats' worth (GCC splits
+// after another, and keeps a tile of kRows x kCols of C in 16 vector registers of 16 floats' worth (GCC splits
 // the vectors where the machine's are shorter). Edges are padded with zeros while packing.
 #include <algorithm>
 #include <cstring>
