@@ -1,5 +1,6 @@
 // optimizer_moments.cpp: first and second moments of gradients. Memory-bound: every operation reads each tensor once
 // and writes what it changes once.
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/cpu/cpu_backend.h"
@@ -235,12 +236,13 @@ void CpuBackend::ema(const MomentumAverage& a, const StepScalars* scalars) {
     Block in_buffer, momentum_buffer, scaled, m;
     const float* added = load_block(a.in, begin, count, in_buffer);
     if (rows || columns) {
-      int64_t row = begin / cols, column = begin % cols;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < count;) {  // a row, or what of it is in this block
+        const int64_t row = (begin + i) / cols, first = begin + i - row * cols, end = std::min(count, i + cols - first);
         const float row_factor = rows ? rows[row] : 1.0f;
-        scaled[i] = added[i] * (columns ? row_factor * columns[column] : row_factor);
-        if (++column == cols) ++row, column = 0;
+#pragma omp simd
+        for (int64_t k = i; k < end; ++k)
+          scaled[k] = added[k] * (columns ? row_factor * columns[first + k - i] : row_factor);
+        i = end;
       }
       added = scaled;
     }
