@@ -93,7 +93,6 @@ int train(Options options, Job& job) {
   std::optional<BudgetChoice> choice;
   if (options.was_given("memory-budget")) choice = choose_within_budget(request, *backend, true, job);
   RunSetup setup = choice ? choice->setup : resolve_for(request, *backend, job);
-  let_updates_overlap(setup, *backend, choice ? choice->budget.limit : available_memory_limit(*backend, job));
   find_tokenizer(setup);
   if (options.sample_every > 0) check_prompt(setup);
   // Later than the job, which knows who is to blame.

@@ -222,7 +222,7 @@ void Gradients::join() {
 // Of one layer.
 void Gradients::update_vectors(const std::vector<Complete>& vectors, SquaresTarget squares) {
   const int layer = vectors.front().entry->parameter.layer;
-  const bool parts = optimizer_.updates_parts();  // vectors are none, and not streamed then
+  const bool parts = optimizer_.updates_parts();  // of matrices: vectors are whole, and not streamed then
   if (!parts) store_.acquire(layer, Access::kUpdate);
   std::vector<VectorGradient> updates;
   for (const auto& [entry, gradient] : vectors) {

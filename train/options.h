@@ -59,7 +59,7 @@ struct Options {
   DeviceKind device = DeviceKind::kAuto;
   int64_t threads = 0;  // 0: as many as there are cores
   bool tf32 = false, autotune = true, self_check = true;
-  bool overlap_updates = true;  // where memory allows: let_updates_overlap()
+  bool overlap_updates = true;  // where memory allows: train/budget.h
   bool profile = false;
   double peak_tflops = 0;  // 0: measured
   // many devices

@@ -199,8 +199,7 @@ void print_plan(Options options) {
   Job job;  // of this process alone
   std::optional<BudgetChoice> choice;
   if (choose) choice = choose_within_budget(request, *backend, false, job);
-  RunSetup setup = choice ? choice->setup : resolve_for(request, *backend, job);
-  let_updates_overlap(setup, *backend, choice ? choice->budget.limit : available_memory_limit(*backend, job));
+  const RunSetup setup = choice ? choice->setup : resolve_for(request, *backend, job);
   const MemoryPlan plan = Engine(setup.engine, *backend).plan();
   const std::vector<Technique> techniques = plan_techniques(setup, *backend);
   if (options.json) {

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kStateThreads)
   }
 }
 
-__global__ void __launch_bounds__(kStateThreads)
+__global__ void __launch_bounds__(kStateThreads, 4)  // 64 registers: with less it spills
     full_second_moment_kernel(BlockTensor grad, BlockTensor second_moment, int64_t elements, float eps1,
                               const StepScalars* scalars) {
   const Octet octet = octet_of_lane(block_of_warp(), elements);
