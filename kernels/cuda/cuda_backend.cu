@@ -302,15 +302,18 @@ void CudaBackend::fill(void* destination, int byte, size_t bytes) {
   check_cuda(cudaMemsetAsync(destination, byte, bytes, stream_), "filling memory");
 }
 
-void CudaBackend::synchronize() {
-  const cudaError_t status = cudaStreamSynchronize(stream_);
+// Of calls that report what an earlier operation did wrong.
+void CudaBackend::check_earlier(cudaError_t status, const char* what) const {
   if (status == cudaSuccess) return;
   const std::string where = failed_operation_.empty()
-                                ? "noticed while waiting for the device; with the environment variable "
-                                  "CUDA_LAUNCH_BLOCKING=1 and --no-cuda-graph the message names the kernel"
+                                ? std::string("noticed while ") + what +
+                                      "; with the environment variable CUDA_LAUNCH_BLOCKING=1 and --no-cuda-graph the "
+                                      "message names the kernel"
                                 : "in " + failed_operation_;
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status) + " (" + where + ")");
 }
+
+void CudaBackend::synchronize() { check_earlier(cudaStreamSynchronize(stream_), "waiting for the device"); }
 
 int CudaBackend::create_event() {
   cudaEvent_t event = nullptr;
@@ -320,14 +323,14 @@ int CudaBackend::create_event() {
 }
 
 void CudaBackend::record(int id, Stream stream) {
-  check_cuda(cudaEventRecord(event(id), stream_of(stream)), "recording an event");
+  check_earlier(cudaEventRecord(event(id), stream_of(stream)), "recording an event");
 }
 
 void CudaBackend::wait(int id, Stream stream) {
-  check_cuda(cudaStreamWaitEvent(stream_of(stream), event(id), 0), "waiting for an event");
+  check_earlier(cudaStreamWaitEvent(stream_of(stream), event(id), 0), "waiting for an event");
 }
 
-void CudaBackend::synchronize_event(int id) { check_cuda(cudaEventSynchronize(event(id)), "waiting for an event"); }
+void CudaBackend::synchronize_event(int id) { check_earlier(cudaEventSynchronize(event(id)), "waiting for an event"); }
 
 std::string CudaBackend::distrust(const std::string& operation) {
   if (operation == "matmul") return matmul_->distrust();

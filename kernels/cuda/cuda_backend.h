@@ -147,6 +147,7 @@ class CudaBackend final : public Backend {
   void for_parts(std::span<const ParameterUpdate> parameters, SquaresTarget squares, Launch&& launch_parts);
 
   bool in_pageable_block(void* memory) const;
+  void check_earlier(cudaError_t status, const char* what) const;
 
   // A stream of operations and what belongs to it.
   struct Lane {
