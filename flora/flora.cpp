@@ -56,7 +56,9 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
       decoded_momentum_("flora.decoded_momentum", gradient_dtype, kUpdatePhases),
       moved_("flora.moved_momentum", DType::kF32, kUpdatePhases),
       square_("flora.transfer", DType::kF32, kUpdatePhases),
-      copied_momentum_("flora.copied_momentum", config.state_dtype, kUpdatePhases) {
+      copied_momentum_("flora.copied_momentum", config.state_dtype, kUpdatePhases),
+      decodes_momentum_(config.state_dtype == DType::kI8 ||
+                        (config.state_dtype == DType::kBF16 && gradient_dtype == DType::kF32)) {
   for (const Parameter& parameter : parameters) {
     Entry entry;
     entry.parameter = parameter;
@@ -98,7 +100,7 @@ void Flora::reserve_scratch(const Entry& entry) {
   projection_.reserve(shape.projection_elements());
   scaled_projection_.reserve(shape.projection_elements());
   compressed_.reserve(shape.compressed_elements());
-  if (config_.state_dtype == DType::kI8 || config_.residual) decoded_momentum_.reserve(shape.compressed_elements());
+  if (decodes_momentum_ || config_.residual) decoded_momentum_.reserve(shape.compressed_elements());
   if (config_.transfer != TransferKind::kRestart) {
     moved_.reserve(shape.compressed_elements());
     square_.reserve(shape.rank * shape.rank);
@@ -344,14 +346,14 @@ Tensor Flora::compressed_of(const Entry& entry, const Scratch& scratch) const {
 }
 
 void Flora::decode_momentum(const Entry& entry) {
-  const Tensor momentum = states_.get(entry.momentum);
-  if (momentum.dtype == DType::kI8) backend_.dequantize(compressed_of(entry, decoded_momentum_), momentum);
+  if (!decodes_momentum_) return;
+  const Tensor momentum = states_.get(entry.momentum), numbers = compressed_of(entry, decoded_momentum_);
+  momentum.dtype == DType::kI8 ? backend_.dequantize(numbers, momentum) : backend_.convert(numbers, momentum);
 }
 
-// A compressed momentum as numbers: as it is stored, or what decode_momentum() has made of its codes.
+// A compressed momentum as products take it: as it is stored, or what decode_momentum() has made of it.
 Tensor Flora::momentum_numbers(const Entry& entry) const {
-  const Tensor momentum = states_.get(entry.momentum);
-  return momentum.dtype == DType::kI8 ? compressed_of(entry, decoded_momentum_) : momentum;
+  return decodes_momentum_ ? compressed_of(entry, decoded_momentum_) : states_.get(entry.momentum);
 }
 
 // The stored momentum moves from p_old to p_new. This happens whatever the gate says, because the next step decodes

@@ -80,9 +80,11 @@ class Flora final : public Optimizer {
   Scratch row_scale_, col_scale_;           // fp32
   Scratch projection_, scaled_projection_;  // [r, d], the gradient's dtype: of the momentum; of S
   Scratch compressed_;                      // S, fp32
-  Scratch decoded_momentum_;                // a compressed momentum: of int8 states, or what --residual decodes
+  Scratch decoded_momentum_;                // a compressed momentum as products take it, or what --residual decodes
   Scratch moved_;                           // a compressed momentum of a transfer, fp32
   Scratch square_;                          // [r, r] of a transfer, fp32
   Scratch copied_momentum_;                 // a block's rows of an uncompressed momentum, in its dtype
+  // Codes are no numbers yet, and bf16 numbers beside fp32 projections would be multiplied in bf16, both of them.
+  bool decodes_momentum_;
   Tensor squares_;  // [4]: of the update, of the weight, of the momentum before and after a transfer
 };

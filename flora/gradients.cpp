@@ -393,7 +393,13 @@ Tensor Gradients::whole(Entry& e) {
 // the scale of a gradient for optimizers and for clipping.
 void Gradients::decode_sum(const Entry& e, Tensor out, bool accumulate) {
   const Compression shape = compression(e);
-  project_up(backend_, out, e.sum, projection(e), shape, unbiased_factor(config_.projection, shape), accumulate);
+  const Tensor p = projection(e);
+  Tensor sum = e.sum;
+  if (p.dtype == DType::kF32 && sum.dtype != DType::kF32) {  // else both would meet in bf16: another projection
+    sum = projected_.tensor({shape.compressed_rows(), shape.compressed_cols()});
+    backend_.convert(sum, e.sum);
+  }
+  project_up(backend_, out, sum, p, shape, unbiased_factor(config_.projection, shape), accumulate);
 }
 
 // The accumulation projection of step t, into the scratch: purpose 3, index t.

@@ -31,8 +31,8 @@ FIELDS = ["size", "setting", "lr", "seed", "tokens", "tokens_per_step", "validat
           "flags", "commit", "machine"]
 GPT2_END_OF_TEXT = 50256
 
-# name: layers, channels, heads, sequence length, sequences of a micro-batch
-SIZES = {"1m": (5, 128, 4, 128, 8), "3m": (4, 256, 4, 128, 8), "10m": (8, 320, 5, 128, 8)}
+# name: layers, channels, heads, sequence length
+SIZES = {"1m": (5, 128, 4, 128), "3m": (4, 256, 4, 128), "10m": (8, 320, 5, 128)}
 
 def flora(projection, fraction, kappa, *more):
     """Rank as a fraction of the width."""
@@ -190,7 +190,8 @@ class Study:
         return float(row["validation_loss"])
 
     def train(self, size, setting, lr, seed):
-        layers, channels, heads, length, batch = SIZES[size]
+        layers, channels, heads, length = SIZES[size]
+        batch = self.arguments.tokens_per_step // length  # one micro-batch a step, as fused updates need
         name = re.sub("[^a-z0-9]+", "_", f"{size} {setting} {lr:.4g} {seed} {self.arguments.tokens} "
                                          f"{self.arguments.tokens_per_step}")
         out = self.folder / name
