@@ -160,7 +160,8 @@ void add_optimizers() {
   add("adamw", [=](Bench& b) {
     const Tensor w = b.tensor({n, m}), first = b.tensor({n, m}, 0.0f, 1e-3f), second = b.tensor({n, m}, 1.0f, 0.1f);
     const Tensor g = b.tensor({n, m});
-    return [=, &b] { b.backend.adamw_update(w, {}, first, second, g, {}, {}, &scalars); };
+    const ParameterUpdate update = {.weight = w, .momentum = first, .second_moment = second, .grad = g};
+    return [=, &b] { b.backend.adamw_update(update, {}, &scalars); };
   });
   add("flora/second_moment", [=](Bench& b) {
     const Tensor row = b.tensor({n}, 1.0f, 0.1f), col = b.tensor({m}, 1.0f, 0.1f), g = b.tensor({n, m});

@@ -1,5 +1,6 @@
 // optimizer_cases.cpp: what the optimizers do to gradients, states and weights, and Flora's projections.
 #include <utility>
+#include <vector>
 
 #include "bench/case_list.h"
 
@@ -16,11 +17,29 @@ class OptimizerCases : CaseList {
       flora(rows, cols);
     }
     flora(4 * C, C);
+    vectors();
     updates(m_.vocabulary, C, kF32);
     projections();
   }
 
  private:
+  // The eight vectors of a layer, updated together.
+  void vectors() {
+    const int64_t C = m_.channels;
+    const std::vector<int64_t> sizes = {C, C, 3 * C, C, C, C, 4 * C, C};
+    add("unfactored_update", dimensions({13 * C}) + " bf16", [=](Inputs& in) {
+      std::vector<ParameterUpdate> updates;
+      for (int64_t n : sizes)
+        updates.push_back({.weight = in.normal(kBF16, {n}, 0, 0.02f),
+                           .momentum = in.normal(kBF16, {n}),
+                           .second_moment = in.normal(kF32, {n}, 1, 0.1f),
+                           .grad = in.normal(kBF16, {n})});
+      const SquaresTarget squares{in.number(0.0f), false};
+      const StepScalars* const scalars = in.scalars();
+      return Call{[=, &in] { in.backend.unfactored_update(updates, {.beta1 = 0.9f}, scalars, squares); }};
+    });
+  }
+
   // One parameter of the shape given, as every optimizer works on it.
   void updates(int64_t rows, int64_t cols, DType gradient) {
     const std::string shape = dimensions({rows, cols}) + " bf16";
@@ -91,6 +110,15 @@ class OptimizerCases : CaseList {
         return Call{[=, &in] { in.backend.momentum_update(update, m, 0.9f, scalars); }};
       });
     }
+    add("scaled_momentum_update bf16", shape, [=](Inputs& in) {
+      const Tensor update = in.normal(gradient, {rows, cols}), m = state(in, kBF16, rows, cols, 0, 1);
+      const Tensor row = in.empty(kF32, {rows}), col = in.empty(kF32, {cols});
+      in.backend.fill_constant(row, -1.0f);
+      in.backend.fill_constant(col, 1.0f);
+      const SquaresTarget squares{in.number(0.0f), false};
+      const StepScalars* const scalars = in.scalars();
+      return Call{[=, &in] { in.backend.scaled_momentum_update(update, m, row, col, 0.9f, scalars, squares); }};
+    });
     for (bool master : {false, true}) {
       add(master ? "apply_update master" : "apply_update", shape, [=](Inputs& in) {
         const Tensor w = in.normal(kBF16, {rows, cols}, 0, 0.02f), update = in.normal(gradient, {rows, cols});
@@ -114,17 +142,24 @@ class OptimizerCases : CaseList {
         const Tensor m = state(in, kind.m, rows, cols, 0, 1), v = state(in, kind.v, rows, cols, 1, 0.1f);
         const Tensor master = kind.master ? in.normal(kF32, {rows, cols}, 0, 0.02f) : Tensor{};
         const StepScalars* const scalars = in.scalars();
-        return Call{
-            [=, &in] { in.backend.adamw_update(w, master, m, v, g, {.weight_decay = 0.1f}, rounding, scalars); }};
+        const ParameterUpdate update = {.weight = w,
+                                        .master = master,
+                                        .momentum = m,
+                                        .second_moment = v,
+                                        .grad = g,
+                                        .weight_decay = 0.1f,
+                                        .key = rounding};
+        return Call{[=, &in] { in.backend.adamw_update(update, {}, scalars); }};
       });
     }
     for (bool momentum : {false, true}) {
       add(momentum ? "sgd_update momentum" : "sgd_update", shape, [=](Inputs& in) {
         const Tensor w = in.normal(kBF16, {rows, cols}, 0, 0.02f), g = in.normal(gradient, {rows, cols});
         const Tensor m = momentum ? in.normal(kBF16, {rows, cols}) : Tensor{};
-        const SgdOptions options = {.beta1 = momentum ? 0.9f : 0.0f, .weight_decay = 0.1f};
+        const ParameterUpdate update = {.weight = w, .momentum = m, .grad = g, .weight_decay = 0.1f, .key = rounding};
+        const float beta1 = momentum ? 0.9f : 0.0f;
         const StepScalars* const scalars = in.scalars();
-        return Call{[=, &in] { in.backend.sgd_update(w, {}, m, g, options, rounding, scalars); }};
+        return Call{[=, &in] { in.backend.sgd_update(update, beta1, scalars); }};
       });
     }
     for (DType dtype : {DType::kI8, DType::kU8}) {
@@ -172,7 +207,7 @@ class OptimizerCases : CaseList {
       add(std::string("ema ") + dtype_name(dtype), shape, [=](Inputs& in) {
         const Tensor momentum = state(in, dtype, rows, cols, 0, 1), s = in.normal(kF32, {rows, cols});
         const StepScalars* const scalars = in.scalars();
-        return Call{[=, &in] { in.backend.ema(momentum, s, 0.9f, scalars); }};
+        return Call{[=, &in] { in.backend.ema({.momentum = momentum, .in = s, .beta1 = 0.9f}, scalars); }};
       });
     }
     add("restore_norm", dimensions({rows, cols}) + " fp32", [=](Inputs& in) {

@@ -130,79 +130,124 @@ void Flora::begin_step(uint32_t step, StepScalars& scalars) {
 
 void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, const Gradient& gradient,
                    StepScalars* scalars) {
+  if (!parameter.matrix) {
+    const VectorGradient vector{&parameter, weight, master, gradient.whole()};
+    update_vectors({&vector, 1}, gradient.squares(), scalars);
+    return;
+  }
   states_.hold(parameter.layer, Access::kUpdate);
   const Entry& entry = entries_.at(static_cast<size_t>(parameter.index));
-  second_moment(entry, gradient, scalars);
-  if (entry.compressed) begin_momentum(entry, scalars);
+  const bool projected = second_moment(entry, gradient, scalars);
+  if (entry.compressed) begin_momentum(entry, projected, scalars);
 
   // What needs all of the gradient before any of the update can be made costs a pass of its own where it is in blocks.
   const bool residual = keeps_residual(entry);
   if (residual) {
     gradient.pass([&](const RowRange& rows, const Tensor& g) { compress(entry, g, rows); });
-    complete_compressed(entry);
+    decode_residual(entry);
   }
   // So does the norm of the whole update, which is known before any of it is applied.
-  const Tensor squares = squares_.slice(0, 1);
+  float* const squares = squares_.as<float>();
   const bool twice = config_.clip > 0 && !gradient.whole();
   if (twice) {
     gradient.pass([&](const RowRange& rows, const Tensor& g) {
       if (!residual) compress(entry, g, rows);
-      to_update(entry, g, rows, true, scalars);
-      backend_.sum_squares(squares, g, rows.begin > 0);
+      to_update(entry, g, rows, true, {squares, rows.begin > 0}, scalars);
     });
   }
+  // The new compressed momentum needs all of S, and the old projection no more; a whole weight is changed beside it.
+  const bool transfers = entry.compressed && transfer_due_ && !residual;
+  const bool beside = entry.compressed && gradient.whole() && !transfers && weight.dtype != DType::kI8;
+  const MomentumAverage average = entry.compressed ? average_of(entry) : MomentumAverage{};
   gradient.pass([&](const RowRange& rows, const Tensor& g) {
     if (!twice && !residual) compress(entry, g, rows);
-    to_update(entry, g, rows, false, scalars);
-    if (config_.clip > 0 && !twice) backend_.sum_squares(squares, g, false);
-    apply(entry, weight, master, g, rows, scalars);
+    to_update(entry, g, rows, false, config_.clip > 0 && !twice ? SquaresTarget{squares} : SquaresTarget{}, scalars);
+    apply(entry, weight, master, g, rows, beside ? &average : nullptr, scalars);
   });
-  if (entry.compressed) end_momentum(entry, scalars);
+  if (transfers) transfer_momentum(entry, scalars);
+  if (entry.compressed && !beside) backend_.ema(average, scalars);
+}
+
+void Flora::update_vectors(std::span<const VectorGradient> vectors, SquaresTarget squares, StepScalars* scalars) {
+  if (vectors.empty()) return;
+  states_.hold(vectors.front().parameter->layer, Access::kUpdate);
+  std::vector<ParameterUpdate> updates;
+  for (const VectorGradient& vector : vectors) {
+    const Entry& entry = entries_.at(static_cast<size_t>(vector.parameter->index));
+    updates.push_back(update_of(vector));
+    updates.back().momentum = states_.get(entry.momentum);
+    updates.back().second_moment = states_.get(entry.second_moment);
+  }
+  backend_.unfactored_update(updates,
+                             {.eps1 = config_.eps1,
+                              .beta1 = config_.beta1,
+                              .clip = config_.clip,
+                              .scale_parameter = config_.scale_parameter,
+                              .eps2 = config_.eps2},
+                             scalars, squares);
 }
 
 // The statistics move on. What scales the gradient is left in row_scale_ and col_scale_, or in its place where the
-// second moment is not factored.
-void Flora::second_moment(const Entry& entry, const Gradient& gradient, StepScalars* scalars) {
+// second moment is not factored. True when the projections have been made, too.
+bool Flora::second_moment(const Entry& entry, const Gradient& gradient, StepScalars* scalars) {
+  const Tensor& whole = gradient.whole();
   if (!entry.factored) {
-    backend_.full_second_moment(gradient.whole(), states_.get(entry.second_moment), config_.eps1, scalars);
-    return;
+    const SquaresTarget target = gradient.squares();
+    if (target.out) backend_.sum_squares(Tensor::of(target.out, DType::kF32, {1}), whole, target.accumulate);
+    backend_.full_second_moment(whole, states_.get(entry.second_moment), config_.eps1, scalars);
+    return false;
   }
   const Tensor row = states_.get(entry.row), col = states_.get(entry.col);
   const Tensor row_scale = row_scale_.tensor({entry.parameter.rows}),
                col_scale = col_scale_.tensor({entry.parameter.cols});
-  if (gradient.whole()) {
-    backend_.factored_second_moment(row, col, row_scale, col_scale, gradient.whole(), config_.eps1, scalars);
-    return;
+  if (whole) {
+    const bool projects = entry.compressed && !transfer_due_;
+    ScaledProjection projection;
+    if (projects) {
+      projection = {.plain = projection_of(entry, projection_),
+                    .scaled = projection_of(entry, scaled_projection_),
+                    .of_rows = compression(entry).wide(),
+                    .kind = config_.projection,
+                    .key = projection_key(entry),
+                    .index = &scalars->projection_index};
+    }
+    backend_.factored_second_moment(row, col, row_scale, col_scale, whole, config_.eps1, scalars, gradient.squares(),
+                                    projects ? &projection : nullptr);
+    return projects;
   }
   gradient.pass([&](const RowRange& rows, const Tensor& g) {
     backend_.factored_squares(rows.of(row_scale), col_scale, g, config_.eps1, rows.begin > 0);
   });
   backend_.factored_scales(row, col, row_scale, col_scale, scalars);
+  return false;
 }
 
-// Rows of the gradient <- those of D, the update before clipping. An uncompressed momentum moves on unless
-// keep_momentum; a compressed one does later.
+// Rows of the gradient <- those of D, the update before clipping, whose squares are left where they are wanted. An
+// uncompressed momentum moves on unless keep_momentum; a compressed one does later.
 void Flora::to_update(const Entry& entry, Tensor gradient, const RowRange& rows, bool keep_momentum,
-                      StepScalars* scalars) {
+                      SquaresTarget squares, StepScalars* scalars) {
   const float beta1 = config_.beta1;
-  if (entry.factored) {
-    const Parameter& p = entry.parameter;
-    backend_.scale_rows_cols(gradient, gradient, rows.of(row_scale_.tensor({p.rows})), col_scale_.tensor({p.cols}),
-                             entry.compressed && !keeps_residual(entry) ? 1.0f - beta1 : 1.0f);
-  }
+  const Parameter& p = entry.parameter;
+  const Tensor row_scale = entry.factored ? rows.of(row_scale_.tensor({p.rows})) : Tensor{},
+               col_scale = entry.factored ? col_scale_.tensor({p.cols}) : Tensor{};
   if (entry.compressed) {
-    const Tensor momentum = keeps_residual(entry) ? compressed_of(entry, decoded_momentum_) : momentum_numbers(entry);
+    const bool residual = keeps_residual(entry);
+    backend_.scale_rows_cols(gradient, gradient, row_scale, col_scale, residual ? 1.0f : 1.0f - beta1);
+    const Tensor momentum = residual ? compressed_of(entry, decoded_momentum_) : momentum_numbers(entry);
     project_rows_up(backend_, gradient, momentum, projection_of(entry, projection_), compression(entry), rows.begin,
                     beta1, true);
-  } else if (has_momentum()) {
-    const Tensor momentum = rows.of(states_.get(entry.momentum));
-    backend_.momentum_update(gradient, keep_momentum ? copied_momentum(momentum) : momentum, beta1, scalars);
+    if (squares.out) backend_.sum_squares(Tensor::of(squares.out, DType::kF32, {1}), gradient, squares.accumulate);
+    return;
   }
+  if (!entry.factored && !has_momentum() && !squares.out) return;
+  const Tensor momentum = rows.of(states_.get(entry.momentum));
+  backend_.scaled_momentum_update(gradient, keep_momentum && has_momentum() ? copied_momentum(momentum) : momentum,
+                                  row_scale, col_scale, beta1, scalars, squares);
 }
 
 // W <- W - ... D, whose squares are known; `update` holds these rows only.
 void Flora::apply(const Entry& entry, Tensor weight, Tensor master, Tensor update, const RowRange& rows,
-                  StepScalars* scalars) {
+                  const MomentumAverage* average, StepScalars* scalars) {
   const Parameter& p = entry.parameter;
   const Tensor weight_squares = squares_.slice(1, 1);
   if (config_.scale_parameter && rows.begin == 0)
@@ -215,7 +260,8 @@ void Flora::apply(const Entry& entry, Tensor weight, Tensor master, Tensor updat
                                           .clip = config_.clip,
                                           .scale_parameter = config_.scale_parameter,
                                           .eps2 = config_.eps2},
-                                         squares_.as<float>(), weight_squares.as<float>(), p.elements(), key, scalars);
+                                         squares_.as<float>(), weight_squares.as<float>(), p.elements(), key, scalars,
+                                         average);
                  });
 }
 
@@ -224,9 +270,13 @@ void Flora::apply(const Entry& entry, Tensor weight, Tensor master, Tensor updat
 // U, the gradient scaled on both sides, is never stored: for S = down(U) the diagonal on the projection's side scales
 // the projection, the other one the small result.
 
-// Makes the projections: the one that decodes in this step, and the one that S is made with, scaled. They are the same
-// unless a transfer is due.
-void Flora::begin_momentum(const Entry& entry, StepScalars* scalars) {
+// Makes the projections, unless they are there: the one that decodes in this step, and the one that S is made with,
+// scaled. They are the same unless a transfer is due.
+void Flora::begin_momentum(const Entry& entry, bool projected, StepScalars* scalars) {
+  if (projected) {
+    decode_momentum(entry);
+    return;
+  }
   const Compression shape = compression(entry);
   const Tensor p = projection_of(entry, projection_), scaled = projection_of(entry, scaled_projection_);
   generate(entry, p, &scalars->projection_index);
@@ -252,39 +302,37 @@ void Flora::compress(const Entry& entry, Tensor gradient, const RowRange& rows) 
                     compression(entry), rows.begin);
 }
 
-// S gets the scale of the other side; with `residual` what D decodes is made of it: M - S, which beta1 makes the new
-// momentum less S.
-void Flora::complete_compressed(const Entry& entry) {
-  const Compression shape = compression(entry);
-  const Tensor s = compressed_of(entry, compressed_);
-  const Tensor row_scale = shape.wide() ? Tensor{} : row_scale_.tensor({shape.rows}),
-               col_scale = shape.wide() ? col_scale_.tensor({shape.cols}) : Tensor{};
-  if (!config_.residual) {
-    backend_.scale_rows_cols(s, s, row_scale, col_scale, 1.0f);
-    return;
-  }
-  backend_.scale_rows_cols(s, s, row_scale, col_scale, -1.0f);
-  backend_.add(compressed_of(entry, decoded_momentum_), momentum_numbers(entry), s);
-  backend_.scale_rows_cols(s, s, {}, {}, -1.0f);
+// With `residual`: what D decodes is M - S, which beta1 makes the new momentum less S.
+void Flora::decode_residual(const Entry& entry) {
+  const MomentumAverage average = average_of(entry);
+  backend_.scale_rows_cols(compressed_of(entry, decoded_momentum_), average.in, average.row_scale, average.col_scale,
+                           -1.0f, momentum_numbers(entry));
 }
 
-// M <- beta1 M + (1 - beta1) S, in a new projection where that is due.
-void Flora::end_momentum(const Entry& entry, StepScalars* scalars) {
-  if (!config_.residual) {
-    complete_compressed(entry);
-    if (transfer_due_) {
-      const Tensor p_new = projection_of(entry, scaled_projection_);
-      generate(entry, p_new, &scalars->next_projection_index);
-      change_projection(entry, projection_of(entry, projection_), p_new);
-    }
-  }
-  backend_.ema(states_.get(entry.momentum), compressed_of(entry, compressed_), config_.beta1, scalars);
+// M <- beta1 M + (1 - beta1) S, where S gets the scale of the other side.
+MomentumAverage Flora::average_of(const Entry& entry) const {
+  const Compression shape = compression(entry);
+  return {.momentum = states_.get(entry.momentum),
+          .in = compressed_of(entry, compressed_),
+          .row_scale = shape.wide() ? Tensor{} : row_scale_.tensor({shape.rows}),
+          .col_scale = shape.wide() ? col_scale_.tensor({shape.cols}) : Tensor{},
+          .beta1 = config_.beta1};
+}
+
+// The momentum goes to a new projection.
+void Flora::transfer_momentum(const Entry& entry, StepScalars* scalars) {
+  const Tensor p_new = projection_of(entry, scaled_projection_);
+  generate(entry, p_new, &scalars->next_projection_index);
+  change_projection(entry, projection_of(entry, projection_), p_new);
 }
 
 // p <- the parameter's projection number *index.
 void Flora::generate(const Entry& entry, Tensor p, const uint32_t* index) {
-  const RandomKey key{.seed = config_.seed, .purpose = RandomPurpose::kProjection, .tensor = entry.parameter.hash()};
-  backend_.generate_projection(p, config_.projection, key, index);
+  backend_.generate_projection(p, config_.projection, projection_key(entry), index);
+}
+
+RandomKey Flora::projection_key(const Entry& entry) const {
+  return {.seed = config_.seed, .purpose = RandomPurpose::kProjection, .tensor = entry.parameter.hash()};
 }
 
 Tensor Flora::projection_of(const Entry& entry, const Scratch& scratch) const {

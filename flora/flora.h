@@ -5,10 +5,10 @@
 // Fira (arXiv 2410.01623) and arXiv 2512.07112; see docs/design.md.
 //
 // State of a compressed parameter [n, m]: momentum r max(n, m), row and column statistics n + m. An update makes two
-// matmuls of 2 r n m operations and about ten passes over the gradient and the weight (docs/design.md, "Flora,
-// exactly").
+// matmuls of 2 r n m operations and eight passes over the gradient and the weight (docs/design.md, "Flora, exactly").
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -34,6 +34,7 @@ class Flora final : public Optimizer {
   uint32_t variant() const override { return transfer_due_ ? 1 : 0; }
   void update(const Parameter& parameter, Tensor weight, Tensor master, const Gradient& gradient,
               StepScalars* scalars) override;
+  void update_vectors(std::span<const VectorGradient> vectors, SquaresTarget squares, StepScalars* scalars) override;
   std::vector<std::string> compressed_parameters() const override;
 
  private:
@@ -51,17 +52,20 @@ class Flora final : public Optimizer {
   void reserve_scratch(const Entry& entry);
 
   // The parts of an update, in this order; compress() and to_update() for all rows or block by block.
-  void second_moment(const Entry& entry, const Gradient& gradient, StepScalars* scalars);
-  void begin_momentum(const Entry& entry, StepScalars* scalars);
+  bool second_moment(const Entry& entry, const Gradient& gradient, StepScalars* scalars);
+  void begin_momentum(const Entry& entry, bool projected, StepScalars* scalars);
   void compress(const Entry& entry, Tensor gradient, const RowRange& rows);
-  void complete_compressed(const Entry& entry);
-  void to_update(const Entry& entry, Tensor gradient, const RowRange& rows, bool keep_momentum, StepScalars* scalars);
+  void decode_residual(const Entry& entry);
+  void to_update(const Entry& entry, Tensor gradient, const RowRange& rows, bool keep_momentum, SquaresTarget squares,
+                 StepScalars* scalars);
   void apply(const Entry& entry, Tensor weight, Tensor master, Tensor update, const RowRange& rows,
-             StepScalars* scalars);
-  void end_momentum(const Entry& entry, StepScalars* scalars);
+             const MomentumAverage* average, StepScalars* scalars);
+  void transfer_momentum(const Entry& entry, StepScalars* scalars);
 
   void generate(const Entry& entry, Tensor p, const uint32_t* index);
   void change_projection(const Entry& entry, Tensor p_old, Tensor p_new);
+  RandomKey projection_key(const Entry& entry) const;
+  MomentumAverage average_of(const Entry& entry) const;
   Tensor projection_of(const Entry& entry, const Scratch& scratch) const;
   Tensor compressed_of(const Entry& entry, const Scratch& scratch) const;
   bool keeps_residual(const Entry& entry) const { return entry.compressed && config_.residual; }

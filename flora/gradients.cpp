@@ -18,6 +18,12 @@ uint32_t gradient_phases(const Parameter& parameter) {
 
 // ---- a step
 
+std::vector<Tensor> Gradients::tensors_of(const std::vector<Complete>& gradients) {
+  std::vector<Tensor> tensors;
+  for (const Complete& complete : gradients) tensors.push_back(complete.gradient);
+  return tensors;
+}
+
 void Gradients::begin_step(const StepContext& context) {
   scalars_ = context.scalars;
   StepScalars scalars;
@@ -33,11 +39,17 @@ void Gradients::begin_step(const StepContext& context) {
   if (norm_is_known) gate_and_clip();
   norm_pass_ = context.norm_pass;
   squares_written_ = false;
+  serial_ = !stepped_ || backend_.profiler;
+  stepped_ = stepped_ || !context.norm_pass;
 }
 
 void Gradients::begin_micro_batch(int index, bool is_last) {
   is_last_ = is_last;
-  for (LayerProgress& layer : layers_) layer.ready = 0;
+  used_ = 0;
+  for (LayerProgress& layer : layers_) {
+    layer.ready = 0;
+    layer.waiting.clear();
+  }
   if (index > 0) backend_.increment(&scalars_->rounding_counter);
   if (index > 0) return;
   for (Entry& e : entries_) e.buffer_written = e.sum_written = false;
@@ -46,7 +58,7 @@ void Gradients::begin_micro_batch(int index, bool is_last) {
 GradientSink::Target Gradients::target(const Parameter& parameter) {
   Entry& e = entry(parameter);
   bool& written = e.buffered ? e.buffer_written : e.sum_written;
-  if (e.buffered && !written && shared() && config_.kind == GradientMode::kFused) {
+  if (e.buffered && !written && two_buffers()) {
     if (parameter.matrix) last_turn_ = 1 - last_turn_;
     e.turn = parameter.matrix ? last_turn_ : parameter.layer & 1;
     free_buffer(e);
@@ -63,7 +75,16 @@ void Gradients::ready(const Parameter& parameter) {
   if (shared() && is_last_) {
     share(e);
   } else if (used_at_once) {
-    use(parameter, complete(e));
+    const Complete here{&e, complete(e)};
+    // In a norm pass nothing is gained by waiting.
+    LayerProgress& layer = layers_.at(static_cast<size_t>(parameter.layer + 1));
+    if (parameter.matrix || norm_pass_) {
+      use({here});
+    } else if (layer.waiting.push_back(here); layer.waiting.size() == layer.vectors) {
+      use(layer.waiting);
+      layer.waiting.clear();
+    }
+    if (++used_ == entries_.size()) join();
   }
 }
 
@@ -83,9 +104,9 @@ void Gradients::from_rows(const Parameter& parameter, const Rows& rows) {
     const Tensor block = buffer_of(entry(parameter)).slice(0, count);
     rows(block, begin, false);
     communicator_.wait(communicator_.all_reduce(block));
-    if (first_pass) add_squares(block);
+    if (first_pass) add_squares({&block, 1});
     if (begin + count == parameter.rows) first_pass = false;
-    if (!norm_pass_) clip(block);
+    if (!norm_pass_) clip({&block, 1});
     return block;
   });
   if (norm_pass_) {
@@ -102,8 +123,16 @@ void Gradients::end_step() {
   if (config_.kind == GradientMode::kFused) return;
   if (config_.kind == GradientMode::kCompressed) gate_on_sums();
   const bool norm_first = config_.kind == GradientMode::kDense || clips();
+  const bool kept = config_.kind == GradientMode::kDense;  // else decompressed one by one
   if (norm_first) {
-    for (Entry& e : entries_) add_squares(whole(e));
+    std::vector<Tensor> gradients;
+    for (Entry& e : entries_) {
+      gradients.push_back(whole(e));
+      if (kept) continue;
+      add_squares(gradients);
+      gradients.clear();
+    }
+    if (kept) add_squares(gradients);
     gate_and_clip();
   }
   std::vector<int> layers;  // the last one first, -1 at the end
@@ -113,22 +142,95 @@ void Gradients::end_step() {
   HeldLayer<ParameterStore> held(store_);
   for (int layer : layers) {
     if (!optimizer_.updates_parts()) held.hold(layer, Access::kUpdate);
+    std::vector<Complete> vectors;
+    if (kept) {
+      std::vector<Tensor> gradients;
+      for (Entry& e : entries_)
+        if (e.parameter.layer == layer) gradients.push_back(whole(e));
+      clip(gradients);
+    }
     for (Entry& e : entries_) {
       if (e.parameter.layer != layer) continue;
       const Tensor gradient = whole(e);
-      if (!norm_first) add_squares(gradient);
-      clip(gradient);
-      update(e.parameter, gradient);
+      if (!kept) clip({&gradient, 1});
+      if (e.parameter.matrix) {
+        update(e.parameter, {gradient, norm_first ? SquaresTarget{} : measured({&gradient, 1})});
+      } else {
+        vectors.push_back({&e, gradient});
+      }
     }
+    if (vectors.empty()) continue;
+    const std::vector<Tensor> tensors = tensors_of(vectors);
+    update_vectors(vectors, norm_first ? SquaresTarget{} : measured(tensors));
   }
 }
 
-// Under fused updates: what becomes of a complete gradient.
-void Gradients::use(const Parameter& parameter, Tensor gradient) {
-  if (norm_pass_ || !clips()) add_squares(gradient);
-  if (norm_pass_) return;
-  clip(gradient);
-  update(parameter, gradient);
+// Under fused updates: what becomes of a complete gradient, or of a layer's vectors.
+void Gradients::use(const std::vector<Complete>& gradients) {
+  const std::vector<Tensor> tensors = tensors_of(gradients);
+  if (norm_pass_) {
+    add_squares(tensors);
+    return;
+  }
+  const SquaresTarget squares = clips() ? SquaresTarget{} : measured(tensors);  // known from the norm pass
+  beside(gradients, [&] {
+    clip(tensors);
+    const Parameter& first = gradients.front().entry->parameter;
+    if (first.matrix) {
+      update(first, {tensors.front(), squares});
+    } else {
+      update_vectors(gradients, squares);
+    }
+  });
+}
+
+// Issues `work`, which uses these gradients, to the update stream, where it comes after all that they are made of.
+template <typename Work>
+void Gradients::beside(const std::vector<Complete>& gradients, Work&& work) {
+  if (!runs_beside()) {
+    work();
+    return;
+  }
+  updating_ = true;
+  backend_.record(given_event_, Stream::kCompute);
+  backend_.wait(given_event_, Stream::kUpdate);
+  backend_.on(Stream::kUpdate);
+  try {
+    work();
+  } catch (...) {
+    backend_.on(Stream::kCompute);
+    throw;
+  }
+  backend_.on(Stream::kCompute);
+  for (const auto& [entry, gradient] : gradients) {
+    InUse& buffer = in_use(*entry);
+    backend_.record(buffer.done_event, Stream::kUpdate);
+    buffer.busy = true;
+  }
+}
+
+// What the compute stream is given from now on comes after all updates.
+void Gradients::join() {
+  if (!updating_) return;
+  updating_ = false;
+  backend_.record(updated_event_, Stream::kUpdate);
+  backend_.wait(updated_event_, Stream::kCompute);
+  for (auto& turns : in_use_)
+    for (InUse& buffer : turns) buffer.busy = false;
+}
+
+// Of one layer.
+void Gradients::update_vectors(const std::vector<Complete>& vectors, SquaresTarget squares) {
+  const int layer = vectors.front().entry->parameter.layer;
+  const bool parts = optimizer_.updates_parts();  // of matrices: vectors are whole, and not streamed then
+  if (!parts) store_.acquire(layer, Access::kUpdate);
+  std::vector<VectorGradient> updates;
+  for (const auto& [entry, gradient] : vectors) {
+    const Parameter& p = entry->parameter;
+    updates.push_back({&p, store_.stored(p), store_.master(p), gradient});
+  }
+  optimizer_.update_vectors(updates, squares, scalars_);
+  if (!parts) store_.release(layer, true);
 }
 
 void Gradients::update(const Parameter& parameter, const Gradient& gradient) {
@@ -155,52 +257,66 @@ Tensor Gradients::shared_gradient(Entry& e) { return config_.kind == GradientMod
 // Where the weights of a layer are about to go, what is under way is waited for.
 void Gradients::share(Entry& e) {
   LayerProgress& layer = layers_.at(static_cast<size_t>(e.parameter.layer + 1));
+  const Complete here{&e, shared_gradient(e)};
   if (e.parameter.matrix) {
-    send({&e});
-  } else {
-    layer.waiting.push_back(&e);
-    if (layer.waiting.size() == layer.vectors) {
-      send(layer.waiting);
-      layer.waiting.clear();
-    }
+    send({here});
+  } else if (layer.waiting.push_back(here); layer.waiting.size() == layer.vectors) {
+    send(std::move(layer.waiting));
+    layer.waiting.clear();
   }
   const bool complete = ++layer.ready == layer.parameters;
   if (complete && config_.layer_by_layer && config_.kind == GradientMode::kFused)
     while (!travelling_.empty()) receive();
 }
 
-void Gradients::send(const std::vector<Entry*>& entries) {
-  std::vector<Tensor> gradients;
-  for (Entry* e : entries) gradients.push_back(shared_gradient(*e));
-  const Communicator::Ticket ticket = communicator_.all_reduce(gradients);
-  for (size_t i = 0; i < entries.size(); ++i) travelling_.push_back({entries[i], gradients[i], ticket});
+void Gradients::send(std::vector<Complete> gradients) {
+  const std::vector<Tensor> tensors = tensors_of(gradients);
+  const Communicator::Ticket ticket = communicator_.all_reduce(tensors);
+  travelling_.push_back({std::move(gradients), ticket});
 }
 
-// The gradient that has been under way for longest is there.
+// What has been under way for longest is there.
 void Gradients::receive() {
-  const Travelling first = travelling_.front();
+  const Travelling first = std::move(travelling_.front());
   travelling_.pop_front();
   communicator_.wait(first.ticket);
-  if (config_.kind == GradientMode::kFused) use(first.entry->parameter, first.gradient);
+  if (config_.kind == GradientMode::kFused) use(first.gradients);
 }
 
-// Before a buffer is written anew: what travels out of it has arrived.
+// Before a buffer is written anew: what travels out of it has arrived, and no update reads it any more.
 void Gradients::free_buffer(const Entry& e) {
   const Tensor buffer = buffer_of(e);
   const char* const begin = static_cast<const char*>(buffer.data);
   const auto overlaps = [&](const Travelling& t) {
-    const char* const other = static_cast<const char*>(t.gradient.data);
-    return other < begin + buffer.bytes() && begin < other + t.gradient.bytes();
+    return std::any_of(t.gradients.begin(), t.gradients.end(), [&](const Complete& complete) {
+      const char* const other = static_cast<const char*>(complete.gradient.data);
+      return other < begin + buffer.bytes() && begin < other + complete.gradient.bytes();
+    });
   };
   while (std::any_of(travelling_.begin(), travelling_.end(), overlaps)) receive();
+  InUse& in_use = this->in_use(e);
+  if (in_use.busy) backend_.wait(in_use.done_event, Stream::kCompute);
+  in_use.busy = false;
 }
 
 // ---- norm and clipping
 
 // gradient_squares() += sum of gradient^2, from 0 at the start of a step.
-void Gradients::add_squares(Tensor gradient) {
-  backend_.sum_squares(squares_, gradient, squares_written_);
+void Gradients::add_squares(std::span<const Tensor> gradients) {
+  backend_.sum_squares(squares_, gradients, squares_written_);
   squares_written_ = true;
+}
+
+// The same by the update of these gradients: where it leaves their squares. Updates of several ranks may see parts of
+// them only, which are no part of the sum.
+SquaresTarget Gradients::measured(std::span<const Tensor> gradients) {
+  if (shared()) {
+    add_squares(gradients);
+    return {};
+  }
+  const SquaresTarget target{squares_.as<float>(), squares_written_};
+  squares_written_ = true;
+  return target;
 }
 
 // From the complete gradient_squares(): closes the gate when they are not finite and sets the clipping factor.
@@ -210,8 +326,8 @@ void Gradients::gate_and_clip() {
 }
 
 // gradient *= the clipping factor.
-void Gradients::clip(Tensor gradient) {
-  if (clips()) backend_.scale(gradient, &scalars_->gradient_scale);
+void Gradients::clip(std::span<const Tensor> gradients) {
+  if (clips()) backend_.scale(gradients, &scalars_->gradient_scale);
 }
 
 // A gradient that is not finite leaves a sum that is not finite, and compressed sums are small: the gate is known
@@ -317,6 +433,14 @@ Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, Paramet
   if (config.micro_batches < 1) throw std::invalid_argument("a step has at least one micro-batch");
   if (config.blocks != GradientBlocks::kWhole && (!fused || config.micro_batches > 1))
     throw std::invalid_argument("gradients in blocks need fused updates and one micro-batch");
+  if (config.beside && (!fused || config.blocks != GradientBlocks::kWhole || config.layer_by_layer || shared()))
+    throw std::invalid_argument("updates beside the backward pass are fused, of whole gradients, and of one rank");
+  if (config.beside) {
+    for (auto& turns : in_use_)
+      for (InUse& buffer : turns) buffer.done_event = backend.create_event();
+    given_event_ = backend.create_event();
+    updated_event_ = backend.create_event();
+  }
   if (config.kind == GradientMode::kCompressed && config.accumulation_rank <= 0)
     throw std::invalid_argument("compressed gradients need an accumulation rank");
   require_indexed(store.parameters());
@@ -364,7 +488,7 @@ uint32_t Gradients::buffer_phases(const Parameter& parameter) const {
 
 void Gradients::reserve_buffers() {
   constexpr int64_t kVectorAlignment = 64;  // elements
-  const int turns = shared() && config_.kind == GradientMode::kFused ? 2 : 1;
+  const int turns = two_buffers() ? 2 : 1;
   std::map<int, int64_t> vectors;  // elements by layer
   for (Entry& e : entries_) {
     const Parameter& p = e.parameter;

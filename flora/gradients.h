@@ -7,7 +7,8 @@
 //   compressed  keeps sums in a random projection of rank r, r / min(n, m) of their size, fresh every step; after the
 //               last micro-batch one parameter at a time is decompressed and updated. Costs a matmul of 2 r n m
 //               operations per micro-batch and one to decompress (two with clipping, once for the norm).
-// All of them take one pass over each gradient for the global norm.
+// The global norm comes out of a pass over all gradients where it is needed before the first update, and else out of
+// the updates, which read them anyway.
 //
 // Of several ranks each computes some of a step's micro-batches. Their sum is formed where a gradient is complete, in
 // the last micro-batch, beside the backward pass that goes on: of what is kept (dense, compressed: the projected sums
@@ -19,6 +20,7 @@
 #include <deque>
 #include <functional>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -79,6 +81,9 @@ struct GradientConfig {
   uint64_t seed = 0;    // the run's seed
   GradientBlocks blocks = GradientBlocks::kWhole;
   bool layer_by_layer = false;  // a layer's updates are made before the model lets go of it: its weights are streamed
+  // Fused updates run on the backend's update stream, beside the backward pass that goes on: one rank, whole gradients,
+  // nothing streamed. Costs a second buffer for matrices and one for a layer's vectors.
+  bool beside = false;
 };
 
 struct StepContext {
@@ -135,18 +140,29 @@ class Gradients final : public GradientSink {
     int turn = 0;  // which of the shared buffers it has
   };
 
-  // A gradient that is becoming the sum of all ranks; the updates come in this order.
-  struct Travelling {
+  // A buffer whose gradient the update stream is using.
+  struct InUse {
+    int done_event = 0;
+    bool busy = false;
+  };
+
+  // A gradient of the step, complete.
+  struct Complete {
     Entry* entry;
     Tensor gradient;
+  };
+
+  // Gradients that are becoming the sum of all ranks; the updates come in this order.
+  struct Travelling {
+    std::vector<Complete> gradients;
     Communicator::Ticket ticket;
   };
 
-  // What of a layer the last micro-batch has had. Its vectors travel together.
+  // What of a layer the last micro-batch has had. Its vectors travel and are updated together.
   struct LayerProgress {
     size_t parameters = 0, vectors = 0;  // in all, without those that come in blocks
     size_t ready = 0;
-    std::vector<Entry*> waiting;  // its vectors that are ready
+    std::vector<Complete> waiting;  // its vectors that are ready
   };
 
   Entry& entry(const Parameter& parameter) { return entries_.at(static_cast<size_t>(parameter.index)); }
@@ -175,17 +191,28 @@ class Gradients final : public GradientSink {
   bool shared() const { return communicator_.size() > 1; }
   Tensor shared_gradient(Entry& e);
   void share(Entry& e);
-  void send(const std::vector<Entry*>& entries);
+  void send(std::vector<Complete> gradients);
   void receive();
   void free_buffer(const Entry& e);
 
+  // The update stream.
+  bool two_buffers() const { return config_.kind == GradientMode::kFused && (shared() || config_.beside); }
+  bool runs_beside() const { return config_.beside && !serial_; }
+  InUse& in_use(const Entry& e) { return in_use_[e.parameter.matrix ? 0 : 1][e.turn]; }
+  template <typename Work>
+  void beside(const std::vector<Complete>& gradients, Work&& work);
+  void join();
+
   // Norm, clipping, update.
-  void use(const Parameter& parameter, Tensor gradient);
-  void add_squares(Tensor gradient);
+  void use(const std::vector<Complete>& gradients);
+  void add_squares(std::span<const Tensor> gradients);
+  SquaresTarget measured(std::span<const Tensor> gradients);
+  static std::vector<Tensor> tensors_of(const std::vector<Complete>& gradients);
   void gate_on_sums();
   void gate_and_clip();
-  void clip(Tensor gradient);
+  void clip(std::span<const Tensor> gradients);
   void update(const Parameter& parameter, const Gradient& gradient);
+  void update_vectors(const std::vector<Complete>& vectors, SquaresTarget squares);
 
   GradientConfig config_;
   Optimizer& optimizer_;
@@ -197,7 +224,13 @@ class Gradients final : public GradientSink {
   Scratch top_vectors_, rows_;
   std::vector<LayerProgress> layers_;  // by layer + 1
   std::deque<Travelling> travelling_;
-  int last_turn_ = 0;               // of a matrix
+  int last_turn_ = 0;   // of a matrix
+  InUse in_use_[2][2];  // matrices_, vectors_
+  int given_event_ = 0, updated_event_ = 0;
+  bool updating_ = false;  // something was given to the update stream since the last join()
+  size_t used_ = 0;        // parameters of the step that are complete
+  bool serial_ = true;     // of the first step: what is measured in it has the device for itself
+  bool stepped_ = false;
   Scratch projection_, projected_;  // of projected sums
   Tensor squares_, sum_squares_;    // [1] of gradients, and of what is kept when that is compressed
   StepScalars* scalars_ = nullptr;

@@ -55,6 +55,16 @@ RandomKey Optimizer::rounding(const Parameter& parameter, int64_t begin) const {
           .offset = static_cast<uint64_t>(begin)};
 }
 
+ParameterUpdate Optimizer::update_of(const VectorGradient& vector) const {
+  const Parameter& p = *vector.parameter;
+  return {.weight = vector.weight,
+          .master = vector.master,
+          .grad = vector.gradient,
+          .weight_decay = decay_of(p),
+          .lr_scale = lr_scale_of(p),
+          .key = rounding(p)};
+}
+
 void Optimizer::update_part(const Parameter& parameter, const ParameterStore::Kept&, const Gradient&, StepScalars*) {
   throw std::logic_error(parameter.name + ": this optimizer needs whole matrices");
 }
@@ -70,13 +80,30 @@ class Elementwise : public Optimizer {
               StepScalars* scalars) override {
     if (!updates_parts()) states_.hold(p.layer, Access::kUpdate);  // else what comes here is on the device
     const Tensor momentum = states_.get(momentum_of(p)), second_moment = states_.get(second_moment_of(p));
+    SquaresTarget squares = gradient.squares();
+    if (p.quantized && squares.out) {  // how a sum is made does not depend on the pieces of a weight
+      backend_.sum_squares(Tensor::of(squares.out, DType::kF32, {1}), gradient.whole(), squares.accumulate);
+      squares = {};
+    }
     gradient.pass([&](const RowRange& rows, const Tensor& g) {
       const Tensor m = rows.of(momentum), v = rows.of(second_moment);
       pieces_.update(p, rows.of(weight), rows.of(master), rounding(p, rows.begin * p.cols), scalars,
                      [&](const Tensor& w, const Tensor& copy, const RowRange& piece, const RandomKey& key) {
-                       update_elements(p, w, copy, piece.of(m), piece.of(v), piece.of(g), key, scalars);
+                       update_elements(p, w, copy, piece.of(m), piece.of(v), piece.of(g), key, scalars, squares);
                      });
     });
+  }
+
+  void update_vectors(std::span<const VectorGradient> vectors, SquaresTarget squares, StepScalars* scalars) override {
+    if (vectors.empty()) return;
+    if (!updates_parts()) states_.hold(vectors.front().parameter->layer, Access::kUpdate);
+    std::vector<ParameterUpdate> updates;
+    for (const VectorGradient& vector : vectors) {
+      updates.push_back(update_of(vector));
+      updates.back().momentum = states_.get(momentum_of(*vector.parameter));
+      updates.back().second_moment = states_.get(second_moment_of(*vector.parameter));
+    }
+    step(updates, scalars, squares);
   }
 
   void update_part(const Parameter& p, const ParameterStore::Kept& kept, const Gradient& gradient,
@@ -89,19 +116,25 @@ class Elementwise : public Optimizer {
       if (count <= 0) return;
       const RowRange mine{begin - kept.begin, count};
       update_elements(p, mine.of(kept.weight), mine.of(kept.master), mine.of(momentum), mine.of(second_moment),
-                      g.view({g.elements()}).slice(begin - first, count), rounding(p, begin), scalars);
+                      g.view({g.elements()}).slice(begin - first, count), rounding(p, begin), scalars, {});
     });
     states_.part_changed(momentum_of(p));
     states_.part_changed(second_moment_of(p));
   }
 
  protected:
-  virtual void update_elements(const Parameter& p, Tensor weight, Tensor master, Tensor momentum, Tensor second_moment,
-                               Tensor gradient, const RandomKey& key, const StepScalars* scalars) = 0;
+  virtual void step(std::span<const ParameterUpdate> updates, const StepScalars* scalars, SquaresTarget squares) = 0;
 
   std::vector<int> momentum_, second_moment_;  // numbers in states_, by Parameter::index; empty: none
 
  private:
+  void update_elements(const Parameter& p, Tensor weight, Tensor master, Tensor momentum, Tensor second_moment,
+                       Tensor gradient, const RandomKey& key, const StepScalars* scalars, SquaresTarget squares) {
+    const ParameterUpdate update = {weight,   master,      momentum,       second_moment,
+                                    gradient, decay_of(p), lr_scale_of(p), key};
+    step({&update, 1}, scalars, squares);
+  }
+
   static int number(const std::vector<int>& numbers, const Parameter& p) {
     return numbers.empty() ? -1 : numbers.at(static_cast<size_t>(p.index));
   }
@@ -121,10 +154,8 @@ class Sgd final : public Elementwise {
   void begin_step(uint32_t, StepScalars&) override {}
 
  private:
-  void update_elements(const Parameter& p, Tensor weight, Tensor master, Tensor momentum, Tensor, Tensor gradient,
-                       const RandomKey& key, const StepScalars* scalars) override {
-    const SgdOptions options{.beta1 = config_.beta1, .weight_decay = decay_of(p), .lr_scale = lr_scale_of(p)};
-    backend_.sgd_update(weight, master, momentum, gradient, options, key, scalars);
+  void step(std::span<const ParameterUpdate> updates, const StepScalars* scalars, SquaresTarget squares) override {
+    backend_.sgd_update(updates, config_.beta1, scalars, squares);
   }
 };
 
@@ -149,14 +180,8 @@ class AdamW final : public Elementwise {
   }
 
  private:
-  void update_elements(const Parameter& p, Tensor weight, Tensor master, Tensor momentum, Tensor second_moment,
-                       Tensor gradient, const RandomKey& key, const StepScalars* scalars) override {
-    const AdamWOptions options{.beta1 = config_.beta1,
-                               .beta2 = beta2_,
-                               .eps = config_.eps,
-                               .weight_decay = decay_of(p),
-                               .lr_scale = lr_scale_of(p)};
-    backend_.adamw_update(weight, master, momentum, second_moment, gradient, options, key, scalars);
+  void step(std::span<const ParameterUpdate> updates, const StepScalars* scalars, SquaresTarget squares) override {
+    backend_.adamw_update(updates, {.beta1 = config_.beta1, .beta2 = beta2_, .eps = config_.eps}, scalars, squares);
   }
 
   float beta2_;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -53,11 +54,13 @@ class Gradient {
   // load(begin, count): rows [begin, begin + count) of the gradient, valid until the next call; may be changed.
   using Load = std::function<Tensor(int64_t begin, int64_t count)>;
 
-  Gradient(const Tensor& whole) : whole_(whole) {}
+  // squares: where an update leaves the sum of the squares of this gradient, which it reads anyway.
+  Gradient(const Tensor& whole, SquaresTarget squares = {}) : whole_(whole), squares_(squares) {}
   Gradient(int64_t rows, int64_t block_rows, Load load)
       : rows_(rows), block_rows_(block_rows), load_(std::move(load)) {}
 
   const Tensor& whole() const { return whole_; }  // an empty tensor where it is in blocks
+  SquaresTarget squares() const { return squares_; }
 
   // One pass: f(which rows, their gradient), once with everything or for every block, in order.
   template <typename F>
@@ -71,8 +74,15 @@ class Gradient {
 
  private:
   Tensor whole_;
+  SquaresTarget squares_;
   int64_t rows_ = 0, block_rows_ = 1;
   Load load_;
+};
+
+// One of a layer's vectors that are updated together.
+struct VectorGradient {
+  const Parameter* parameter = nullptr;
+  Tensor weight, master, gradient;  // [cols]; master may be empty
 };
 
 // All options of all optimizers; docs/design.md gives the formulas that use them. Adafactor is Flora with rank 0.
@@ -138,6 +148,9 @@ class Optimizer {
   virtual void update(const Parameter& parameter, Tensor weight, Tensor master, const Gradient& gradient,
                       StepScalars* scalars) = 0;
 
+  // Updates several 1-D parameters of one layer, in one operation. squares: of their gradients, one after another.
+  virtual void update_vectors(std::span<const VectorGradient> vectors, SquaresTarget squares, StepScalars* scalars) = 0;
+
   // Updates a rank's part of a matrix that is spread over ranks, as update() would; with config.states.parts, of
   // optimizers that work element by element.
   virtual void update_part(const Parameter& parameter, const ParameterStore::Kept& kept, const Gradient& gradient,
@@ -157,6 +170,9 @@ class Optimizer {
   // int8.
   int add_momentum(const Parameter& parameter);  // -1 with beta1 = 0
   int add_second_moment(const Parameter& parameter);
+
+  // The update of a vector, all but its states.
+  ParameterUpdate update_of(const VectorGradient& vector) const;
 
   // The key of a parameter's rounding, from element `begin` on.
   RandomKey rounding(const Parameter& parameter, int64_t begin = 0) const;

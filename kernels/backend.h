@@ -4,16 +4,17 @@
 // Conventions. Tensors are row-major views; letters as everywhere: B batch, T sequence length, C channels, V
 // vocabulary, NH heads, HD = C / NH. Outputs come first. Unless a comment says otherwise every floating tensor may be
 // fp32 or bf16, also mixed; all arithmetic and all accumulation is fp32, and a result is rounded once, to nearest even,
-// when stored. Operations run in order on the compute stream and return before they are done (the CPU backend: when
-// they are done). Nothing allocates. Results depend only on the inputs and the backend's options: no
-// scheduling-dependent order of sums. A shape that does not fit throws std::logic_error (a bug of the caller), a
-// failing device throws std::runtime_error.
+// when stored. Operations run in order on the compute stream, unless on() says otherwise, and return before they are
+// done (the CPU backend: when they are done). Nothing allocates. Results depend only on the inputs and the backend's
+// options: no scheduling-dependent order of sums. A shape that does not fit throws std::logic_error (a bug of the
+// caller), a failing device throws std::runtime_error.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -59,12 +60,15 @@ inline constexpr std::pair<ProjectionKind, const char*> kProjectionNames[] = {
     {ProjectionKind::kCosine, "cosine"}};
 
 struct AdamWOptions {
-  float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.0f;
-  float lr_scale = 1.0f;  // factor on the step's learning rate
+  float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f;
 };
 
-struct SgdOptions {
-  float beta1 = 0.0f, weight_decay = 0.0f, lr_scale = 1.0f;
+// Of a parameter whose second moment is not factored, under Flora and Adafactor.
+struct UnfactoredOptions {
+  float eps1 = 1e-30f, beta1 = 0.0f;
+  float clip = 1.0f;  // as in ApplyOptions
+  bool scale_parameter = false;
+  float eps2 = 1e-3f;
 };
 
 struct ApplyOptions {
@@ -74,13 +78,51 @@ struct ApplyOptions {
   float eps2 = 1e-3f;
 };
 
+// Where an operation leaves the sum of the squares of what it reads or writes anyway: out[0] (fp32, device memory) = or
+// += that sum, whatever the gate says. Nowhere when out is null.
+struct SquaresTarget {
+  float* out = nullptr;
+  bool accumulate = false;
+};
+
+// A projection as generate_projection() makes it, and the same with column j times col_scale[j], which
+// factored_second_moment() makes beside its scales.
+struct ScaledProjection {
+  Tensor plain, scaled;  // [r, d], of one dtype
+  bool of_rows = false;  // d is the number of rows, and the row scales are meant; else the columns
+  ProjectionKind kind = ProjectionKind::kGaussian;
+  RandomKey key = {};
+  const uint32_t* index = nullptr;
+};
+
+// Compressed momentum: M <- beta1 M + (1-beta1) S, S = in * row_scale[i] * col_scale[j] (empty: ones). M fp32, bf16 or
+// int8, contiguous; `in` fp32 or bf16, contiguous.
+struct MomentumAverage {
+  Tensor momentum, in, row_scale = {}, col_scale = {};
+  float beta1 = 0;
+};
+
+// One of several parameters that are updated by one operation: whole tensors or parts of them, contiguous.
+struct ParameterUpdate {
+  Tensor weight, master = {};                // master (fp32): may be empty
+  Tensor momentum = {}, second_moment = {};  // may be empty where the optimizer has none
+  Tensor grad = {};                          // used up
+  float weight_decay = 0.0f;
+  float lr_scale = 1.0f;  // factor on the step's learning rate
+  RandomKey key = {};     // of the rounding of the weight
+};
+// As many as one operation takes.
+inline constexpr size_t kMostTogether = 16;
+
 // The largest shapes a run will ask for: what workspace_bytes() is computed from.
 struct KernelShapes {
   int64_t batch = 0, sequence = 0, channels = 0, heads = 0, vocabulary = 0;
   bool any_bf16 = false;  // some floating tensor is bf16
 };
 
-enum class Stream : uint8_t { kCompute, kCopy };
+// kCopyBack: a second stream of copies, so that there can be one in each direction at a time. kUpdate: a second one of
+// operations, see on().
+enum class Stream : uint8_t { kCompute, kCopy, kCopyBack, kUpdate };
 
 class Backend {
  public:
@@ -111,9 +153,15 @@ class Backend {
   virtual void release_host(void* memory) = 0;
   virtual size_t allocated_bytes() const = 0;  // device memory given out by allocate() and not yet released
 
-  // Scratch memory of the backend itself: how much the shapes need, and where it is (from the arena).
+  // Scratch memory of the backend itself: how much the shapes need, and where it is (from the arena). Each stream of
+  // operations has its own.
   virtual size_t workspace_bytes(const KernelShapes& shapes) const = 0;
-  virtual void set_workspace(void* memory, size_t bytes) = 0;
+  virtual void set_workspace(void* memory, size_t bytes, Stream stream = Stream::kCompute) = 0;
+
+  // Operations from now on, with copies and fills on the compute stream, go to this stream: kCompute or, where it runs
+  // beside that, kUpdate. Events keep the two apart.
+  virtual bool has_update_stream() const { return false; }
+  virtual void on(Stream /*stream*/) {}
 
   // Asynchronous copies in any direction between host and device memory; fill sets every byte. Host memory that is not
   // allocate_host()'s has been read when copy() returns.
@@ -158,9 +206,14 @@ class Backend {
   // accumulator += in. With a bf16 accumulator the sum is rounded stochastically with the numbers of (key, *counter);
   // counter in device memory.
   virtual void accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) = 0;
-  virtual void scale(Tensor x, const float* factor) = 0;  // x *= *factor (device memory); no pass over x when it is 1
-  // out[0] (fp32) = or += sum of x^2.
-  virtual void sum_squares(Tensor out, Tensor x, bool accumulate) = 0;
+  // x *= *factor (device memory), for each of several tensors; no pass over them when it is 1.
+  virtual void scale(std::span<const Tensor> tensors, const float* factor) = 0;
+  void scale(Tensor x, const float* factor) { scale(std::span<const Tensor>(&x, 1), factor); }
+  // out[0] (fp32) = or += sum of x^2; of several tensors, one after another.
+  virtual void sum_squares(Tensor out, std::span<const Tensor> tensors, bool accumulate) = 0;
+  void sum_squares(Tensor out, Tensor x, bool accumulate) {
+    sum_squares(out, std::span<const Tensor>(&x, 1), accumulate);
+  }
   virtual void sum(Tensor out, Tensor x, float factor, bool accumulate) = 0;  // out[0] = or += factor * sum(x)
   // x *= sqrt(*target_squares / *current_squares); 1 when the current one is 0.
   virtual void restore_norm(Tensor x, const float* target_squares, const float* current_squares) = 0;
@@ -233,9 +286,11 @@ class Backend {
 
   // Factored second moment of grad [n, m]: row_state[i] <- beta2 row_state[i] + (1-beta2) mean_j(g^2 + eps1), col_state
   // alike; then row_scale[i] = rsqrt(row_state[i] / mean(row_state)), col_scale[j] = rsqrt(col_state[j]). All fp32.
-  // beta2 is scalars->beta2.
+  // beta2 is scalars->beta2. `squares`: of the gradient, summed from the row sums. `projection`: what else to make of
+  // the scales, may be null.
   virtual void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
-                                      Tensor grad, float eps1, const StepScalars* scalars) = 0;
+                                      Tensor grad, float eps1, const StepScalars* scalars, SquaresTarget squares = {},
+                                      const ScaledProjection* projection = nullptr) = 0;
   // The same in pieces, for a gradient that is never whole. First for each piece, some rows [k, m] of the matrix:
   // row_squares[i] = mean_j(g^2 + eps1) of these rows [k], col_squares[j] = or += sum_i(g^2 + eps1) over them [m]. All
   // fp32.
@@ -246,27 +301,42 @@ class Backend {
                                const StepScalars* scalars) = 0;
   // V <- beta2 V + (1-beta2) (g^2 + eps1), then grad <- grad * rsqrt(V). V fp32 or uint8, as long as grad.
   virtual void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) = 0;
-  // out[i,j] = factor * in[i,j] * row_scale[i] * col_scale[j]; an empty scale counts as ones; out may be in.
-  virtual void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) = 0;
+  // out[i,j] = factor * in[i,j] * row_scale[i] * col_scale[j] + added[i,j]; an empty scale counts as ones, an empty
+  // `added` as zeros; out may be in.
+  virtual void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor,
+                               Tensor added = {}) = 0;
   // Uncompressed momentum: M <- beta1 M + (1-beta1) update; update <- M (before M is rounded). M fp32, bf16 or int8.
   virtual void momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) = 0;
-  // Compressed momentum: M <- beta1 M + (1-beta1) in. M fp32, bf16 or int8; `in` fp32 or bf16.
-  virtual void ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) = 0;
+  // scale_rows_cols(update, update, row_scale, col_scale, 1), then momentum_update() unless the momentum is empty, in
+  // one pass over a contiguous update; `squares`: of the update as it is left. When the gate is 0 none of it happens.
+  virtual void scaled_momentum_update(Tensor update, Tensor momentum, Tensor row_scale, Tensor col_scale, float beta1,
+                                      const StepScalars* scalars, SquaresTarget squares = {}) = 0;
+  virtual void ema(const MomentumAverage& average, const StepScalars* scalars) = 0;
   // W <- W - lr' (weight_decay W + update / max(1, rms(update)/clip)), lr' = lr * max(eps2, rms(W)) with
   // scale_parameter, else lr; lr is lr_scale times the step's, here and below. The sums of squares (fp32 scalars in
   // device memory) belong to the whole parameter of `elements` elements; weight_squares may be null without
   // scale_parameter. With a master copy (fp32) the update goes to it and weight is its nearest rounding; without one a
-  // bf16 weight is rounded stochastically with the numbers of (key, step).
+  // bf16 weight is rounded stochastically with the numbers of (key, step). With an `average` ema() happens beside it.
   virtual void apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
                             const float* update_squares, const float* weight_squares, int64_t elements, RandomKey key,
-                            const StepScalars* scalars) = 0;
+                            const StepScalars* scalars, const MomentumAverage* average = nullptr) = 0;
+  // For each of several parameters: full_second_moment(), momentum_update() unless the momentum is empty, and
+  // apply_update() with the sums of squares it asks for. `squares`: of the gradients, one after another.
+  virtual void unfactored_update(std::span<const ParameterUpdate> parameters, const UnfactoredOptions& options,
+                                 const StepScalars* scalars, SquaresTarget squares = {}) = 0;
   // AdamW, decoupled decay: m, v decayed averages of g and g^2; W <- W - lr (m^/(sqrt(v^) + eps) + weight_decay W).
-  // m fp32, bf16 or int8; v fp32 or uint8. Rounding of W as in apply_update.
-  virtual void adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, const AdamWOptions& options,
-                            RandomKey key, const StepScalars* scalars) = 0;
+  // m fp32, bf16 or int8, maybe empty; v fp32 or uint8. Rounding of W as in apply_update. `squares`: of the gradients.
+  virtual void adamw_update(std::span<const ParameterUpdate> parameters, const AdamWOptions& options,
+                            const StepScalars* scalars, SquaresTarget squares = {}) = 0;
+  void adamw_update(const ParameterUpdate& parameter, const AdamWOptions& options, const StepScalars* scalars) {
+    adamw_update(std::span<const ParameterUpdate>(&parameter, 1), options, scalars);
+  }
   // W <- W - lr (weight_decay W + u); u = grad, or with beta1 > 0 the momentum m <- beta1 m + grad. m may be empty.
-  virtual void sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options, RandomKey key,
-                          const StepScalars* scalars) = 0;
+  virtual void sgd_update(std::span<const ParameterUpdate> parameters, float beta1, const StepScalars* scalars,
+                          SquaresTarget squares = {}) = 0;
+  void sgd_update(const ParameterUpdate& parameter, float beta1, const StepScalars* scalars) {
+    sgd_update(std::span<const ParameterUpdate>(&parameter, 1), beta1, scalars);
+  }
 
   // 8-bit states, blocks of kQuantBlock elements, s = the block's largest magnitude (0 in a block of zeros):
   //   int8:  code = round(127 sqrt(|x|/s)) with x's sign,        value = s * sign * (|code|/127)^2

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -49,12 +50,24 @@ class CheckBench {
   CheckBench(const CheckBench&) = delete;
   CheckBench& operator=(const CheckBench&) = delete;
 
-  // NaN in every floating element.
+  // NaN in every floating element, and in the scales of 8-bit ones.
   Tensor poisoned(DType dtype, std::initializer_list<int64_t> shape) {
     Tensor t = Tensor::of(nullptr, dtype, shape);
     t.data = backend_.allocate(t.bytes());
     blocks_.push_back(t.data);
     backend_.fill(t.data, 0xff, t.bytes());
+    if (dtype == DType::kI8 || dtype == DType::kU8)
+      t.scales = poisoned(DType::kF32, {quant_blocks(t.elements())}).as<float>();
+    return t;
+  }
+  // The same number in every element, one that each dtype has.
+  Tensor filled(DType dtype, std::initializer_list<int64_t> shape, float value) {
+    const Tensor t = poisoned(dtype, shape);
+    if (!t.scales) {
+      backend_.fill_constant(t, value);
+    } else {
+      backend_.quantize(t, filled(DType::kF32, shape, value));
+    }
     return t;
   }
   RandomMatrix normal(DType dtype, int64_t rows, int64_t cols) {
@@ -88,12 +101,15 @@ class CheckBench {
     return out;
   }
 
-  // False when an element is NaN or infinite, as it is where nothing was written.
-  bool all_finite(const Tensor& t) {
-    const Tensor squares = poisoned(DType::kF32, {1});
-    backend_.sum_squares(squares, t, false);
-    return std::isfinite(read(squares, 0)[0]);
+  // The sum of the squares of some tensors.
+  double squares(std::span<const Tensor> tensors) {
+    const Tensor sum = poisoned(DType::kF32, {1});
+    backend_.sum_squares(sum, tensors, false);
+    return read(sum, 0)[0];
   }
+
+  // False when an element is NaN or infinite, as it is where nothing was written.
+  bool all_finite(const Tensor& t) { return std::isfinite(squares({&t, 1})); }
 
  private:
   Backend& backend_;
@@ -132,6 +148,9 @@ std::string shape_text(std::initializer_list<int64_t> shape);  // "[3,4]"
 
 // Attention of B sequences in whole heads, or its backward pass.
 Difference attention_difference(Backend& backend, const CheckShapes& shapes, bool backward);
+
+// The last token's row of it alone.
+Difference attention_decode_difference(Backend& backend, const CheckShapes& shapes);
 
 // The check of one matrix product, [m,k] x [k,n].
 struct ProductShape {

@@ -257,16 +257,57 @@ Difference sum_squares(Backend& backend, const CheckShapes& s) {
   return comparison.allowing(1e-5);
 }
 
+// Both tensors become half of what they were.
+Difference scale(Backend& backend, const CheckShapes& s) {
+  CheckBench bench(backend);
+  const RandomMatrix x[] = {bench.normal(s.gradients, 3, s.channels), bench.normal(s.gradients, 1, 4 * s.channels)};
+  const Tensor both[] = {x[0].tensor, x[1].tensor}, half = bench.filled(DType::kF32, {1}, 0.5f);
+  backend.scale(both, half.as<float>());
+  Comparison comparison;
+  for (const RandomMatrix& m : x) {
+    for (int64_t row = 0; row < m.tensor.rows(); ++row) {
+      const std::vector<double> result = bench.read(m.tensor, row), before = m.row(row);
+      for (size_t c = 0; c < result.size(); ++c) comparison.add(result[c], before[c] / 2, 0);
+    }
+  }
+  return comparison.allowing(rounding_of(s.gradients));
+}
+
+Difference convert(Backend& backend, const CheckShapes& s) {
+  CheckBench bench(backend);
+  const int64_t rows = rows_of(s, s.channels);
+  const RandomMatrix x = bench.normal(DType::kF32, rows, s.channels);
+  const Tensor out = bench.poisoned(DType::kBF16, {rows, s.channels});
+  backend.convert(out, x.tensor);
+  Comparison comparison;
+  for (const int64_t row : spread(rows, 32)) {
+    const std::vector<double> result = bench.read(out, row), expected = x.row(row);
+    for (size_t c = 0; c < result.size(); ++c) comparison.add(result[c], expected[c], 0);
+  }
+  comparison.require(bench.all_finite(out));
+  return comparison.allowing(0.004);
+}
+
 // ---- classifier
 
-Difference classifier(Backend& backend, const CheckShapes& s) {
+// `by_columns`: losses first, then the gradient of some columns after another.
+Difference classifier(Backend& backend, const CheckShapes& s, bool by_columns) {
   CheckBench bench(backend);
   const int64_t rows = std::min<int64_t>(s.head_chunk, 128), V = s.vocabulary;
   const RandomMatrix logits = bench.normal(s.activations, rows, s.padded_vocabulary);
   const std::vector<int32_t> targets = random_tokens(rows, V);
   const Tensor losses = bench.poisoned(DType::kF32, {rows});
   constexpr float kScale = 0.5f;
-  backend.classifier(losses, logits.tensor, bench.upload(targets), V, kScale, true);
+  const Tensor uploaded = bench.upload(targets);
+  if (by_columns) {
+    const Tensor lse = bench.poisoned(DType::kF32, {rows});
+    backend.classifier(losses, logits.tensor, uploaded, V, kScale, false, lse);
+    const int64_t first = s.padded_vocabulary / 16 * 8;
+    for (const auto& [begin, count] : {std::pair{int64_t{0}, first}, {first, s.padded_vocabulary - first}})
+      backend.classifier_gradient(logits.tensor.columns(begin, count), uploaded, lse, begin, V, kScale);
+  } else {
+    backend.classifier(losses, logits.tensor, uploaded, V, kScale, true);
+  }
   Comparison comparison;
   const std::vector<double> loss = bench.read(losses, 0);
   for (const int64_t row : spread(rows, 6)) {
@@ -303,8 +344,12 @@ std::vector<Check> model_checks(const CheckShapes& s) {
   const std::string heads = with_dtype({s.batch, s.sequence, C}, act) + " " + std::to_string(s.heads) + " heads";
   add("fill_normal", with_dtype({rows_of(s, C), C}, act), fill_normal);
   add("sum_squares", with_dtype({rows_of(s, C), C}, act), sum_squares);
+  add("scale", with_dtype({4 * C}, s.gradients), scale);
+  add("convert", shape_text({rows_of(s, C), C}) + " fp32 to bf16", convert);
   add("attention_forward", heads, attention_difference, false);
   add("attention_backward", heads, attention_difference, true);
+  add("attention_decode", with_dtype({s.sequence, C}, act) + " " + std::to_string(s.heads) + " heads",
+      attention_decode_difference);
   for (const auto& [inputs, outputs] : {std::pair{C, 3 * C}, {C, C}, {C, 4 * C}, {4 * C, C}}) {
     const std::pair<int64_t, int64_t> sides = {inputs, outputs};
     const ProductShape products[] = {
@@ -322,7 +367,9 @@ std::vector<Check> model_checks(const CheckShapes& s) {
   checks.push_back(
       product_check({.m = chunk, .n = Vp, .k = C, .out = act, .a = act, .b = s.weights, .transpose_b = true}, s.tf32));
   checks.push_back(product_check({.m = chunk, .n = C, .k = Vp, .out = act, .a = act, .b = s.weights}, s.tf32));
-  add("classifier", with_dtype({std::min<int64_t>(s.head_chunk, 128), Vp}, act), classifier);
+  const std::string logits = with_dtype({std::min<int64_t>(s.head_chunk, 128), Vp}, act);
+  add("classifier", logits, classifier, false);
+  add("classifier_gradient", logits, classifier, true);
   const std::string norm = with_dtype({rows_of(s, C), C}, act);
   add("layernorm_forward", norm, layernorm, false);
   add("residual_layernorm_forward", norm, layernorm, true);

@@ -31,12 +31,15 @@ struct CheckShapes {
   int64_t batch = 1, sequence = 1, channels = 8, heads = 1;
   int64_t vocabulary = 8, padded_vocabulary = 8, head_chunk = 1;
   DType weights = DType::kF32, activations = DType::kF32, gradients = DType::kF32;
-  int64_t rank = 0;  // of random projections
+  DType states = DType::kF32;  // of a momentum
+  bool weight_codes = false;   // weights are stored in 8 bits
+  int64_t rank = 0;            // of random projections
   ProjectionKind projection = ProjectionKind::kCosine;
   bool tf32 = false;  // products of fp32 operands may round them
 };
 
-// Every operation of forward and backward passes, the ones that take longest first; and those of updates. Of operations
-// whose rows are independent only some thousands of numbers are taken.
+// Every operation of forward and backward passes, the ones that take longest first; those of updates; and what rounds
+// at random or to 8 bits. Of operations whose rows are independent only some thousands of numbers are taken.
 std::vector<Check> model_checks(const CheckShapes& shapes);
 std::vector<Check> update_checks(const CheckShapes& shapes);
+std::vector<Check> rounding_checks(const CheckShapes& shapes);

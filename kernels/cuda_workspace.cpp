@@ -12,7 +12,7 @@ size_t reduction_scratch_bytes(const KernelShapes& shapes) {
   const size_t channels = static_cast<size_t>(std::max<int64_t>(shapes.channels, 1));
   const size_t layernorm = kMaxLayerNormChunks * 2 * channels * sizeof(float);
   const size_t bias = kMaxBiasChunks * 4 * channels * sizeof(float);
-  return std::max({layernorm, bias, kMaxSumBlocks * sizeof(double)});
+  return std::max({layernorm, bias, kMostTogether * static_cast<size_t>(kMaxSumBlocks) * sizeof(double)});
 }
 
 // Of the backward pass: dout . out of each row of each head.
@@ -27,7 +27,7 @@ size_t optimizer_scratch_bytes(const KernelShapes& shapes) {
   int64_t bytes = 0;
   for (auto [rows, cols] : {std::pair{v, c}, {t, c}, {c, 3 * c}, {c, c}, {c, 4 * c}, {4 * c, c}}) {
     const SquaresTiling tiling(rows, cols);
-    bytes = std::max(bytes, tiling.range_bytes(tiling.tiles));
+    bytes = std::max({bytes, tiling.range_bytes(tiling.tiles), square_sum_bytes(rows * cols)});
   }
   return static_cast<size_t>(bytes);
 }
@@ -58,10 +58,10 @@ int64_t SquaresTiling::range_bytes(int64_t range) const {
 }
 
 int64_t SquaresTiling::finish_bytes() const {
-  return static_cast<int64_t>(sizeof(double)) * divide_up(rows, kFinishRows);
+  return 2 * static_cast<int64_t>(sizeof(double)) * divide_up(rows, kFinishRows);
 }
 
 size_t cuda_workspace_bytes(const KernelShapes& shapes) {
-  return std::max({kCublasWorkspaceBytes, reduction_scratch_bytes(shapes), attention_scratch_bytes(shapes),
-                   optimizer_scratch_bytes(shapes)});
+  return kArrivalBytes + std::max({kCublasWorkspaceBytes, reduction_scratch_bytes(shapes),
+                                   attention_scratch_bytes(shapes), optimizer_scratch_bytes(shapes)});
 }

@@ -23,6 +23,9 @@ inline constexpr int64_t kMaxBiasChunks = 128;  // chunks of rows; cols is up to
 // read once: each time 3% of what the pass over 16K rows in bf16 moves.
 inline constexpr int64_t kMaxLayerNormChunks = 512;
 
+// Behind the scratch of every stream: the counter of arrivals.cuh, zero between launches.
+inline constexpr size_t kArrivalBytes = 256;
+
 // How the squares of a matrix are added (kernels/cuda/factored_moment.cu): tiles of `chunk` rows and kCols columns,
 // about 1024 of them. Depends on the matrix's size alone.
 struct SquaresTiling {
@@ -37,10 +40,16 @@ struct SquaresTiling {
 
   SquaresTiling(int64_t rows, int64_t cols);
 
-  // Scratch: column sums of `range` tiles of a row, row sums of them, and sums of row statistics.
+  // Scratch: column sums of `range` tiles of a row, row sums of them, and sums of row statistics and of squares.
   int64_t range_bytes(int64_t range) const;
   int64_t finish_bytes() const;
 };
+
+// Scratch of an elementwise update that adds the squares of a gradient: a double for each block of threads.
+inline constexpr int64_t kUpdateElements = 2048;  // that one of them takes
+inline int64_t square_sum_bytes(int64_t elements) {
+  return static_cast<int64_t>(sizeof(double)) * divide_up(elements, kUpdateElements);
+}
 
 // What CUDA takes of a device's memory beside allocate(): kernels are loaded when they are first used, and graphs live
 // on the device, too; at most a 32nd of the device.

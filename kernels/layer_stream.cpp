@@ -1,5 +1,7 @@
-// layer_stream.cpp: see layer_stream.h. Events keep the two streams apart: a slot is copied into or out of only after
-// the compute stream has used it, and used only after the copy that fills it. Between ranks the communicator does both,
+// layer_stream.cpp: see layer_stream.h. Events keep the streams apart: a slot is copied into or out of only after
+// the compute stream has used it, and used only after the copy that fills it; what is copied in comes after what the
+// slot's last layer was copied back by, so that neither the slot nor a layer in host memory is read and written at the
+// same time. Between ranks the communicator does both,
 // and what a rank copies between its part and a slot is on the compute stream.
 #include "kernels/layer_stream.h"
 
@@ -89,6 +91,8 @@ LayerStream::Slot* LayerStream::free_slot() {
 
 void LayerStream::load(Slot& slot, int layer, bool copy) {
   if (!peers_ && !slot.has_events) create_events(slot);
+  if (slot.stored_beside) backend_.wait(slot.stored_event, Stream::kCopy);
+  slot.stored_beside = false;
   if (slot.layer >= 0) forget(slot);
   Layer& to = layers_[static_cast<size_t>(layer)];
   slot.layer = layer;
@@ -130,10 +134,12 @@ void LayerStream::arrive(Slot& slot) {
 
 void LayerStream::store(Slot& slot) {
   const Layer& from = layers_[static_cast<size_t>(slot.layer)];
-  backend_.wait(slot.used_event, Stream::kCopy);
-  backend_.copy(from.kept, slot.memory, from.bytes, Stream::kCopy);
-  backend_.record(slot.stored_event, Stream::kCopy);
+  const Stream back = copy_back();
+  backend_.wait(slot.used_event, back);
+  backend_.copy(from.kept, slot.memory, from.bytes, back);
+  backend_.record(slot.stored_event, back);
   slot.storing = true;
+  slot.stored_beside = back != Stream::kCopy;
   slot.changed = false;
 }
 

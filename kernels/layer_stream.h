@@ -1,6 +1,7 @@
 // layer_stream.h: numbers that belong to the layers of a model (weights, optimizer states, activations), of which a few
 // layers at a time are whole on the device. All of them are kept
-//   in host memory: the next layer is copied in and a changed one copied back on the copy stream, or
+//   in host memory: the next layer is copied in and a changed one copied back, on one copy stream or, with three slots
+//   or more, on one for each direction at the same time, or
 //   by the ranks of a run, each its part of every tensor (parallel/part.h), on its device: the next layer is gathered
 //   from them, and of a changed one each keeps its part,
 // while the compute stream works on the layer at hand.
@@ -91,6 +92,7 @@ class LayerStream {
     bool changed = false;                   // since it was acquired
     bool old = false;                       // the parts have changed since
     bool loading = false, storing = false;  // copies that the compute stream has not waited for
+    bool stored_beside = false;             // one back that the stream of copies in has not waited for
     int64_t ticket = 0;                     // of the last gather
     bool has_events = false;
     int used_event = 0, loaded_event = 0, stored_event = 0;
@@ -109,6 +111,8 @@ class LayerStream {
   void keep_part(Slot& slot);
   void forget(Slot& slot);
   void create_events(Slot& slot);
+  // With two slots the one copy waits for the other anyway: a layer comes to where one goes.
+  Stream copy_back() const { return slots_.size() > 2 ? Stream::kCopyBack : Stream::kCopy; }
 
   std::string name_;
   Category category_;

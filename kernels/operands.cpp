@@ -154,12 +154,39 @@ void check_factored_scales(const Tensor& row_state, const Tensor& col_state, con
           "factored_scales: shapes differ");
 }
 
-void check_scale_rows_cols(const Tensor& out, const Tensor& in, const Tensor& row_scale, const Tensor& col_scale) {
+void check_scale_rows_cols(const Tensor& out, const Tensor& in, const Tensor& row_scale, const Tensor& col_scale,
+                           const Tensor& added) {
   const int64_t rows = in.rows(), cols = in.cols();
   require(out.rows() == rows && out.cols() == cols && has_uniform_rows(in) && has_uniform_rows(out) &&
               (row_scale.empty() || row_scale.elements() == rows) &&
               (col_scale.empty() || col_scale.elements() == cols),
           "scale_rows_cols: shapes differ");
+  require(added.empty() || (added.rows() == rows && added.cols() == cols && has_uniform_rows(added)),
+          "scale_rows_cols: shapes differ");
+}
+
+void check_scaled_projection(const ScaledProjection& projection, const Tensor& grad) {
+  check_projection(projection.plain, projection.kind);
+  check_projection(projection.scaled, projection.kind);
+  require(projection.plain.rows() == projection.scaled.rows() &&
+              projection.plain.cols() == (projection.of_rows ? grad.rows() : grad.cols()) &&
+              projection.scaled.cols() == projection.plain.cols() && projection.plain.dtype == projection.scaled.dtype,
+          "factored_second_moment: the projection has another shape than the scales");
+}
+
+void check_average(const MomentumAverage& average) {
+  check_state(average.momentum, average.in);
+  check_scale_rows_cols(average.in, average.in, average.row_scale, average.col_scale);
+}
+
+void check_parameter(const ParameterUpdate& p) {
+  check_update(p.weight, p.master, p.grad, p.momentum, p.second_moment);
+}
+
+double total_bytes(std::span<const Tensor> tensors) {
+  size_t bytes = 0;
+  for (const Tensor& t : tensors) bytes += t.bytes();
+  return static_cast<double>(bytes);
 }
 
 void check_quantize(const Tensor& out, const Tensor& in) {
@@ -209,6 +236,13 @@ double update_bytes(const Tensor& weight, const Tensor& master, const Tensor& gr
   size_t bytes = grad.bytes();
   for (const Tensor& t : {weight, master, m, v}) bytes += t.empty() ? 0 : 2 * t.bytes();
   return static_cast<double>(bytes);
+}
+
+double update_bytes(std::span<const ParameterUpdate> parameters) {
+  double bytes = 0;
+  for (const ParameterUpdate& p : parameters)
+    bytes += update_bytes(p.weight, p.master, p.grad, p.momentum, p.second_moment);
+  return bytes;
 }
 
 double embedding_backward_bytes(const Tensor& dwte, bool accumulate_wte, const Tensor& dwpe, const Tensor& dout) {

@@ -56,11 +56,14 @@ void check_factored_second_moment(const Tensor& row_state, const Tensor& col_sta
 void check_factored_squares(const Tensor& row_squares, const Tensor& col_squares, const Tensor& grad);
 void check_factored_scales(const Tensor& row_state, const Tensor& col_state, const Tensor& row_scale,
                            const Tensor& col_scale);
-void check_scale_rows_cols(const Tensor& out, const Tensor& in, const Tensor& row_scale, const Tensor& col_scale);
+void check_scale_rows_cols(const Tensor& out, const Tensor& in, const Tensor& row_scale, const Tensor& col_scale,
+                           const Tensor& added = {});
 void check_quantize(const Tensor& out, const Tensor& in);
 void check_dequantize(const Tensor& out, const Tensor& in);
 void check_quantize_weight(const Tensor& out, const Tensor& in);
 void check_dequantize_weight(const Tensor& out, const Tensor& in);
+void check_scaled_projection(const ScaledProjection& projection, const Tensor& grad);
+void check_average(const MomentumAverage& average);
 // Elementwise work on a gradient (or what is added) and a state of the same length, both contiguous.
 void check_state(const Tensor& state, const Tensor& grad);
 // Of the operations that change weights; m and v may be empty.
@@ -68,10 +71,13 @@ void check_update(const Tensor& weight, const Tensor& master, const Tensor& grad
                   const Tensor& v = {});
 void check_apply_update(const Tensor& weight, const Tensor& master, const Tensor& update, const ApplyOptions& options,
                         const float* weight_squares);
+void check_parameter(const ParameterUpdate& parameter);
 
+double total_bytes(std::span<const Tensor> tensors);
 // Bytes that the backward pass of the embedding must move: dout once or twice, each row of dwte that it touches, and
 // the whole of it where it is set to 0 first.
 double embedding_backward_bytes(const Tensor& dwte, bool accumulate_wte, const Tensor& dwpe, const Tensor& dout);
 // Bytes that an operation which changes weights must move: the gradient is read, everything else read and written.
 double update_bytes(const Tensor& weight, const Tensor& master, const Tensor& grad, const Tensor& m = {},
                     const Tensor& v = {});
+double update_bytes(std::span<const ParameterUpdate> parameters);

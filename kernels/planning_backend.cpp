@@ -18,6 +18,7 @@ class PlanningBackend final : public CpuBackend {
   double measure_peak_flops() override { throw std::runtime_error("a device that is not here cannot be measured"); }
   void* allocate(size_t) override { return refuse(); }
   void* allocate_host(size_t) override { return refuse(); }
+  bool has_update_stream() const override { return true; }
   size_t workspace_bytes(const KernelShapes& shapes) const override { return cuda_workspace_bytes(shapes); }
 
  private:

@@ -130,6 +130,36 @@ Difference attention_difference(Backend& backend, const CheckShapes& s, bool bac
   return comparison.allowing(s.activations == DType::kBF16 ? 0.02 : 1e-3);
 }
 
+Difference attention_decode_difference(Backend& backend, const CheckShapes& s) {
+  CheckBench bench(backend);
+  CheckShapes one = s;
+  one.batch = 1;
+  const int64_t C = s.channels, T = s.sequence, HD = C / s.heads;
+  const RandomMatrix qkv = bench.normal(s.activations, T, 3 * C);
+  const Tensor out = bench.poisoned(s.activations, {C});
+  backend.attention_decode(out, qkv.tensor, static_cast<int>(s.heads));
+  const std::vector<double> result = bench.read(out, 0);
+  Comparison comparison;
+  for (const Head& head : some_heads(one)) {
+    const int64_t column = head.index * HD;
+    const std::vector<double> q = qkv.numbers(T - 1, column, HD);
+    const Rows k = tokens_of(qkv, one, head, C + column, HD), v = tokens_of(qkv, one, head, 2 * C + column, HD);
+    std::vector<double> exponential;
+    double total = 0;
+    for (const std::vector<double>& key : k) {
+      exponential.push_back(std::exp(dot(q, key) / std::sqrt(static_cast<double>(HD))));
+      total += exponential.back();
+    }
+    Sums sums(1, static_cast<size_t>(HD));
+    for (size_t t = 0; t < v.size(); ++t) sums.add(0, exponential[t] / total, exponential[t] / total, v[t]);
+    for (int64_t c = 0; c < HD; ++c)
+      comparison.add(result[static_cast<size_t>(column + c)], sums.value[0][static_cast<size_t>(c)],
+                     std::sqrt(sums.squares[0][static_cast<size_t>(c)]));
+  }
+  comparison.require(bench.all_finite(out));
+  return comparison.allowing(s.activations == DType::kBF16 ? 0.02 : 1e-3);
+}
+
 Check product_check(const ProductShape& p, bool tf32) {
   const auto in_memory = [](int64_t rows, int64_t cols, bool transposed) {
     return transposed ? shape_text({cols, rows}) + "^T" : shape_text({rows, cols});

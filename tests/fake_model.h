@@ -70,6 +70,7 @@ struct FakeOptions {
   bool masters = false;
   int threads = 2;
   uint32_t poisoned_step = 0;  // in this step one gradient holds an infinity
+  int layers = 2;
 };
 
 class FakeModel {
@@ -77,7 +78,7 @@ class FakeModel {
   explicit FakeModel(const FakeOptions& options)
       : options_(options),
         backend_(make_test_backend(test_backend_name(), options.threads)),
-        store_(make_parameters(), options.weight_dtype, options.masters),
+        store_(make_parameters(options.layers), options.weight_dtype, options.masters),
         optimizer_(make_optimizer(options.optimizer, store_.parameters(), options.gradients.gradient_dtype, *backend_)),
         gradients_(options.gradients, *optimizer_, store_, *backend_) {
     MemoryPlan plan;
@@ -164,7 +165,7 @@ class FakeModel {
     return values;
   }
 
-  static std::vector<Parameter> make_parameters() {
+  static std::vector<Parameter> make_parameters(int layers = 2) {
     constexpr int64_t kChannels = 24, kVocabulary = 150;
     std::vector<Parameter> parameters;
     const auto add = [&](const std::string& name, int layer, int64_t rows, int64_t cols) {
@@ -182,7 +183,7 @@ class FakeModel {
     parameters.back().embedding = parameters.back().long_lived = true;
     add("wpe.weight", -1, 20, kChannels);
     parameters.back().embedding = true;
-    for (int layer = 0; layer < 2; ++layer) {
+    for (int layer = 0; layer < layers; ++layer) {
       const std::string h = "h." + std::to_string(layer) + ".";
       add(h + "ln_1.weight", layer, 1, kChannels);
       add(h + "ln_1.bias", layer, 1, kChannels);
@@ -214,7 +215,7 @@ class FakeModel {
     const std::vector<Parameter>& all = store_.parameters();
     write(all[0], t, micro_batch, 0);
     hand_over(t, micro_batch, {all[all.size() - 2], all[all.size() - 1]});
-    for (int layer = 1; layer >= 0; --layer) {
+    for (int layer = options_.layers - 1; layer >= 0; --layer) {
       const Parameter* block = &all[2 + 8 * static_cast<size_t>(layer)];
       store_.acquire(layer, Access::kRead);
       for (int matrix : {7, 6, 4, 5, 2, 3}) hand_over(t, micro_batch, {block[matrix]});

@@ -28,8 +28,8 @@ OPERATIONS = """
     fill_constant embedding_forward embedding_backward layernorm_forward residual_layernorm_forward layernorm_backward
     matmul bias_backward gelu_forward gelu_backward attention_forward attention_backward attention_decode classifier
     classifier_gradient generate_projection factored_second_moment factored_squares factored_scales
-    full_second_moment scale_rows_cols momentum_update ema apply_update adamw_update sgd_update quantize dequantize
-    quantize_weight dequantize_weight""".split()
+    full_second_moment scale_rows_cols momentum_update scaled_momentum_update ema apply_update unfactored_update
+    adamw_update sgd_update quantize dequantize quantize_weight dequantize_weight""".split()
 
 KEYS = ["operation", "model", "shape", "milliseconds", "gigabytes", "tflop", "percent", "bound"]
 

@@ -218,12 +218,13 @@ TEST_P(OptimizerOps, MomentumUpdateAndEma) {
       const Values u = device.read(update);
       DeviceValue<StepScalars> s(device, closed({}));
       const auto before = device.bits(m1);
+      const MomentumAverage average = {.momentum = m2, .in = update, .beta1 = 0.9f};
       device->momentum_update(update, m1, 0.9f, s.data());
-      device->ema(m2, update, 0.9f, s.data());
+      device->ema(average, s.data());
       EXPECT_EQ(device.bits(m1), before);
       EXPECT_EQ(device.bits(m2), before);
       s.set({});
-      device->ema(m2, update, 0.9f, s.data());
+      device->ema(average, s.data());
       device->momentum_update(update, m1, 0.9f, s.data());
       for (size_t i = 0; i < u.size(); ++i) expected[i] = 0.9 * expected[i] + 0.1 * u[i];
       EXPECT_LE(relative_error(device.read(update), expected), tolerance(dtype()));
@@ -326,9 +327,15 @@ TEST_P(OptimizerOps, AdamW) {
               const Tensor v_state = make_state(device, state == DType::kI8 ? DType::kU8 : DType::kF32, v);
               Values m = momentum ? state_values(device, m_state) : Values(v.size(), 0);
               v = state_values(device, v_state);
-              const AdamWOptions options{
-                  .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-3f, .weight_decay = 0.1f, .lr_scale = 0.5f};
-              device->adamw_update(weight, master, m_state, v_state, g, options, kKey, s.data());
+              device->adamw_update({.weight = weight,
+                                    .master = master,
+                                    .momentum = m_state,
+                                    .second_moment = v_state,
+                                    .grad = g,
+                                    .weight_decay = 0.1f,
+                                    .lr_scale = 0.5f,
+                                    .key = kKey},
+                                   {.beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-3f}, s.data());
               const Values grad = device.read(g);
               Values step(grad.size());
               for (size_t i = 0; i < step.size(); ++i) {
@@ -364,8 +371,14 @@ TEST_P(OptimizerOps, Sgd) {
                 const Values old = state_values(device, m);
                 for (size_t i = 0; i < step.size(); ++i) step[i] += 0.9 * old[i];
               }
-              device->sgd_update(weight, master, m, g, {.beta1 = 0.9f, .weight_decay = 0.1f, .lr_scale = 0.5f}, kKey,
-                                 s.data());
+              device->sgd_update({.weight = weight,
+                                  .master = master,
+                                  .momentum = m,
+                                  .grad = g,
+                                  .weight_decay = 0.1f,
+                                  .lr_scale = 0.5f,
+                                  .key = kKey},
+                                 0.9f, s.data());
               if (momentum && s.get().gate == 1) {
                 EXPECT_LE(relative_error(state_values(device, m), step), state_tolerance(state));
               }
@@ -392,7 +405,7 @@ TEST_P(StochasticUpdates, AreNotLostInBf16) {
   const Tensor g = device.upload(Values(n, step_size), DType::kF32, {n});
   for (uint32_t t = 1; t <= 1000; ++t) {
     s.set(scalars_of(1.0f, 0.9f, t));
-    device->sgd_update(weight, {}, {}, g, {}, kKey, s.data());
+    device->sgd_update({.weight = weight, .grad = g, .key = kKey}, 0.0f, s.data());
     Values w = device.read(nearest);
     for (double& x : w) x -= step_size;
     device.write(nearest, w);

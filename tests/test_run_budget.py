@@ -197,6 +197,25 @@ def test_a_plan_for_a_gpu_that_is_not_here(data):
     assert "a device that is not here" in fail(*flags, "--memory-budget", "auto", code=2, env=NO_GPU)
 
 
+def test_updates_run_beside_the_backward_pass_where_there_is_room():
+    """Their second buffers are in what was chosen, and never at the price of a setting."""
+    def chosen(budget, *flags):
+        result = call("plan", "--json", "--device", "cuda", "--model", "d12", "--memory-budget", budget, *flags, env=NO_GPU)
+        planned = json.loads(result.stdout)
+        assert planned["budget"]["chosen"]["device_bytes"] == planned["device_bytes"]
+        return planned
+
+    beside, in_turn = chosen("8GiB"), chosen("8GiB", "--no-update-overlap")
+    second = {a["name"]: a["bytes"] for a in beside["allocations"] if a["name"] not in
+              {b["name"] for b in in_turn["allocations"]}}
+    assert set(second) == {"gradient.second_matrix", "gradient.second_vectors", "backend.update_workspace"}
+    assert second["gradient.second_matrix"] == 4 * 768 * 768 * 2
+    assert in_turn["device_bytes"] < beside["device_bytes"] <= in_turn["device_bytes"] + sum(second.values()) + 1024
+    tight = chosen(in_turn["budget"]["set_aside"] + in_turn["device_bytes"])
+    assert tight["device_bytes"] == in_turn["device_bytes"]
+    assert beside["settings"] == in_turn["settings"] == tight["settings"]
+
+
 @pytest.mark.parametrize("shapes", [
     ["--device", "cuda", "--model", "gpt3:c4096", "--micro-batch", 1, "--seq-len", 1024],
     ["--device", "cpu", "--model", "mini", "--micro-batch", 2, "--seq-len", 96, "--threads", 2, "--head-chunk", 48],

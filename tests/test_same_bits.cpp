@@ -70,13 +70,16 @@ std::vector<uint8_t> update_bits(const std::string& backend, DType dtype, int64_
       device->full_second_moment(grad, v, 1.0f, s.data());
       append_bits(device, bits, grad);
       device->momentum_update(grad, m, 0.9f, s.data());
-      device->ema(m, grad, 0.8f, s.data());
+      device->ema({.momentum = m, .in = grad, .beta1 = 0.8f}, s.data());
       append_bits(device, bits, m);
       device.write(squares, {static_cast<double>(n), 2.0 * static_cast<double>(n)});
       device->apply_update(weight, master, grad, {.weight_decay = 0.1f, .clip = 0.5f, .scale_parameter = true},
                            squares.as<float>(), squares.as<float>() + 1, n, key, s.data());
-      device->sgd_update(weight, master, m, grad, {.beta1 = 0.9f}, key, s.data());
-      device->adamw_update(weight, master, m, v, grad, {.weight_decay = 0.1f}, key, s.data());
+      ParameterUpdate update = {.weight = weight, .master = master, .momentum = m, .grad = grad, .key = key};
+      device->sgd_update(update, 0.9f, s.data());
+      update.second_moment = v;
+      update.weight_decay = 0.1f;
+      device->adamw_update(update, {}, s.data());
       device->accumulate(grad, weight, key, &s.data()->step);
       for (const Tensor& t : {weight, m, v, grad}) append_bits(device, bits, t);
       if (master) append_bits(device, bits, master);

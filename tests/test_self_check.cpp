@@ -42,7 +42,8 @@ TEST_P(SelfCheck, ADeviceThatWorksPasses) {
   config.weight_dtype = DType::kF32, config.gradients.gradient_dtype = DType::kF32;
   config.optimizer.projection = ProjectionKind::kGaussian;
   configs.push_back(config);
-  config.weight_dtype = DType::kI8, config.optimizer.projection = ProjectionKind::kRademacher;
+  config.weight_dtype = config.optimizer.state_dtype = DType::kI8,
+  config.optimizer.projection = ProjectionKind::kRademacher;
   configs.push_back(config);
   for (const EngineConfig& each : configs) {
     for (const Check& check : checks_of(each, false)) {
@@ -85,9 +86,11 @@ class PlantedFault : public ::testing::TestWithParam<std::string> {
     device_ = make_test_backend(GetParam());
     if (device_->description().find("CUDA on CPU") == std::string::npos) GTEST_SKIP() << "needs tests/cuda_on_cpu";
   }
-  CheckedDevice checked(DType dtype) {
+  CheckedDevice checked(DType dtype, bool codes = false) {
     PassedChecks passed("");
-    return check_device(config_of(dtype), false, *device_, passed, kNoLimit);
+    EngineConfig config = config_of(dtype);
+    if (codes) config.weight_dtype = config.optimizer.state_dtype = DType::kI8;
+    return check_device(config, false, *device_, passed, kNoLimit);
   }
   std::unique_ptr<Backend> device_;
 };
@@ -111,7 +114,20 @@ constexpr std::pair<const char*, const char*> kKernels[] = {{"normals_kernel", "
                                                             {"scale_rows_cols_kernel", "scale_rows_cols"},
                                                             {"apply_update_kernel", "apply_update"},
                                                             {"adamw_update_kernel", "adamw_update"},
-                                                            {"cosines_kernel", "generate_projection"}};
+                                                            {"projection_kernel", "generate_projection"},
+                                                            {"finish_kernel", "factored_second_moment"},
+                                                            {"scales_kernel", "factored_second_moment"},
+                                                            {"states_kernel", "factored_scales"},
+                                                            {"scaled_momentum_kernel", "scaled_momentum_update"},
+                                                            {"ema_kernel", "ema"},
+                                                            {"unfactored_update_kernel", "unfactored_update"},
+                                                            {"sgd_update_kernel", "sgd_update"},
+                                                            {"accumulate_kernel", "accumulate"},
+                                                            {"attention_decode_kernel", "attention_decode"},
+                                                            {"classifier_gradient_kernel", "classifier_gradient"},
+                                                            {"copy_blocks_kernel", "quantize"},
+                                                            {"quantize_weight_kernel", "quantize_weight"},
+                                                            {"dequantize_weight_kernel", "dequantize_weight"}};
 
 TEST_P(PlantedFault, IsNamedWhereThereIsNoOtherWay) {
   for (const auto& [kernel, operation] : kKernels) {
@@ -119,7 +135,7 @@ TEST_P(PlantedFault, IsNamedWhereThereIsNoOtherWay) {
     const Fault fault(kLoseBlock, kernel);
     device_ = make_test_backend(GetParam());
     try {
-      checked(DType::kBF16);
+      checked(DType::kBF16, true);
       ADD_FAILURE() << "not found";
     } catch (const std::runtime_error& error) {
       const std::string what = error.what();

@@ -59,6 +59,18 @@ std::string nothing_fits(const RunSetup& undecided, const Candidate& least, cons
   return text + "; " + advice_that_fits(undecided, budget.limit, backend);
 }
 
+// The same with updates beside the backward pass, where the options leave it open and the memory for it is within the
+// limit. Not where nobody knows how much there is.
+Candidate with_overlap(const Candidate& candidate, const Options& options, Backend& backend, const MemoryLimit& limit) {
+  if (!options.overlap_updates || !can_overlap_updates(candidate.config, backend)) return candidate;
+  Candidate beside = candidate;
+  beside.config.overlap_updates = true;
+  const MemoryPlan plan = Engine(beside.config, backend).plan();
+  beside.device_bytes = plan.device_bytes();
+  beside.host_bytes = plan.host_bytes();
+  return fits(beside.bytes(), limit) ? beside : candidate;
+}
+
 }  // namespace
 
 Budget find_budget(const Options& options, Backend& backend, bool for_run, Job& job) {
@@ -103,17 +115,18 @@ RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice) {
 }
 
 RunSetup resolve_for(const RunRequest& request, Backend& backend, Job& job) {
-  const RunSetup setup = resolve(request);
-  const bool open = request.checkpoint.empty() && !request.options.was_given("head-chunk");
-  if (backend.name() == "cpu" || !open) return setup;
+  RunSetup setup = resolve(request);
+  if (backend.name() == "cpu") return setup;
   const MemoryLimit limit = available_memory_limit(backend, job);
-  EngineConfig config = setup.engine;
-  config.shapes.head_chunk = longest_head_chunk(config, limit, backend);
-  RunRequest longer = request;
-  longer.options.choose("head-chunk", longer.options.engine.shapes.head_chunk, config.shapes.head_chunk);
-  RunSetup chosen = resolve(longer);
-  chosen.request = request;
-  return chosen;
+  if (request.checkpoint.empty() && !request.options.was_given("head-chunk")) {
+    RunRequest longer = request;
+    longer.options.choose("head-chunk", longer.options.engine.shapes.head_chunk,
+                          longest_head_chunk(setup.engine, limit, backend));
+    setup = resolve(longer);
+    setup.request = request;
+  }
+  setup.engine = with_overlap({.config = setup.engine}, setup.options, backend, limit).config;
+  return setup;
 }
 
 BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, bool for_run, Job& job) {
@@ -133,8 +146,9 @@ BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, b
   if (found.empty())
     throw std::runtime_error(nothing_fits(undecided, *smallest(all, limit, backend), choice.budget, backend));
   choice.setup = with_settings(undecided, found[0].config);
-  choice.chosen = found[0];
-  if (found.size() > 1) choice.runner_up = found[1];
+  choice.chosen = with_overlap(found[0], request.options, backend, limit);
+  choice.setup.engine.overlap_updates = choice.chosen.config.overlap_updates;
+  if (found.size() > 1) choice.runner_up = with_overlap(found[1], request.options, backend, limit);
   choice.measured = rates.measured;
   return choice;
 }

@@ -25,7 +25,7 @@ Budget find_budget(const Options& options, Backend& backend, bool for_run, Job& 
 RunSetup with_settings(const RunSetup& setup, const EngineConfig& choice);
 
 // A run without a budget: resolve(), and on a GPU whose memory is known a head chunk as long as that allows, the same
-// on all ranks.
+// on all ranks, and updates beside the backward pass where there is room for them, too.
 RunSetup resolve_for(const RunRequest& request, Backend& backend, Job& job);
 
 struct BudgetChoice {
@@ -38,7 +38,8 @@ struct BudgetChoice {
 
 // The fastest setting of the request within its budget. A run measures its device first, on a backend of its own: what
 // that one chooses meanwhile (matmul algorithms) is no part of the run. A plan goes by nominal rates. Ranks
-// all choose the same, by what rank 0 measures. Throws std::runtime_error, in one line with advice, when nothing fits.
+// all choose the same, by what rank 0 measures. Updates run beside the backward pass where that fits, too. Throws
+// std::runtime_error, in one line with advice, when nothing fits.
 BudgetChoice choose_within_budget(const RunRequest& request, Backend& backend, bool for_run, Job& job);
 
 // Lines for the banner: budget, choice, runner-up. And the same as JSON.

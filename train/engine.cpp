@@ -48,7 +48,7 @@ DType projection_dtype(const EngineConfig& config) {
 
 // What follows from offloading, from ranks and from gradients in blocks for the parts. What visits the device is copied
 // on a stream of its own from and to memory that changes, so the operations are not the same each time.
-EngineConfig completed(EngineConfig config, Communicator& communicator) {
+EngineConfig completed(EngineConfig config, Communicator& communicator, const Backend& backend) {
   const Offload& offload = config.offload;
   config.ranks = communicator.size();
   if (is_spread(config)) {
@@ -62,6 +62,7 @@ EngineConfig completed(EngineConfig config, Communicator& communicator) {
   if (offload.activations || offload.state || offload.weights) config.graphs = false;
   config.master_weights = config.master_weights && config.weight_dtype == DType::kBF16;
   config.gradients.layer_by_layer = config.optimizer.states.streamed_layers > 0 && !config.optimizer.states.parts;
+  config.gradients.beside = config.overlap_updates && can_overlap_updates(config, backend);
   config.optimizer.blocks = config.gradients.blocks;
   config.gradients.projection_dtype = projection_dtype(config);
   config.shapes.head_blocks = config.shapes.training && config.gradients.blocks != GradientBlocks::kWhole;
@@ -95,6 +96,12 @@ bool updates_parts(const EngineConfig& config) {
   return (kind == OptimizerKind::kAdamW || kind == OptimizerKind::kSgd) && config.weight_dtype != DType::kI8;
 }
 
+bool can_overlap_updates(const EngineConfig& config, const Backend& backend) {
+  return config.shapes.training && config.gradients.kind == GradientMode::kFused &&
+         config.gradients.blocks == GradientBlocks::kWhole && !config.offload.state && !config.offload.weights &&
+         config.ranks == 1 && backend.has_update_stream();
+}
+
 Engine::Engine(const EngineConfig& config, Backend& backend, Communicator& communicator)
     : Engine(config, backend, nullptr, &communicator) {}
 
@@ -104,7 +111,7 @@ Engine::Engine(const EngineConfig& config, Backend& backend)
 Engine::Engine(const EngineConfig& config, Backend& backend, std::unique_ptr<Communicator> own, Communicator* given)
     : own_communicator_(std::move(own)),
       communicator_(given ? *given : *own_communicator_),
-      config_(completed(config, communicator_)),
+      config_(completed(config, communicator_, backend)),
       backend_(backend),
       store_(parameters_of(config_), store_config(config_), backend),
       model_(config_.model, config_.shapes, store_, backend),
@@ -121,7 +128,10 @@ Engine::Engine(const EngineConfig& config, Backend& backend, std::unique_ptr<Com
   if (sampler_) sampler_->declare(plan_);
   plan_.add(&scalars_, "step.scalars", Category::kWorkspace, sizeof(StepScalars));
   plan_.add(&loss_, "step.loss", Category::kWorkspace, DType::kF32, {1});
-  plan_.add(&workspace_, "backend.workspace", Category::kWorkspace, backend.workspace_bytes(kernel_shapes(config_)));
+  const size_t workspace_bytes = backend.workspace_bytes(kernel_shapes(config_));
+  plan_.add(&workspace_, "backend.workspace", Category::kWorkspace, workspace_bytes);
+  if (config_.gradients.beside)
+    plan_.add(&update_workspace_, "backend.update_workspace", Category::kWorkspace, workspace_bytes);
 }
 
 MemoryPlan Engine::plan() const {
@@ -132,7 +142,9 @@ MemoryPlan Engine::plan() const {
 
 void Engine::allocate() {
   arena_ = std::make_unique<Arena>(backend_, plan_);
-  backend_.set_workspace(workspace_, backend_.workspace_bytes(kernel_shapes(config_)));
+  const size_t workspace_bytes = backend_.workspace_bytes(kernel_shapes(config_));
+  backend_.set_workspace(workspace_, workspace_bytes);
+  if (update_workspace_) backend_.set_workspace(update_workspace_, workspace_bytes, Stream::kUpdate);
   store_.zero_padding();
   if (optimizer_) optimizer_->states().zero();
 }

@@ -40,12 +40,18 @@ struct EngineConfig {
   int ranks = 1;          // of the run, for a plan; with a communicator as many as it has
   bool sampling = false;  // text will be sampled: there is a sampler()
   bool graphs = true;     // record a step's operations and replay them, where the backend can
+  // Updates run beside the backward pass, where can_overlap_updates(): changes no bit, costs memory.
+  bool overlap_updates = false;
 };
 
 // Whether ranks keep the blocks' matrices together, and an update then needs nothing but a rank's part: that of AdamW
 // and SGD; but 8-bit weights are updated by whole rows.
 bool is_spread(const EngineConfig& config);
 bool updates_parts(const EngineConfig& config);
+
+// Whether there are updates that a second stream can make while the backward pass goes on: fused ones, of gradients
+// that are whole and of weights that stay where they are.
+bool can_overlap_updates(const EngineConfig& config, const Backend& backend);
 
 // What a step did, read back once per step.
 struct StepResult {
@@ -150,5 +156,5 @@ class Engine {
   GraphCache graphs_;
   Tensor loss_;
   StepScalars* scalars_ = nullptr;
-  void* workspace_ = nullptr;  // of the backend
+  void *workspace_ = nullptr, *update_workspace_ = nullptr;  // of the backend
 };

@@ -59,6 +59,7 @@ struct Options {
   DeviceKind device = DeviceKind::kAuto;
   int64_t threads = 0;  // 0: as many as there are cores
   bool tf32 = false, autotune = true, self_check = true;
+  bool overlap_updates = true;  // where memory allows: train/budget.h
   bool profile = false;
   double peak_tflops = 0;  // 0: measured
   // many devices
@@ -284,6 +285,10 @@ void describe(Options& o, Visitor& v) {
     Switch{false}, free);
   v(engine.graphs, "no-cuda-graph", "", "CUDA: launch every kernel instead of replaying a recorded step", Switch{false},
     free);
+  v(o.overlap_updates, "no-update-overlap", "",
+    "CUDA: fused updates take turns with the backward pass; else they run beside it where a second buffer for "
+    "gradients and a second workspace fit into memory",
+    Switch{false}, free);
   v(o.profile, "profile", "", "time, rate and share of every operation at the end", Switch{}, free);
   v(o.peak_tflops, "peak-tflops", "TFLOP/s", "of the device, for MFU; 0: measured at the start", at_least(0), free);
   v.group("many devices");

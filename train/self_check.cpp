@@ -82,6 +82,8 @@ std::vector<EngineConfig> odd_configs() {
   configs.push_back(mixed);
   mixed.weight_dtype = DType::kBF16, mixed.gradients.gradient_dtype = DType::kF32;
   configs.push_back(mixed);
+  mixed.weight_dtype = mixed.optimizer.state_dtype = DType::kI8;
+  configs.push_back(mixed);
   return configs;
 }
 
@@ -129,10 +131,13 @@ std::vector<Check> checks_of(const EngineConfig& config, bool tf32) {
                          .weights = config.weight_dtype == DType::kI8 ? shapes.dtype : config.weight_dtype,
                          .activations = shapes.dtype,
                          .gradients = config.gradients.gradient_dtype,
+                         .states = config.optimizer.state_dtype,
+                         .weight_codes = config.weight_dtype == DType::kI8,
                          .rank = config.optimizer.rank,
                          .projection = config.optimizer.projection,
                          .tf32 = tf32};
   std::vector<Check> checks = model_checks(s);
+  for (const Check& check : rounding_checks(s)) checks.push_back(check);
   for (const Check& check : update_checks(s)) checks.push_back(check);
   return checks;
 }

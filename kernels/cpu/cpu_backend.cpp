@@ -197,7 +197,7 @@ size_t CpuBackend::workspace_bytes(const KernelShapes& shapes) const {
   return std::max(thread_bytes * threads_, round_up(static_cast<size_t>(whole) * sizeof(float), kAlignment));
 }
 
-void CpuBackend::set_workspace(void* memory, size_t bytes) {
+void CpuBackend::set_workspace(void* memory, size_t bytes, Stream) {
   workspace_ = static_cast<char*>(memory);
   workspace_bytes_ = bytes;
 }

@@ -25,7 +25,7 @@ class CpuBackend : public Backend {
   void release_host(void* memory) override;
   size_t allocated_bytes() const override;
   size_t workspace_bytes(const KernelShapes& shapes) const override;
-  void set_workspace(void* memory, size_t bytes) override;
+  void set_workspace(void* memory, size_t bytes, Stream stream) override;
   void copy(void* destination, const void* source, size_t bytes, Stream stream) override;
   void fill(void* destination, int byte, size_t bytes) override;
   void synchronize() override;
@@ -36,8 +36,8 @@ class CpuBackend : public Backend {
   void convert(Tensor out, Tensor in) override;
   void add(Tensor out, Tensor a, Tensor b) override;
   void accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) override;
-  void scale(Tensor x, const float* factor) override;
-  void sum_squares(Tensor out, Tensor x, bool accumulate) override;
+  void scale(std::span<const Tensor> tensors, const float* factor) override;
+  void sum_squares(Tensor out, std::span<const Tensor> tensors, bool accumulate) override;
   void sum(Tensor out, Tensor x, float factor, bool accumulate) override;
   void restore_norm(Tensor x, const float* target_squares, const float* current_squares) override;
   void gate_on_finite(StepScalars* scalars, Tensor value) override;
@@ -66,21 +66,26 @@ class CpuBackend : public Backend {
                            float gradient_scale) override;
   void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) override;
   void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale, Tensor grad,
-                              float eps1, const StepScalars* scalars) override;
+                              float eps1, const StepScalars* scalars, SquaresTarget squares,
+                              const ScaledProjection* projection) override;
   void factored_squares(Tensor row_squares, Tensor col_squares, Tensor grad, float eps1, bool accumulate) override;
   void factored_scales(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
                        const StepScalars* scalars) override;
   void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) override;
-  void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) override;
+  void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor, Tensor added) override;
   void momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) override;
-  void ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) override;
+  void scaled_momentum_update(Tensor update, Tensor momentum, Tensor row_scale, Tensor col_scale, float beta1,
+                              const StepScalars* scalars, SquaresTarget squares) override;
+  void ema(const MomentumAverage& average, const StepScalars* scalars) override;
   void apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
                     const float* update_squares, const float* weight_squares, int64_t elements, RandomKey key,
-                    const StepScalars* scalars) override;
-  void adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, const AdamWOptions& options,
-                    RandomKey key, const StepScalars* scalars) override;
-  void sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options, RandomKey key,
-                  const StepScalars* scalars) override;
+                    const StepScalars* scalars, const MomentumAverage* average) override;
+  void unfactored_update(std::span<const ParameterUpdate> parameters, const UnfactoredOptions& options,
+                         const StepScalars* scalars, SquaresTarget squares) override;
+  void adamw_update(std::span<const ParameterUpdate> parameters, const AdamWOptions& options,
+                    const StepScalars* scalars, SquaresTarget squares) override;
+  void sgd_update(std::span<const ParameterUpdate> parameters, float beta1, const StepScalars* scalars,
+                  SquaresTarget squares) override;
   void quantize(Tensor out, Tensor in) override;
   void dequantize(Tensor out, Tensor in) override;
   void quantize_weight(Tensor out, Tensor in, RandomKey key, const StepScalars* scalars) override;
@@ -97,6 +102,8 @@ class CpuBackend : public Backend {
   // The same memory as one piece, for operations that do not use thread_scratch(): partial sums of all threads.
   float* shared_scratch(size_t bytes) const;
 
+  void leave_squares(SquaresTarget target, const Tensor& x);
+  void leave_squares(SquaresTarget target, std::span<const ParameterUpdate> parameters);
   void add_squares(const Tensor& row_sums, const Tensor& col_sums, const Tensor& grad, bool accumulate);
 
   int threads_;

@@ -115,14 +115,17 @@ void CpuBackend::add(Tensor out, Tensor a, Tensor b) {
                  [&](int64_t row, int64_t column, int64_t count) { add_row(out, a, b, row, column, count); });
 }
 
-void CpuBackend::scale(Tensor x, const float* factor) {
-  const Profiler::Scope scope(profiler, "scale", 0, *factor == 1.0f ? 0.0 : 2.0 * static_cast<double>(x.bytes()));
-  scale_by(threads_, x, *factor);
+void CpuBackend::scale(std::span<const Tensor> tensors, const float* factor) {
+  const Profiler::Scope scope(profiler, "scale", 0, *factor == 1.0f ? 0.0 : 2.0 * total_bytes(tensors));
+  for (const Tensor& x : tensors) scale_by(threads_, x, *factor);
 }
 
-void CpuBackend::sum_squares(Tensor out, Tensor x, bool accumulate) {
-  const Profiler::Scope scope(profiler, "sum_squares", 0, static_cast<double>(x.bytes()));
-  store_sum(out, sum_elements<true>(threads_, x), accumulate);
+void CpuBackend::sum_squares(Tensor out, std::span<const Tensor> tensors, bool accumulate) {
+  const Profiler::Scope scope(profiler, "sum_squares", 0, total_bytes(tensors));
+  for (const Tensor& x : tensors) {
+    store_sum(out, sum_elements<true>(threads_, x), accumulate);
+    accumulate = true;
+  }
 }
 
 void CpuBackend::sum(Tensor out, Tensor x, float factor, bool accumulate) {

@@ -1,5 +1,6 @@
 // optimizer_moments.cpp: first and second moments of gradients. Memory-bound: every operation reads each tensor once
 // and writes what it changes once.
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/cpu/cpu_backend.h"
@@ -92,8 +93,11 @@ void CpuBackend::add_squares(const Tensor& row_sums, const Tensor& col_sums, con
 }
 
 void CpuBackend::factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
-                                        Tensor grad, float eps1, const StepScalars* scalars) {
+                                        Tensor grad, float eps1, const StepScalars* scalars, SquaresTarget squares,
+                                        const ScaledProjection* projection) {
   check_factored_second_moment(row_state, col_state, row_scale, col_scale, grad);
+  if (projection) check_scaled_projection(*projection, grad);
+  leave_squares(squares, grad);
   const int64_t rows = grad.rows(), cols = grad.cols();
   const Profiler::Scope scope(profiler, "factored_second_moment", 4.0 * rows * cols, static_cast<double>(grad.bytes()));
   if (scalars->gate == 0) return;
@@ -104,6 +108,22 @@ void CpuBackend::factored_second_moment(Tensor row_state, Tensor col_state, Tens
 #pragma omp simd
   for (int64_t j = 0; j < cols; ++j) col[j] = col[j] / static_cast<float>(rows) + eps1;
   average_and_scale(row_state, col_state, row_scale, col_scale, scalars->beta2);
+  if (!projection) return;
+  generate_projection(projection->plain, projection->kind, projection->key, projection->index);
+  scale_rows_cols(projection->scaled, projection->plain, {}, projection->of_rows ? row_scale : col_scale, 1.0f, {});
+}
+
+// *target.out (+)= the squares of x.
+void CpuBackend::leave_squares(SquaresTarget target, const Tensor& x) {
+  if (target.out) sum_squares(Tensor::of(target.out, DType::kF32, {1}), {&x, 1}, target.accumulate);
+}
+
+void CpuBackend::leave_squares(SquaresTarget target, std::span<const ParameterUpdate> parameters) {
+  for (const ParameterUpdate& p : parameters) {
+    check_parameter(p);
+    leave_squares(target, p.grad);
+    target.accumulate = true;
+  }
 }
 
 void CpuBackend::factored_squares(Tensor row_squares, Tensor col_squares, Tensor grad, float eps1, bool accumulate) {
@@ -150,8 +170,9 @@ void CpuBackend::full_second_moment(Tensor grad, Tensor second_moment, float eps
   });
 }
 
-void CpuBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) {
-  check_scale_rows_cols(out, in, row_scale, col_scale);
+void CpuBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor,
+                                 Tensor added) {
+  check_scale_rows_cols(out, in, row_scale, col_scale, added);
   const int64_t rows = in.rows(), cols = in.cols();
   const Profiler::Scope scope(profiler, "scale_rows_cols", 0, static_cast<double>(in.bytes() + out.bytes()));
   dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
@@ -161,12 +182,23 @@ void CpuBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor
         const float row_factor = row_scale.empty() ? factor : factor * row_scale.as<float>()[i];
         const In* from = element<In>(in, i);
         Out* to = element<Out>(out, i);
-        if (columns) {
+        const auto scale_row = [&](auto&& added_at) {
+          if (columns) {
 #pragma omp simd
-          for (int64_t j = 0; j < cols; ++j) to[j] = from_float<Out>(to_float(from[j]) * (row_factor * columns[j]));
+            for (int64_t j = 0; j < cols; ++j)
+              to[j] = from_float<Out>(added_at(j, to_float(from[j]) * (row_factor * columns[j])));
+          } else {
+#pragma omp simd
+            for (int64_t j = 0; j < cols; ++j) to[j] = from_float<Out>(added_at(j, to_float(from[j]) * row_factor));
+          }
+        };
+        if (added.empty()) {
+          scale_row([](int64_t, float x) { return x; });
         } else {
-#pragma omp simd
-          for (int64_t j = 0; j < cols; ++j) to[j] = from_float<Out>(to_float(from[j]) * row_factor);
+          dispatch(added.dtype, [&]<typename Added>() {
+            const Added* const more = element<const Added>(added, i);
+            scale_row([&](int64_t j, float x) { return x + to_float(more[j]); });
+          });
         }
       }
     });
@@ -187,14 +219,34 @@ void CpuBackend::momentum_update(Tensor update, Tensor momentum, float beta1, co
   });
 }
 
-void CpuBackend::ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) {
-  check_state(momentum, in);
-  const Profiler::Scope scope(profiler, "ema", 0, static_cast<double>(in.bytes() + 2 * momentum.bytes()));
+void CpuBackend::scaled_momentum_update(Tensor update, Tensor momentum, Tensor row_scale, Tensor col_scale, float beta1,
+                                        const StepScalars* scalars, SquaresTarget squares) {
+  if (!row_scale.empty() || !col_scale.empty()) scale_rows_cols(update, update, row_scale, col_scale, 1.0f, {});
+  if (!momentum.empty()) momentum_update(update, momentum, beta1, scalars);
+  leave_squares(squares, update);
+}
+
+void CpuBackend::ema(const MomentumAverage& a, const StepScalars* scalars) {
+  check_average(a);
+  const Profiler::Scope scope(profiler, "ema", 0, static_cast<double>(a.in.bytes() + 2 * a.momentum.bytes()));
   if (scalars->gate == 0) return;
-  for_each_block(threads_, in.elements(), [&](int64_t begin, int64_t count) {
-    Block in_buffer, momentum_buffer, m;
-    const float* added = load_block(in, begin, count, in_buffer);
-    average(m, load_block(momentum, begin, count, momentum_buffer), added, count, beta1);
-    store_block(momentum, begin, count, m);
+  const int64_t cols = a.in.cols();
+  const float *rows = a.row_scale.as<float>(), *columns = a.col_scale.as<float>();
+  for_each_block(threads_, a.in.elements(), [&](int64_t begin, int64_t count) {
+    Block in_buffer, momentum_buffer, scaled, m;
+    const float* added = load_block(a.in, begin, count, in_buffer);
+    if (rows || columns) {
+      for (int64_t i = 0; i < count;) {  // a row, or what of it is in this block
+        const int64_t row = (begin + i) / cols, first = begin + i - row * cols, end = std::min(count, i + cols - first);
+        const float row_factor = rows ? rows[row] : 1.0f;
+#pragma omp simd
+        for (int64_t k = i; k < end; ++k)
+          scaled[k] = added[k] * (columns ? row_factor * columns[first + k - i] : row_factor);
+        i = end;
+      }
+      added = scaled;
+    }
+    average(m, load_block(a.momentum, begin, count, momentum_buffer), added, count, a.beta1);
+    store_block(a.momentum, begin, count, m);
   });
 }

@@ -50,8 +50,9 @@ void CpuBackend::clip_scale(StepScalars* scalars, const float* squares, float cl
 
 void CpuBackend::apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
                               const float* update_squares, const float* weight_squares, int64_t elements, RandomKey key,
-                              const StepScalars* scalars) {
+                              const StepScalars* scalars, const MomentumAverage* average) {
   check_apply_update(weight, master, update, options, weight_squares);
+  if (average) ema(*average, scalars);
   const Profiler::Scope scope(profiler, "apply_update", 0, update_bytes(weight, master, update));
   if (scalars->gate == 0) return;
   const float count_f = static_cast<float>(elements);
@@ -70,55 +71,77 @@ void CpuBackend::apply_update(Tensor weight, Tensor master, Tensor update, const
   });
 }
 
-void CpuBackend::adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad,
-                              const AdamWOptions& options, RandomKey key, const StepScalars* scalars) {
-  check_update(weight, master, grad, m, v);
-  const Profiler::Scope scope(profiler, "adamw_update", 0, update_bytes(weight, master, grad, m, v));
-  if (scalars->gate == 0) return;
-  const float beta1 = m.empty() ? 0.0f : options.beta1, rest1 = 1.0f - beta1;
-  const float beta2 = options.beta2, rest2 = 1.0f - beta2;
-  const float correct1 = 1.0f / scalars->bias_correction1, correct2 = 1.0f / scalars->bias_correction2;
-  const float lr = scalars->lr * options.lr_scale, eps = options.eps, decay = options.weight_decay;
-  const Destination destination{weight, master, key, scalars->step};
-  for_each_block(threads_, weight.elements(), [&](int64_t begin, int64_t count) {
-    Block grad_buffer, m_buffer, v_buffer, weight_buffer, new_m, new_v, result;
-    const float* g = load_block(grad, begin, count, grad_buffer);
-    const float* old_m = m.empty() ? g : load_block(m, begin, count, m_buffer);
-    const float* old_v = load_block(v, begin, count, v_buffer);
-    const float* w = destination.load(begin, count, weight_buffer);
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      new_m[i] = beta1 * old_m[i] + rest1 * g[i];
-      new_v[i] = beta2 * old_v[i] + rest2 * (g[i] * g[i]);
-      const float step = correct1 * new_m[i] / (std::sqrt(correct2 * new_v[i]) + eps);
-      result[i] = w[i] - lr * (step + decay * w[i]);
-    }
-    if (!m.empty()) store_block(m, begin, count, new_m);
-    store_block(v, begin, count, new_v);
-    destination.store(begin, count, result);
-  });
+void CpuBackend::unfactored_update(std::span<const ParameterUpdate> parameters, const UnfactoredOptions& options,
+                                   const StepScalars* scalars, SquaresTarget squares) {
+  leave_squares(squares, parameters);
+  for (const ParameterUpdate& p : parameters) {
+    full_second_moment(p.grad, p.second_moment, options.eps1, scalars);
+    float update_squares = 0, weight_squares = 0;
+    scaled_momentum_update(p.grad, p.momentum, {}, {}, options.beta1, scalars, {&update_squares, false});
+    if (options.scale_parameter) leave_squares({&weight_squares, false}, p.master.empty() ? p.weight : p.master);
+    const ApplyOptions apply = {.weight_decay = p.weight_decay,
+                                .lr_scale = p.lr_scale,
+                                .clip = options.clip,
+                                .scale_parameter = options.scale_parameter,
+                                .eps2 = options.eps2};
+    apply_update(p.weight, p.master, p.grad, apply, &update_squares, &weight_squares, p.grad.elements(), p.key, scalars,
+                 nullptr);
+  }
 }
 
-void CpuBackend::sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options,
-                            RandomKey key, const StepScalars* scalars) {
-  check_update(weight, master, grad, m);
-  const Profiler::Scope scope(profiler, "sgd_update", 0, update_bytes(weight, master, grad, m));
+void CpuBackend::adamw_update(std::span<const ParameterUpdate> parameters, const AdamWOptions& options,
+                              const StepScalars* scalars, SquaresTarget squares) {
+  leave_squares(squares, parameters);
+  const Profiler::Scope scope(profiler, "adamw_update", 0, update_bytes(parameters));
   if (scalars->gate == 0) return;
-  const float lr = scalars->lr * options.lr_scale, beta1 = options.beta1, decay = options.weight_decay;
-  const Destination destination{weight, master, key, scalars->step};
-  for_each_block(threads_, weight.elements(), [&](int64_t begin, int64_t count) {
-    Block grad_buffer, m_buffer, weight_buffer, new_m, result;
-    const float* u = load_block(grad, begin, count, grad_buffer);
-    if (!m.empty()) {
-      const float* old = load_block(m, begin, count, m_buffer);
+  for (const ParameterUpdate& p : parameters) {
+    const float beta1 = p.momentum.empty() ? 0.0f : options.beta1, rest1 = 1.0f - beta1;
+    const float beta2 = options.beta2, rest2 = 1.0f - beta2;
+    const float correct1 = 1.0f / scalars->bias_correction1, correct2 = 1.0f / scalars->bias_correction2;
+    const float lr = scalars->lr * p.lr_scale, eps = options.eps, decay = p.weight_decay;
+    const Destination destination{p.weight, p.master, p.key, scalars->step};
+    for_each_block(threads_, p.weight.elements(), [&](int64_t begin, int64_t count) {
+      Block grad_buffer, m_buffer, v_buffer, weight_buffer, new_m, new_v, result;
+      const float* g = load_block(p.grad, begin, count, grad_buffer);
+      const float* old_m = p.momentum.empty() ? g : load_block(p.momentum, begin, count, m_buffer);
+      const float* old_v = load_block(p.second_moment, begin, count, v_buffer);
+      const float* w = destination.load(begin, count, weight_buffer);
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) new_m[i] = beta1 * old[i] + u[i];
-      store_block(m, begin, count, new_m);
-      u = new_m;
-    }
-    const float* w = destination.load(begin, count, weight_buffer);
+      for (int64_t i = 0; i < count; ++i) {
+        new_m[i] = beta1 * old_m[i] + rest1 * g[i];
+        new_v[i] = beta2 * old_v[i] + rest2 * (g[i] * g[i]);
+        const float step = correct1 * new_m[i] / (std::sqrt(correct2 * new_v[i]) + eps);
+        result[i] = w[i] - lr * (step + decay * w[i]);
+      }
+      if (!p.momentum.empty()) store_block(p.momentum, begin, count, new_m);
+      store_block(p.second_moment, begin, count, new_v);
+      destination.store(begin, count, result);
+    });
+  }
+}
+
+void CpuBackend::sgd_update(std::span<const ParameterUpdate> parameters, float beta1, const StepScalars* scalars,
+                            SquaresTarget squares) {
+  leave_squares(squares, parameters);
+  const Profiler::Scope scope(profiler, "sgd_update", 0, update_bytes(parameters));
+  if (scalars->gate == 0) return;
+  for (const ParameterUpdate& p : parameters) {
+    const float lr = scalars->lr * p.lr_scale, decay = p.weight_decay;
+    const Destination destination{p.weight, p.master, p.key, scalars->step};
+    for_each_block(threads_, p.weight.elements(), [&](int64_t begin, int64_t count) {
+      Block grad_buffer, m_buffer, weight_buffer, new_m, result;
+      const float* u = load_block(p.grad, begin, count, grad_buffer);
+      if (!p.momentum.empty()) {
+        const float* old = load_block(p.momentum, begin, count, m_buffer);
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) result[i] = w[i] - lr * (decay * w[i] + u[i]);
-    destination.store(begin, count, result);
-  });
+        for (int64_t i = 0; i < count; ++i) new_m[i] = beta1 * old[i] + u[i];
+        store_block(p.momentum, begin, count, new_m);
+        u = new_m;
+      }
+      const float* w = destination.load(begin, count, weight_buffer);
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) result[i] = w[i] - lr * (decay * w[i] + u[i]);
+      destination.store(begin, count, result);
+    });
+  }
 }

@@ -113,6 +113,18 @@ void dispatch_mma(int head_dim, F&& f) {
   }
 }
 
+// Calls run.template operator()<Tiles>() with the usual tiles of a head dimension, or with small ones where there are
+// any and a multiprocessor has no room for two blocks of the usual ones: alone a block leaves one warp to each of its
+// four schedulers, which has nothing to do while that one waits.
+template <int kHeadDim, typename Usual, typename Small, typename Run>
+void run_with_tiles(size_t multiprocessor_bytes, Run&& run) {
+  constexpr size_t kReserved = 1 << 10;  // of a block, by the system
+  if constexpr (kHeadDim == Small::kHeadDim) {
+    if (2 * (Usual::kSharedBytes + kReserved) > multiprocessor_bytes) return run.template operator()<Small>();
+  }
+  run.template operator()<Usual>();
+}
+
 // The same with the head dimension rounded up to what the plain kernels are compiled for.
 template <typename F>
 void dispatch_plain(int head_dim, F&& f) {
@@ -131,11 +143,13 @@ void CudaBackend::attention_forward(Tensor out, Tensor lse, Tensor qkv, int head
   require_octet_rows(out, qkv);
   const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
   if (!plain_attention_forward_ && has_mma_tiles(sizes.head_dim) && all_bf16({out, qkv})) {
-    dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
-      using Tiles = ForwardTiles<kHeadDim>;
+    const auto run = [&]<typename Tiles>() {
       launch("attention_forward", attention_forward_mma_kernel<Tiles>,
              mma_shape<Tiles>(sizes, Tiles::kQueries, stream_), out.as<bf16>(), lse.as<float>(), qkv.as<const bf16>(),
              sizes);
+    };
+    dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
+      run_with_tiles<kHeadDim, ForwardTiles<kHeadDim>, SmallForwardTiles>(multiprocessor_shared_bytes_, run);
     });
     return;
   }
@@ -185,15 +199,20 @@ void CudaBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tenso
          any_view(dout), any_view(out), sizes, s.token_heads());
 
   if (!plain_attention_backward_ && has_mma_tiles(sizes.head_dim) && all_bf16({dqkv, dout, qkv})) {
+    const auto run_queries = [&]<typename Tiles>() {
+      launch("attention_backward_queries", attention_backward_queries_mma_kernel<Tiles>,
+             mma_shape<Tiles>(sizes, Tiles::kQueries, stream_), dqkv.as<bf16>(), dout.as<const bf16>(),
+             lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
+    };
+    const auto run_keys = [&]<typename Tiles>() {
+      launch("attention_backward_keys", attention_backward_keys_mma_kernel<Tiles>,
+             mma_shape<Tiles>(sizes, Tiles::kKeys, stream_), dqkv.as<bf16>(), dout.as<const bf16>(),
+             lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
+    };
     dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
-      using KeyTiles = KeyGradientTiles<kHeadDim>;
-      using QueryTiles = QueryGradientTiles<kHeadDim>;
-      launch("attention_backward_queries", attention_backward_queries_mma_kernel<QueryTiles>,
-             mma_shape<QueryTiles>(sizes, QueryTiles::kQueries, stream_), dqkv.as<bf16>(), dout.as<const bf16>(),
-             lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
-      launch("attention_backward_keys", attention_backward_keys_mma_kernel<KeyTiles>,
-             mma_shape<KeyTiles>(sizes, KeyTiles::kKeys, stream_), dqkv.as<bf16>(), dout.as<const bf16>(),
-             lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
+      const size_t room = multiprocessor_shared_bytes_;
+      run_with_tiles<kHeadDim, QueryGradientTiles<kHeadDim>, SmallQueryGradientTiles>(room, run_queries);
+      run_with_tiles<kHeadDim, KeyGradientTiles<kHeadDim>, SmallKeyGradientTiles>(room, run_keys);
     });
     return;
   }

@@ -41,6 +41,7 @@ template <int kHeadDim>
 struct KeyGradientTiles;
 template <>
 struct KeyGradientTiles<64> : KeyGradientTilesOf<64, 16, 4, 64, 32, true, 3> {};
+struct SmallKeyGradientTiles : KeyGradientTilesOf<64, 16, 4, 32, 32, true, 2> {};
 template <>
 struct KeyGradientTiles<80> : KeyGradientTilesOf<80, 16, 4, 64, 32, true, 2> {};
 template <>
@@ -66,6 +67,7 @@ template <int kHeadDim>
 struct QueryGradientTiles;
 template <>
 struct QueryGradientTiles<64> : QueryGradientTilesOf<64, 32, 4, 64, 32, true, 2> {};
+struct SmallQueryGradientTiles : QueryGradientTilesOf<64, 16, 4, 32, 32, true, 2> {};
 template <>
 struct QueryGradientTiles<80> : QueryGradientTilesOf<80, 16, 4, 64, 32, true, 3> {};
 template <>

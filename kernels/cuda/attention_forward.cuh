@@ -42,6 +42,8 @@ template <int kHeadDim>
 struct ForwardTiles;
 template <>
 struct ForwardTiles<64> : ForwardTilesOf<64, 32, 4, 64, true, 2> {};
+// Of which two blocks fit into 100 KB: a multiprocessor of sm_86, 89 and 120 has no more shared memory.
+struct SmallForwardTiles : ForwardTilesOf<64, 32, 4, 32, true, 2> {};
 template <>
 struct ForwardTiles<80> : ForwardTilesOf<80, 32, 4, 64, false, 2> {};
 template <>

@@ -123,18 +123,22 @@ CudaBackend::CudaBackend(const CudaOptions& options) : device_(options.device) {
   cudaDeviceProp properties;
   check_cuda(cudaGetDeviceProperties(&properties, device_), "reading the device's properties");
   architecture_ = 10 * properties.major + properties.minor;
-  int reaches = 0;
+  int reaches = 0, shared = 0;
   check_cuda(cudaDeviceGetAttribute(&reaches, cudaDevAttrPageableMemoryAccess, device_),
              "reading the device's properties");
   reaches_pageable_memory_ = reaches != 0;
+  check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_),
+             "reading the device's properties");
+  multiprocessor_shared_bytes_ = static_cast<size_t>(shared);
   int driver = 0, runtime = 0;
   check_cuda(cudaDriverGetVersion(&driver), "reading the driver's version");
   check_cuda(cudaRuntimeGetVersion(&runtime), "reading the runtime's version");
   description_ = std::string(properties.name) + ", sm_" + std::to_string(architecture_) + ", " +
                  gibibytes(properties.totalGlobalMem) + ", CUDA " + version_text(runtime) + " (driver " +
                  version_text(driver) + ")";
-  check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
-  check_cuda(cudaStreamCreateWithFlags(&copy_stream_, cudaStreamNonBlocking), "creating a stream");
+  for (cudaStream_t* stream : {&lanes_[0].stream, &lanes_[1].stream, &copy_streams_[0], &copy_streams_[1]})
+    check_cuda(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "creating a stream");
+  enter(lanes_[0]);
   matmul_ = std::make_unique<CudaMatmul>(options,
                                          std::string(properties.name) + ", sm_" + std::to_string(architecture_) + ", " +
                                              std::to_string(properties.multiProcessorCount) + " multiprocessors");
@@ -142,15 +146,14 @@ CudaBackend::CudaBackend(const CudaOptions& options) : device_(options.device) {
 
 // Errors are of no use here: either all is well, or one was reported and the device is lost.
 CudaBackend::~CudaBackend() {
-  cudaStreamSynchronize(stream_);
-  cudaStreamSynchronize(copy_stream_);
+  const cudaStream_t streams[] = {lanes_[0].stream, lanes_[1].stream, copy_streams_[0], copy_streams_[1]};
+  for (cudaStream_t stream : streams) cudaStreamSynchronize(stream);
   for (cudaGraphExec_t graph : graphs_) cudaGraphExecDestroy(graph);
   for (cudaEvent_t event : events_) cudaEventDestroy(event);
   for (const auto& block : device_blocks_) cudaFree(block.first);
   for (void* block : pinned_blocks_) cudaFreeHost(block);
   for (const auto& block : pageable_blocks_) std::free(block.first);
-  cudaStreamDestroy(copy_stream_);
-  cudaStreamDestroy(stream_);
+  for (cudaStream_t stream : streams) cudaStreamDestroy(stream);
 }
 
 std::string CudaBackend::name() const { return "cuda"; }
@@ -238,9 +241,40 @@ size_t CudaBackend::allocated_bytes() const { return allocated_; }
 
 size_t CudaBackend::workspace_bytes(const KernelShapes& shapes) const { return cuda_workspace_bytes(shapes); }
 
-void CudaBackend::set_workspace(void* memory, size_t bytes) {
-  workspace_ = memory;
-  workspace_bytes_ = bytes;
+// The counter takes the last bytes; what is not a multiple of its size stays unused.
+void CudaBackend::set_workspace(void* memory, size_t bytes, Stream stream) {
+  Lane& lane = lanes_[stream == Stream::kUpdate ? 1 : 0];
+  const size_t usable = bytes / kArrivalBytes * kArrivalBytes;
+  lane.workspace = memory;
+  lane.workspace_bytes = usable > 0 ? usable - kArrivalBytes : 0;
+  lane.arrivals = nullptr;
+  if (usable > 0) {
+    lane.arrivals = reinterpret_cast<unsigned*>(static_cast<char*>(memory) + lane.workspace_bytes);
+    check_cuda(cudaMemsetAsync(lane.arrivals, 0, kArrivalBytes, lane.stream), "filling memory");
+  }
+  on(updating_ ? Stream::kUpdate : Stream::kCompute);
+}
+
+void CudaBackend::on(Stream stream) {
+  updating_ = stream == Stream::kUpdate;
+  enter(lanes_[updating_ ? 1 : 0]);
+}
+
+void CudaBackend::enter(const Lane& lane) {
+  stream_ = lane.stream;
+  workspace_ = lane.workspace;
+  workspace_bytes_ = lane.workspace_bytes;
+  arrivals_ = lane.arrivals;
+}
+
+cudaStream_t CudaBackend::stream_of(Stream stream) const {
+  switch (stream) {
+    case Stream::kCompute: return lanes_[0].stream;
+    case Stream::kUpdate: return lanes_[1].stream;
+    case Stream::kCopy: return copy_streams_[0];
+    case Stream::kCopyBack: return copy_streams_[1];
+  }
+  throw std::logic_error("no such stream");
 }
 
 void* CudaBackend::checked_scratch(size_t bytes) const {
@@ -250,11 +284,12 @@ void* CudaBackend::checked_scratch(size_t bytes) const {
 
 void CudaBackend::copy(void* destination, const void* source, size_t bytes, Stream stream) {
   if (bytes == 0) return;
-  check_cuda(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDefault, stream_of(stream)), "copying");
+  const cudaStream_t queue = stream == Stream::kCompute ? stream_ : stream_of(stream);
+  check_cuda(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDefault, queue), "copying");
   // The driver reads pageable memory, or has written it, before the call returns, because it stages it in pinned memory
   // of its own; not so where the device reaches all of the host's memory.
   if (reaches_pageable_memory_ && (is_pageable(destination) || is_pageable(source)))
-    check_cuda(cudaStreamSynchronize(stream_of(stream)), "copying");
+    check_cuda(cudaStreamSynchronize(queue), "copying");
 }
 
 void CudaBackend::fill(void* destination, int byte, size_t bytes) {
@@ -267,15 +302,18 @@ void CudaBackend::fill(void* destination, int byte, size_t bytes) {
   check_cuda(cudaMemsetAsync(destination, byte, bytes, stream_), "filling memory");
 }
 
-void CudaBackend::synchronize() {
-  const cudaError_t status = cudaStreamSynchronize(stream_);
+// Of calls that report what an earlier operation did wrong.
+void CudaBackend::check_earlier(cudaError_t status, const char* what) const {
   if (status == cudaSuccess) return;
   const std::string where = failed_operation_.empty()
-                                ? "noticed while waiting for the device; with the environment variable "
-                                  "CUDA_LAUNCH_BLOCKING=1 and --no-cuda-graph the message names the kernel"
+                                ? std::string("noticed while ") + what +
+                                      "; with the environment variable CUDA_LAUNCH_BLOCKING=1 and --no-cuda-graph the "
+                                      "message names the kernel"
                                 : "in " + failed_operation_;
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status) + " (" + where + ")");
 }
+
+void CudaBackend::synchronize() { check_earlier(cudaStreamSynchronize(stream_), "waiting for the device"); }
 
 int CudaBackend::create_event() {
   cudaEvent_t event = nullptr;
@@ -285,14 +323,14 @@ int CudaBackend::create_event() {
 }
 
 void CudaBackend::record(int id, Stream stream) {
-  check_cuda(cudaEventRecord(event(id), stream_of(stream)), "recording an event");
+  check_earlier(cudaEventRecord(event(id), stream_of(stream)), "recording an event");
 }
 
 void CudaBackend::wait(int id, Stream stream) {
-  check_cuda(cudaStreamWaitEvent(stream_of(stream), event(id), 0), "waiting for an event");
+  check_earlier(cudaStreamWaitEvent(stream_of(stream), event(id), 0), "waiting for an event");
 }
 
-void CudaBackend::synchronize_event(int id) { check_cuda(cudaEventSynchronize(event(id)), "waiting for an event"); }
+void CudaBackend::synchronize_event(int id) { check_earlier(cudaEventSynchronize(event(id)), "waiting for an event"); }
 
 std::string CudaBackend::distrust(const std::string& operation) {
   if (operation == "matmul") return matmul_->distrust();

@@ -1,7 +1,7 @@
 // cuda_backend.h: the CUDA implementation of every operation, for sm_80 and later. Matmuls go to cuBLASLt, all other
 // kernels are in this folder, one file per family; read the CPU version of an operation first. No atomics on floats and
-// no order that depends on scheduling: the same inputs give the same bits. One stream computes, one copies; nothing is
-// allocated after construction but what allocate() is asked for.
+// no order that depends on scheduling: the same inputs give the same bits. Two streams of operations, two of copies;
+// nothing is allocated after construction but what allocate() is asked for.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,7 +22,7 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(const CudaOptions& options);
   ~CudaBackend() override;
 
-  cudaStream_t compute_stream() const { return stream_; }  // for side_stream.cu
+  cudaStream_t compute_stream() const { return lanes_[0].stream; }  // for side_stream.cu
 
   std::string name() const override;
   std::string description() const override;
@@ -37,7 +37,9 @@ class CudaBackend final : public Backend {
   void release_host(void* memory) override;
   size_t allocated_bytes() const override;
   size_t workspace_bytes(const KernelShapes& shapes) const override;
-  void set_workspace(void* memory, size_t bytes) override;
+  void set_workspace(void* memory, size_t bytes, Stream stream) override;
+  bool has_update_stream() const override { return true; }
+  void on(Stream stream) override;
   void copy(void* destination, const void* source, size_t bytes, Stream stream) override;
   void fill(void* destination, int byte, size_t bytes) override;
   void synchronize() override;
@@ -59,8 +61,8 @@ class CudaBackend final : public Backend {
   void convert(Tensor out, Tensor in) override;
   void add(Tensor out, Tensor a, Tensor b) override;
   void accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) override;
-  void scale(Tensor x, const float* factor) override;
-  void sum_squares(Tensor out, Tensor x, bool accumulate) override;
+  void scale(std::span<const Tensor> tensors, const float* factor) override;
+  void sum_squares(Tensor out, std::span<const Tensor> tensors, bool accumulate) override;
   void sum(Tensor out, Tensor x, float factor, bool accumulate) override;
   void restore_norm(Tensor x, const float* target_squares, const float* current_squares) override;
   void gate_on_finite(StepScalars* scalars, Tensor value) override;
@@ -89,21 +91,26 @@ class CudaBackend final : public Backend {
                            float gradient_scale) override;
   void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) override;
   void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale, Tensor grad,
-                              float eps1, const StepScalars* scalars) override;
+                              float eps1, const StepScalars* scalars, SquaresTarget squares,
+                              const ScaledProjection* projection) override;
   void factored_squares(Tensor row_squares, Tensor col_squares, Tensor grad, float eps1, bool accumulate) override;
   void factored_scales(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
                        const StepScalars* scalars) override;
   void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) override;
-  void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) override;
+  void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor, Tensor added) override;
   void momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) override;
-  void ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) override;
+  void scaled_momentum_update(Tensor update, Tensor momentum, Tensor row_scale, Tensor col_scale, float beta1,
+                              const StepScalars* scalars, SquaresTarget squares) override;
+  void ema(const MomentumAverage& average, const StepScalars* scalars) override;
   void apply_update(Tensor weight, Tensor master, Tensor update, const ApplyOptions& options,
                     const float* update_squares, const float* weight_squares, int64_t elements, RandomKey key,
-                    const StepScalars* scalars) override;
-  void adamw_update(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, const AdamWOptions& options,
-                    RandomKey key, const StepScalars* scalars) override;
-  void sgd_update(Tensor weight, Tensor master, Tensor m, Tensor grad, const SgdOptions& options, RandomKey key,
-                  const StepScalars* scalars) override;
+                    const StepScalars* scalars, const MomentumAverage* average) override;
+  void unfactored_update(std::span<const ParameterUpdate> parameters, const UnfactoredOptions& options,
+                         const StepScalars* scalars, SquaresTarget squares) override;
+  void adamw_update(std::span<const ParameterUpdate> parameters, const AdamWOptions& options,
+                    const StepScalars* scalars, SquaresTarget squares) override;
+  void sgd_update(std::span<const ParameterUpdate> parameters, float beta1, const StepScalars* scalars,
+                  SquaresTarget squares) override;
   void quantize(Tensor out, Tensor in) override;
   void dequantize(Tensor out, Tensor in) override;
   void quantize_weight(Tensor out, Tensor in, RandomKey key, const StepScalars* scalars) override;
@@ -136,24 +143,42 @@ class CudaBackend final : public Backend {
   }
   void* checked_scratch(size_t bytes) const;
 
-  bool in_pageable_block(void* memory) const;
+  template <typename Launch>
+  void for_parts(std::span<const ParameterUpdate> parameters, SquaresTarget squares, Launch&& launch_parts);
 
-  cudaStream_t stream_of(Stream stream) const { return stream == Stream::kCompute ? stream_ : copy_stream_; }
+  bool in_pageable_block(void* memory) const;
+  void check_earlier(cudaError_t status, const char* what) const;
+
+  // A stream of operations and what belongs to it.
+  struct Lane {
+    cudaStream_t stream = nullptr;
+    void* workspace = nullptr;
+    size_t workspace_bytes = 0;
+    unsigned* arrivals = nullptr;  // arrivals.cuh
+  };
+  void enter(const Lane& lane);
+  cudaStream_t stream_of(Stream stream) const;
   cudaEvent_t event(int id) const { return events_.at(static_cast<size_t>(id)); }
 
   int device_ = 0;
-  int architecture_ = 0;                  // 80, 90, ...
+  int architecture_ = 0;  // 80, 90, ...
+  size_t multiprocessor_shared_bytes_ = 0;
   bool reaches_pageable_memory_ = false;  // the device by itself, without the driver's staging
   std::string description_;
-  std::string failed_operation_;                           // which one failed, when that is known
-  cudaStream_t stream_ = nullptr, copy_stream_ = nullptr;  // of operations, of copies beside them
+  std::string failed_operation_;       // which one failed, when that is known
+  Lane lanes_[2];                      // Stream::kCompute and kUpdate
+  cudaStream_t copy_streams_[2] = {};  // Stream::kCopy and kCopyBack
   std::vector<cudaEvent_t> events_;
   std::vector<cudaGraphExec_t> graphs_;
   std::unique_ptr<CudaMatmul> matmul_;
   // After distrust(): no tensor-core kernels, no kernel that keeps a row of logits in shared memory.
   bool plain_attention_forward_ = false, plain_attention_backward_ = false, plain_classifier_ = false;
+  // Of the lane that operations go to now.
+  bool updating_ = false;
+  cudaStream_t stream_ = nullptr;
   void* workspace_ = nullptr;
   size_t workspace_bytes_ = 0;
+  unsigned* arrivals_ = nullptr;
   size_t allocated_ = 0;
   std::unordered_map<void*, size_t> device_blocks_;
   std::unordered_set<void*> pinned_blocks_;

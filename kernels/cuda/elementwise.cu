@@ -1,11 +1,13 @@
 // elementwise.cu: additions, conversions and scalings, and the operations on single numbers.
 // Memory-bound: each element is read once and written once, by the kernel in map.cuh. What is in device memory (a
 // factor, a gate) is read by the kernel, so that the host never waits for it.
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/map.cuh"
 #include "kernels/cuda/matmul.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -20,14 +22,48 @@ struct Add {
 };
 
 struct Scale {
-  const float* source;
-  float factor = 1.0f;
-  __device__ bool start() {
-    factor = *source;
-    return factor != 1.0f;
-  }
+  float factor;
   __device__ float operator()(float x, float) const { return x * factor; }
 };
+
+// Of several tensors of one dtype: the thread blocks of part i are first_block[i] .. first_block[i + 1] - 1.
+struct ScaleParts {
+  void* data[kMostTogether];
+  int64_t pitch[kMostTogether];
+  Extent extent[kMostTogether];
+  int64_t first_block[kMostTogether + 1];
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kMapThreads) scale_kernel(ScaleParts parts, const float* source) {
+  const float factor = *source;
+  if (factor == 1.0f) return;
+  constexpr int kWidth = Pack<T>::kSize;
+  int at = 0;
+  while (static_cast<int64_t>(blockIdx.x) >= parts.first_block[at + 1]) ++at;
+  const VectorView<T, kWidth> x{static_cast<T*>(parts.data[at]), parts.pitch[at]};
+  map_tile(Scale{factor}, x, x, NoView{}, parts.extent[at], static_cast<int64_t>(blockIdx.x) - parts.first_block[at]);
+}
+
+void scale_together(cudaStream_t stream, std::span<const Tensor> tensors, const float* factor) {
+  dispatch(tensors.front().dtype, [&]<typename T>() {
+    ScaleParts parts = {};
+    size_t at = 0;
+    for (const Tensor& x : tensors) {
+      parts.data[at] = x.data;
+      parts.pitch[at] = x.leading_dimension();
+      parts.extent[at] = common_extent(x);
+      const bool empty = parts.extent[at].rows == 0;
+      const int64_t blocks = empty ? 0 : std::max<int64_t>(1, parts.extent[at].tiles(Pack<T>::kSize, kMapTile));
+      parts.first_block[at + 1] = parts.first_block[at] + blocks;
+      ++at;
+    }
+    if (parts.first_block[at] == 0) return;
+    launch("scale", scale_kernel<T>,
+           {.grid = dim3(static_cast<unsigned>(parts.first_block[at])), .block = dim3(kMapThreads), .stream = stream},
+           parts, factor);
+  });
+}
 
 struct RestoreNorm {
   const float *target_squares, *current_squares;
@@ -68,9 +104,14 @@ void CudaBackend::add(Tensor out, Tensor a, Tensor b) {
 }
 
 // The bytes are those of a factor other than 1: the host does not know it.
-void CudaBackend::scale(Tensor x, const float* factor) {
-  const Timed timed(*this, "scale", 0, 2.0 * static_cast<double>(x.bytes()));
-  map_in_place("scale", stream_, Scale{factor}, x);
+void CudaBackend::scale(std::span<const Tensor> tensors, const float* factor) {
+  const Timed timed(*this, "scale", 0, 2.0 * total_bytes(tensors));
+  while (!tensors.empty()) {
+    size_t count = 1;
+    while (count < std::min(tensors.size(), kMostTogether) && tensors[count].dtype == tensors[0].dtype) ++count;
+    scale_together(stream_, tensors.first(count), factor);
+    tensors = tensors.subspan(count);
+  }
 }
 
 void CudaBackend::restore_norm(Tensor x, const float* target_squares, const float* current_squares) {

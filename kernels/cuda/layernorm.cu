@@ -18,7 +18,6 @@ namespace {
 constexpr float kEpsilon = 1e-5f;
 constexpr int kForwardWarps = 4;    // of a block: as many rows, or one wide row
 constexpr int kMostOctets = 16;     // forward: of a thread
-constexpr int kRowsAtOnce = 4;      // backward: rows a block has under way
 constexpr int kMostThreads = 1024;  // backward
 constexpr int64_t kSmallestChunk = 16;
 
@@ -148,7 +147,7 @@ void launch_forward(const char* name, cudaStream_t stream, const Forward& f) {
       case 4: return run.template operator()<4>();
       case 5: return run.template operator()<5>();
       case 6: return run.template operator()<6>();
-      case 7: return run.template operator()<7>();
+      case 7:
       case 8: return run.template operator()<8>();
       case 9:
       case 10: return run.template operator()<10>();
@@ -174,51 +173,60 @@ __device__ inline float add_input_gradient(float din, float n, float g, float rs
   return fmaf(rstd, fmaf(-n, mean_gn, g - mean_g), din);
 }
 
-// kOctets to a thread. kThreads bounds the block and so the registers of a thread: in large blocks it keeps less and
-// reads it again, from a cache.
-template <typename DIn, typename DOut, typename In, int kRows, int kThreads, int kOctets>
-__global__ void __launch_bounds__(kThreads) layernorm_backward_kernel(Backward p) {
-  constexpr bool kKeepWeight = kThreads < kMostThreads, kKeepRows = kOctets == 1;
-  const auto column_of = [](int o) { return static_cast<int>(threadIdx.x + o * blockDim.x) * kOctet; };
+// kOctets to a thread, kRows at once, kBlocks on a multiprocessor. Two octets a thread are too many to keep between the
+// two passes over a row; they are read again, from a cache. So is the weight without kKeepWeight.
+template <typename DIn, typename DOut, typename In, int kRows, int kThreads, int kBlocks, bool kKeepWeight, int kOctets>
+__global__ void __launch_bounds__(kThreads, kBlocks) layernorm_backward_kernel(Backward p) {
+  constexpr bool kKeep = kOctets == 1;
+  constexpr int kSums = 2 * kRows;  // of a block's rows: of g, of g n, row by row
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int channels = static_cast<int>(p.channels);
+  const auto column_of = [](int o) { return static_cast<int>(threadIdx.x + o * blockDim.x) * kOctet; };
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * p.chunk;
-  const int64_t end = begin + p.chunk < p.rows ? begin + p.chunk : p.rows;
-  const float per_channel = 1.0f / static_cast<float>(p.channels);
-  const auto load = [&](int64_t row, int column, auto& dout, auto& in, auto& din) {
-    dout = load_vector_streaming<kOctet>(static_cast<const DOut*>(p.dout.data) + row * p.dout.pitch + column);
-    in = load_vector_streaming<kOctet>(static_cast<const In*>(p.in.data) + row * p.in.pitch + column);
-    din = load_vector<kOctet>(static_cast<const DIn*>(p.din.data) + row * p.din.pitch + column);
+  const int rows = static_cast<int>(begin + p.chunk < p.rows ? p.chunk : p.rows - begin);
+  const float per_channel = 1.0f / static_cast<float>(channels);
+  // Where this thread's octet o of row r of those at hand is: from a position that moves on, or, where that takes too
+  // many registers, from the beginning.
+  constexpr bool kMoves = kKeepWeight;
+  const DOut* dout_at = static_cast<const DOut*>(p.dout.data) + (kMoves ? begin * p.dout.pitch : 0) + column_of(0);
+  const In* in_at = static_cast<const In*>(p.in.data) + (kMoves ? begin * p.in.pitch : 0) + column_of(0);
+  DIn* din_at = static_cast<DIn*>(p.din.data) + (kMoves ? begin * p.din.pitch : 0) + column_of(0);
+  int64_t row_at = kMoves ? 0 : begin;
+  const auto place = [&](auto* at, int64_t pitch, int r, int o) {
+    return at + (row_at + r) * pitch + o * static_cast<int>(blockDim.x) * kOctet;
+  };
+  const float *mean_at = p.mean + begin, *rstd_at = p.rstd + begin;
+  const auto load = [&](int r, int o, auto& dout, auto& in, auto& din) {
+    dout = load_vector_streaming<kOctet>(place(dout_at, p.dout.pitch, r, o));
+    in = load_vector_streaming<kOctet>(place(in_at, p.in.pitch, r, o));
+    din = load_vector<kOctet>(place(din_at, p.din.pitch, r, o));
   };
 
   float weight[kOctet] = {}, dweight[kOctets][kOctet] = {}, dbias[kOctets][kOctet] = {};
-  if (kKeepWeight && column_of(0) < p.channels) p.weight.load_octet(0, column_of(0), weight);
-  float* shared = shared_memory<float>();  // two halves, used in turn: [warps, kRows, 2]
-  float* other = shared + warps * kRows * 2;
+  if (kKeepWeight && column_of(0) < channels) p.weight.load_octet(0, column_of(0), weight);
+  float* shared = shared_memory<float>();  // two halves, used in turn: [warps, kSums]
+  float* other = shared + warps * kSums;
 
-  for (int64_t first = begin; first < end; first += kRows) {
+  for (int first = 0; first < rows; first += kRows) {
     Vector<DOut, kOctet> dout[kRows][kOctets];
     Vector<In, kOctet> in[kRows][kOctets];
     Vector<DIn, kOctet> din[kRows][kOctets];
     Statistics s[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t row = first + r;
-      if (row >= end) continue;
-      s[r] = {p.mean[row], p.rstd[row]};
-#pragma unroll
-      for (int o = 0; o < kOctets; ++o) {
-        if (kKeepRows && column_of(o) < p.channels) load(row, column_of(o), dout[r][o], in[r][o], din[r][o]);
-      }
+      if (first + r >= rows) continue;
+      s[r] = {mean_at[r], rstd_at[r]};
+      if (kKeep && column_of(0) < channels) load(r, 0, dout[r][0], in[r][0], din[r][0]);
     }
+    float sums[kSums] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float sum_g = 0, sum_gn = 0;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
-        if (!kKeepRows) __syncwarp();  // one octet after the other: for two at a time there are too few registers
-        if (column_of(o) >= p.channels || first + r >= end) continue;
-        if (!kKeepRows) load(first + r, column_of(o), dout[r][o], in[r][o], din[r][o]);
+        if (!kKeep) __syncwarp();  // one octet after the other: for two at a time there are too few registers
+        if (column_of(o) >= channels || first + r >= rows) continue;
+        if (!kKeep) load(r, o, dout[r][o], in[r][o], din[r][o]);
         if (!kKeepWeight) p.weight.load_octet(0, column_of(o), weight);
         float d[kOctet], x[kOctet];
         unpack(dout[r][o], d);
@@ -226,35 +234,30 @@ __global__ void __launch_bounds__(kThreads) layernorm_backward_kernel(Backward p
 #pragma unroll
         for (int j = 0; j < kOctet; ++j) {
           const float n = normalized(x[j], s[r]), g = d[j] * weight[j];
-          sum_g += g;
-          sum_gn = fmaf(g, n, sum_gn);
+          sums[2 * r] += g;
+          sums[2 * r + 1] = fmaf(g, n, sums[2 * r + 1]);
           dweight[o][j] = fmaf(d[j], n, dweight[o][j]);
           dbias[o][j] += d[j];
         }
       }
-      sum_g = warp_sum(sum_g);
-      sum_gn = warp_sum(sum_gn);
-      if (lane == 0) {
-        shared[(warp * kRows + r) * 2] = sum_g;
-        shared[(warp * kRows + r) * 2 + 1] = sum_gn;
-      }
     }
+    // A few lanes have one sum each, of this warp and then, warp after warp, of the block.
+    const float of_warp = warp_sums(sums);
+    if (lane % (kWarp / kSums) == 0) shared[warp * kSums + lane / (kWarp / kSums)] = of_warp;
     __syncthreads();  // the half written before is read now; the other one is written next
+    float of_block = 0;
+    for (int w = 0; w < warps; ++w) of_block += shared[w * kSums + lane % kSums];
+    of_block *= per_channel;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (first + r >= end) continue;
-      float mean_g = 0, mean_gn = 0;
-      for (int w = 0; w < warps; ++w) {
-        mean_g += shared[(w * kRows + r) * 2];
-        mean_gn += shared[(w * kRows + r) * 2 + 1];
-      }
-      mean_g *= per_channel;
-      mean_gn *= per_channel;
+      const float mean_g = __shfl_sync(kAllLanes, of_block, 2 * r);
+      const float mean_gn = __shfl_sync(kAllLanes, of_block, 2 * r + 1);
+      if (first + r >= rows) continue;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
-        if (!kKeepRows) __syncwarp();
-        if (column_of(o) >= p.channels) continue;
-        if (!kKeepRows) load(first + r, column_of(o), dout[r][o], in[r][o], din[r][o]);
+        if (!kKeep) __syncwarp();
+        if (column_of(o) >= channels) continue;
+        if (!kKeep) load(r, o, dout[r][o], in[r][o], din[r][o]);
         if (!kKeepWeight) p.weight.load_octet(0, column_of(o), weight);
         float d[kOctet], x[kOctet], dx[kOctet];
         unpack(dout[r][o], d);
@@ -263,19 +266,28 @@ __global__ void __launch_bounds__(kThreads) layernorm_backward_kernel(Backward p
 #pragma unroll
         for (int j = 0; j < kOctet; ++j)
           dx[j] = add_input_gradient(dx[j], normalized(x[j], s[r]), d[j] * weight[j], s[r].rstd, mean_g, mean_gn);
-        store_floats(static_cast<DIn*>(p.din.data) + (first + r) * p.din.pitch + column_of(o), dx);
+        store_floats(place(din_at, p.din.pitch, r, o), dx);
       }
     }
+    if constexpr (kMoves) {
+      dout_at += kRows * p.dout.pitch;
+      in_at += kRows * p.in.pitch;
+      din_at += kRows * p.din.pitch;
+    } else {
+      row_at += kRows;
+    }
+    mean_at += kRows;
+    rstd_at += kRows;
     float* const used = shared;
     shared = other;
     other = used;
   }
 #pragma unroll
   for (int o = 0; o < kOctets; ++o) {
-    if (column_of(o) >= p.channels) continue;
-    float* const partial = p.partials + static_cast<int64_t>(blockIdx.x) * 2 * p.channels + column_of(o);
+    if (column_of(o) >= channels) continue;
+    float* const partial = p.partials + static_cast<int64_t>(blockIdx.x) * 2 * channels + column_of(o);
     store_floats(partial, dweight[o]);
-    store_floats(partial + p.channels, dbias[o]);
+    store_floats(partial + channels, dbias[o]);
   }
 }
 
@@ -285,18 +297,24 @@ void launch_backward(cudaStream_t stream, const Backward& p, unsigned blocks) {
   const unsigned threads = static_cast<unsigned>(std::min<int64_t>(warps * kWarp, kMostThreads));
   dispatch(p.din.dtype, [&]<typename DIn>() {
     dispatch(p.dout.dtype, p.in.dtype, [&]<typename DOut, typename In>() {
-      const auto run = [&]<int kRows, int kThreads, int kOctets = 1>() {
-        launch("layernorm_backward", layernorm_backward_kernel<DIn, DOut, In, kRows, kThreads, kOctets>,
+      const auto run = [&]<int kRows, int kThreads, int kBlocks, bool kKeepWeight = true, int kOctets = 1>() {
+        launch("layernorm_backward",
+               layernorm_backward_kernel<DIn, DOut, In, kRows, kThreads, kBlocks, kKeepWeight, kOctets>,
                {.grid = dim3(blocks),
                 .block = dim3(threads),
                 .shared_bytes = size_t{2} * (threads / kWarp) * kRows * 2 * sizeof(float),
                 .stream = stream},
                p);
       };
-      constexpr int kRows = sizeof(DIn) + sizeof(DOut) + sizeof(In) == 6 ? kRowsAtOnce : kRowsAtOnce / 2;
-      if (threads <= kMostThreads / 2) return run.template operator()<kRows, kMostThreads / 2>();
-      if (octets <= kMostThreads) return run.template operator()<1, kMostThreads>();
-      run.template operator()<1, kMostThreads, 2>();
+      // Small blocks have many rows under way; of larger ones several on a multiprocessor, which keep its memory busy
+      // while one waits at its barrier. Rows of four-byte numbers take twice the registers.
+      constexpr bool kHalf = sizeof(DIn) + sizeof(DOut) + sizeof(In) == 6;
+      constexpr int kBlocks = kHalf ? 2 : 1;
+      if (threads <= 128) return run.template operator() < kHalf ? 4 : 2, 128, 4 > ();
+      if (threads <= 256) return run.template operator()<2, 256, kBlocks + 1>();
+      if (threads <= 512) return run.template operator() < kHalf ? 1 : 2, 512, kBlocks > ();
+      if (octets <= kMostThreads) return run.template operator()<1, kMostThreads, 1, kHalf>();
+      run.template operator()<1, kMostThreads, 1, false, 2>();
     });
   });
 }

@@ -19,11 +19,10 @@ struct Constant {
 // op.start(): once per thread, reads what the operation takes from device memory; false when there is nothing to do.
 // op(x, y): the new element from those of a and b (0 for an operand that is missing).
 template <typename Op, typename Out, typename A, typename B>
-__global__ void __launch_bounds__(kMapThreads) map_kernel(Op op, Out out, A a, B b, Extent extent) {
-  if (!op.start()) return;
+__device__ inline void map_tile(Op op, Out out, A a, B b, const Extent& extent, int64_t index) {
   constexpr int kWidth = Out::kWidth;
   const int64_t row_groups = extent.cols / kWidth;
-  const Tile tile = tile_of<kWidth, kMapTile>(extent, blockIdx.x);
+  const Tile tile = tile_of<kWidth, kMapTile>(extent, index);
   const int64_t first = tile.first + threadIdx.x;
   typename A::Raw as[kMapUnroll];
   typename B::Raw bs[kMapUnroll];
@@ -46,9 +45,14 @@ __global__ void __launch_bounds__(kMapThreads) map_kernel(Op op, Out out, A a, B
     out.store(tile.row, group * kWidth, x);
   }
   const int64_t tail = row_groups * kWidth + threadIdx.x;  // past the last whole vector
-  if (blockIdx.x == 0 && extent.rows == 1 && tail < extent.cols) {
+  if (index == 0 && extent.rows == 1 && tail < extent.cols) {
     out.store_one(0, tail, op(a.load_one(0, tail), b.load_one(0, tail)));
   }
+}
+
+template <typename Op, typename Out, typename A, typename B>
+__global__ void __launch_bounds__(kMapThreads) map_kernel(Op op, Out out, A a, B b, Extent extent) {
+  if (op.start()) map_tile(op, out, a, b, extent, blockIdx.x);
 }
 
 template <typename Op, typename Out, typename A, typename B>

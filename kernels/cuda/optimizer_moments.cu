@@ -1,18 +1,21 @@
 // optimizer_moments.cu: moments of gradients, element by element; the factored ones are in factored_moment.cu.
 // Memory-bound: every operation reads each tensor once and writes what it changes once.
+#include "kernels/cuda/arrivals.cuh"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/state_blocks.cuh"
+#include "kernels/cuda/moments.cuh"
+#include "kernels/cuda/sum_order.cuh"
 #include "kernels/operands.h"
 
 namespace {
 
-// out = in * (factor * row_scale) * col_scale, kWidth columns a thread; `vectors`: rows of octets, which the momenta of
-// ranks that are no multiple of 8 do not have.
+// out = in * (factor * row_scale) * col_scale + added (unless added.data is null), kWidth columns a thread; `vectors`:
+// rows of octets, which the momenta of ranks that are no multiple of 8 do not have.
 template <typename Out, typename In, int kWidth>
 __global__ void __launch_bounds__(kStateThreads)
     scale_rows_cols_kernel(VectorView<Out, kWidth> out, VectorView<In, kWidth> in, const float* row_scale,
-                           const float* col_scale, float factor, int64_t rows, int64_t cols, bool vectors) {
+                           const float* col_scale, float factor, AnyView added, int64_t rows, int64_t cols,
+                           bool vectors) {
   const uint32_t groups = static_cast<uint32_t>((cols + kWidth - 1) / kWidth);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kStateThreads + threadIdx.x;
   const int64_t row = index <= 0xffffffffll ? static_cast<uint32_t>(index) / groups : index / groups;
@@ -25,49 +28,107 @@ __global__ void __launch_bounds__(kStateThreads)
     if (col_scale) unpack(load_vector<kWidth>(col_scale + column), scales);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] *= col_scale ? row_factor * scales[i] : row_factor;
+    if (added.data) {
+      float more[kWidth];
+      added.load_octet(row, column, more);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) x[i] += more[i];
+    }
     out.store(row, column, x);
     return;
   }
-  for (int64_t j = column; j < column + kWidth && j < cols; ++j)
-    out.store_one(row, j, in.load_one(row, j) * (col_scale ? row_factor * col_scale[j] : row_factor));
+  for (int64_t j = column; j < column + kWidth && j < cols; ++j) {
+    float x = in.load_one(row, j) * (col_scale ? row_factor * col_scale[j] : row_factor);
+    if (added.data) x += added.load_one(row, j);
+    out.store_one(row, j, x);
+  }
 }
 
-__global__ void __launch_bounds__(kStateThreads)
+__global__ void __launch_bounds__(kStateThreads, 4)  // 64 registers: with less it spills
     full_second_moment_kernel(BlockTensor grad, BlockTensor second_moment, int64_t elements, float eps1,
                               const StepScalars* scalars) {
   const Octet octet = octet_of_lane(block_of_warp(), elements);
   if (octet.block * kQuantBlock >= elements) return;
   const RawOctet raw_g = fetch(grad, octet), raw_v = fetch(second_moment, octet);
   if (scalars->gate == 0) return;
-  const float beta2 = scalars->beta2, one_minus_beta2 = 1.0f - beta2;
+  const float beta2 = scalars->beta2;
   float g[kOctet], v[kOctet];
   decode(g, raw_g, grad.dtype);
   decode(v, raw_v, second_moment.dtype);
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
-    v[i] = beta2 * v[i] + one_minus_beta2 * (g[i] * g[i] + eps1);
-    g[i] = g[i] / sqrtf(v[i]);
-  }
+  full_second_moment(g, v, beta2, eps1);
   store(second_moment, octet, v);
   store(grad, octet, g);
 }
 
-// M <- beta1 M + (1 - beta1) in, and with `write_back` in <- M before M is rounded.
+// M <- beta1 M + (1 - beta1) update; update <- M before M is rounded.
 __global__ void __launch_bounds__(kStateThreads)
-    momentum_kernel(BlockTensor momentum, BlockTensor in, bool write_back, int64_t elements, float beta1,
+    momentum_kernel(BlockTensor momentum, BlockTensor update, int64_t elements, float beta1,
                     const StepScalars* scalars) {
   const Octet octet = octet_of_lane(block_of_warp(), elements);
   if (octet.block * kQuantBlock >= elements) return;
-  const RawOctet raw_m = fetch(momentum, octet), raw_in = fetch(in, octet);
+  const RawOctet raw_m = fetch(momentum, octet), raw_u = fetch(update, octet);
   if (scalars->gate == 0) return;
-  const float one_minus_beta1 = 1.0f - beta1;
-  float m[kOctet], x[kOctet];
+  float m[kOctet], u[kOctet];
   decode(m, raw_m, momentum.dtype);
-  decode(x, raw_in, in.dtype);
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) m[i] = beta1 * m[i] + one_minus_beta1 * x[i];
+  decode(u, raw_u, update.dtype);
+  average(m, u, beta1);
   store(momentum, octet, m);
-  if (write_back) store(in, octet, m);
+  store(update, octet, m);
+}
+
+__global__ void __launch_bounds__(kStateThreads) ema_kernel(AveragedMomentum average, const StepScalars* scalars) {
+  average_block(average, block_of_warp(), scalars);
+}
+
+// The update, scaled by rows and columns, through an uncompressed momentum (unless momentum.data is null), and its
+// squares: all tensors are contiguous, of whole octets. T: of the update.
+template <typename T>
+__global__ void __launch_bounds__(OctetSquares<T>::kThreads, 3 * kSumThreads / OctetSquares<T>::kThreads)
+    scaled_momentum_kernel(BlockTensor update, BlockTensor momentum, MatrixScales scales, SumPart part, float beta1,
+                           const StepScalars* scalars, SquaresTarget result, double* partials, unsigned* arrived) {
+  double* const shared = shared_memory<double>();
+  const int64_t elements = part.extent.cols;
+  const bool open = scalars->gate != 0;
+  OctetSquares<T> squares;
+  for (int64_t tile = blockIdx.x; tile < part.tiles; tile += gridDim.x) {
+#pragma unroll 2
+    for (int k = 0; k < kSumUnroll; ++k) {
+      const int64_t first = squares.octet(tile, k) * kOctet;
+      const Octet octet = octet_of_lane(first / kQuantBlock, elements);
+      if (octet.block * kQuantBlock >= elements) continue;
+      const RawOctet raw_u = fetch(update, octet);
+      RawOctet raw_m = raw_u;
+      if (momentum.data) raw_m = fetch(momentum, octet);
+      float u[kOctet];
+      decode(u, raw_u, update.dtype);
+      if (scales.any()) {
+        scales.apply(u, octet);
+        round_octet<T>(u);
+      }
+      if (momentum.data) {
+        float m[kOctet];
+        decode(m, raw_m, momentum.dtype);
+        average(m, u, beta1);
+        if (open) store(momentum, octet, m);
+#pragma unroll
+        for (int i = 0; i < kOctet; ++i) u[i] = m[i];
+        round_octet<T>(u);
+      }
+      store(update, octet, u);
+      if (octet.count > 0) squares.add(u);
+    }
+    squares.end_tile();
+  }
+  if (!result.out) return;
+  const double total = squares.total(shared);
+  if (gridDim.x == 1) {
+    if (threadIdx.x == 0) store_sum(result.out, total, result.accumulate);
+    return;
+  }
+  if (threadIdx.x == 0) partials[blockIdx.x] = total;
+  if (!last_to_arrive(arrived, reinterpret_cast<unsigned*>(shared + kSumThreads / kWarp))) return;
+  const double sum = add_partial_sums<OctetSquares<T>::kThreads>(partials, static_cast<int>(gridDim.x), shared);
+  if (threadIdx.x == 0) store_sum(result.out, sum, result.accumulate);
 }
 
 }  // namespace
@@ -80,12 +141,15 @@ void CudaBackend::full_second_moment(Tensor grad, Tensor second_moment, float ep
          block_tensor(second_moment), grad.elements(), eps1, scalars);
 }
 
-void CudaBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor) {
-  check_scale_rows_cols(out, in, row_scale, col_scale);
+void CudaBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor,
+                                  Tensor added) {
+  check_scale_rows_cols(out, in, row_scale, col_scale, added);
   const int64_t rows = in.rows(), cols = in.cols();
-  const Timed timed(*this, "scale_rows_cols", 0, static_cast<double>(in.bytes() + out.bytes()));
+  const Timed timed(*this, "scale_rows_cols", 0, static_cast<double>(in.bytes() + out.bytes() + added.bytes()));
   if (in.elements() == 0) return;
-  const bool vectors = has_octet_rows(out) && has_octet_rows(in) && begins_aligned(col_scale);
+  const bool vectors = has_octet_rows(out) && has_octet_rows(in) && begins_aligned(col_scale) &&
+                       (added.empty() || has_octet_rows(added));
+  const AnyView added_view = added.empty() ? AnyView{} : any_view(added);
   dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
     constexpr int kWidth = kVectorWidth<Out, In>;
     launch("scale_rows_cols", scale_rows_cols_kernel<Out, In, kWidth>,
@@ -93,7 +157,7 @@ void CudaBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tenso
             .block = kStateThreads,
             .stream = stream_},
            vector_view<Out, kWidth>(out), vector_view<In, kWidth>(in), row_scale.as<const float>(),
-           col_scale.as<const float>(), factor, rows, cols, vectors);
+           col_scale.as<const float>(), factor, added_view, rows, cols, vectors);
   });
 }
 
@@ -102,12 +166,37 @@ void CudaBackend::momentum_update(Tensor update, Tensor momentum, float beta1, c
   const Timed timed(*this, "momentum_update", 0, static_cast<double>(2 * update.bytes() + 2 * momentum.bytes()));
   launch("momentum_update", momentum_kernel,
          {.grid = state_grid(update.elements()), .block = kStateThreads, .stream = stream_}, block_tensor(momentum),
-         block_tensor(update), true, update.elements(), beta1, scalars);
+         block_tensor(update), update.elements(), beta1, scalars);
 }
 
-void CudaBackend::ema(Tensor momentum, Tensor in, float beta1, const StepScalars* scalars) {
-  check_state(momentum, in);
-  const Timed timed(*this, "ema", 0, static_cast<double>(in.bytes() + 2 * momentum.bytes()));
-  launch("ema", momentum_kernel, {.grid = state_grid(in.elements()), .block = kStateThreads, .stream = stream_},
-         block_tensor(momentum), block_tensor(in), false, in.elements(), beta1, scalars);
+// What is not made of whole octets takes the three passes that this one stands for.
+void CudaBackend::scaled_momentum_update(Tensor update, Tensor momentum, Tensor row_scale, Tensor col_scale,
+                                         float beta1, const StepScalars* scalars, SquaresTarget squares) {
+  const bool scaled = !row_scale.empty() || !col_scale.empty();
+  if (!momentum.empty()) check_state(momentum, update);
+  check_scale_rows_cols(update, update, row_scale, col_scale);
+  if (update.cols() % kOctet != 0 || !update.contiguous() || !takes_scales(update)) {
+    if (scaled) scale_rows_cols(update, update, row_scale, col_scale, 1.0f, {});
+    if (!momentum.empty()) momentum_update(update, momentum, beta1, scalars);
+    if (squares.out) sum_squares(Tensor::of(squares.out, DType::kF32, {1}), {&update, 1}, squares.accumulate);
+    return;
+  }
+  const Timed timed(*this, "scaled_momentum_update", 0, static_cast<double>(2 * update.bytes() + 2 * momentum.bytes()));
+  const SumPart part = sum_part(update);
+  dispatch(update.dtype, [&]<typename T>() {
+    launch("scaled_momentum_update", scaled_momentum_kernel<T>,
+           {.grid = dim3(static_cast<unsigned>(part.blocks)),
+            .block = OctetSquares<T>::kThreads,
+            .shared_bytes = kSumShared,
+            .stream = stream_},
+           block_tensor(update), block_tensor(momentum), matrix_scales(row_scale, col_scale, update), part, beta1,
+           scalars, squares, scratch<double>(static_cast<size_t>(part.blocks) * sizeof(double)), arrivals_);
+  });
+}
+
+void CudaBackend::ema(const MomentumAverage& average, const StepScalars* scalars) {
+  check_average(average);
+  const Timed timed(*this, "ema", 0, static_cast<double>(average.in.bytes() + 2 * average.momentum.bytes()));
+  launch("ema", ema_kernel, {.grid = state_grid(average.in.elements()), .block = kStateThreads, .stream = stream_},
+         averaged_momentum(average), scalars);
 }

@@ -1,20 +1,19 @@
 // reductions.cu: sums of all elements and sums of columns. Memory-bound: each element is read once.
-// A first kernel leaves partial sums in the workspace, a second one adds them in order; how a sum is cut depends on the
-// shape alone. Sums of all elements: fp32 over short runs, joined in double. Sums of columns: a block owns a chunk of
-// rows and as many columns as its 32 lanes load at once, a lane keeps its columns' sums in registers, and the warps'
-// sums meet in shared memory.
+// Blocks leave partial sums in the workspace, which are added in order: of all elements (sum_order.cuh) by the last
+// block, of columns by a second kernel; how a sum is cut depends on the shape alone. Sums of columns: a block owns a
+// chunk of rows and as many columns as its 32 lanes load at once, a lane keeps its columns' sums in registers, and the
+// warps' sums meet in shared memory.
 #include <algorithm>
 
+#include "kernels/cuda/arrivals.cuh"
 #include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/sum_order.cuh"
 #include "kernels/cuda_workspace.h"
 #include "kernels/operands.h"
 
 namespace {
-
-constexpr int kSumThreads = 256, kSumUnroll = 4, kSumTile = kSumThreads * kSumUnroll;
-constexpr int kSumRun = 16;  // rounds of loads that are added in fp32 before they join a double
 
 constexpr int kColumnWarps = 8, kColumnUnroll = 4;
 constexpr int kColumnStep = kColumnWarps * kColumnUnroll;  // rows a block has under way
@@ -24,87 +23,58 @@ constexpr int kPartialWarps = 16, kPartialUnroll = 8;
 
 // ---- sums of all elements
 
+// Up to kMostTogether tensors, whose partial sums lie one after another.
+struct SumParts {
+  SumPart parts[kMostTogether];
+  int count = 0;
+};
+
 struct SumResult {
   float* out;
   float factor;
   bool accumulate;
 
-  __device__ void store(double sum) const {
-    *out = static_cast<float>(static_cast<double>(factor) * sum + (accumulate ? static_cast<double>(*out) : 0.0));
-  }
+  __device__ void store(double sum) const { store_sum(out, static_cast<double>(factor) * sum, accumulate); }
 };
 
 template <bool kSquare, typename T>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_kernel(VectorView<T, Pack<T>::kSize> x, Extent extent, int64_t tiles, double* partials, SumResult result) {
-  constexpr int kWidth = Pack<T>::kSize;
-  const int64_t row_groups = extent.cols / kWidth;
-  double total = 0;
-  float sums[kWidth] = {};
-  int rounds = 0;
-  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = tile_of<kWidth, kSumTile>(extent, index);
-    const int64_t first = tile.first + threadIdx.x;
-    Vector<T, kWidth> raw[kSumUnroll];
-#pragma unroll
-    for (int u = 0; u < kSumUnroll; ++u) {
-      const int64_t group = first + u * kSumThreads;
-      if (group < row_groups) raw[u] = x.load_again(tile.row, group * kWidth);
-    }
-#pragma unroll
-    for (int u = 0; u < kSumUnroll; ++u) {
-      if (first + u * kSumThreads >= row_groups) continue;
-      float values[kWidth];
-      unpack(raw[u], values);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) sums[i] = kSquare ? fmaf(values[i], values[i], sums[i]) : sums[i] + values[i];
-    }
-    if (++rounds % kSumRun == 0) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        total += static_cast<double>(sums[i]);
-        sums[i] = 0;
-      }
-    }
-  }
-  for (int i = 0; i < kWidth; ++i) total += static_cast<double>(sums[i]);
-  const int64_t tail = row_groups * kWidth + threadIdx.x;  // past the last whole vector
-  if (blockIdx.x == 0 && extent.rows == 1 && tail < extent.cols) {
-    const double value = static_cast<double>(x.load_one(0, tail));
-    total += kSquare ? value * value : value;
-  }
-  total = block_sum(total, shared_memory<double>());
-  if (threadIdx.x != 0) return;
+    sum_kernel(SumParts all, double* partials, unsigned* arrived, SumResult result) {
+  double* const shared = shared_memory<double>();
+  int at = 0, first = 0;  // which tensor, and its first partial sum
+  while (static_cast<int>(blockIdx.x) >= first + all.parts[at].blocks) first += all.parts[at++].blocks;
+  const double total = partial_sum<kSquare, T>(all.parts[at], static_cast<int>(blockIdx.x) - first, shared);
   if (gridDim.x == 1) {
-    result.store(total);
-  } else {
-    partials[blockIdx.x] = total;
+    if (threadIdx.x == 0) result.store(total);
+    return;
+  }
+  if (threadIdx.x == 0) partials[blockIdx.x] = total;
+  if (!last_to_arrive(arrived, reinterpret_cast<unsigned*>(shared + kSumThreads / kWarp))) return;
+  for (int i = 0; i < all.count; ++i) {
+    const double sum = add_partial_sums(partials, all.parts[i].blocks, shared);
+    partials += all.parts[i].blocks;
+    if (threadIdx.x == 0) result.store(sum);
+    result.accumulate = true;
   }
 }
 
-__global__ void __launch_bounds__(kSumThreads) add_sums_kernel(const double* partials, int count, SumResult result) {
-  double total = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kSumThreads) total += partials[i];
-  total = block_sum(total, shared_memory<double>());
-  if (threadIdx.x == 0) result.store(total);
-}
-
+// Of tensors of one dtype, one after another.
 template <bool kSquare>
-void sum_elements(cudaStream_t stream, const Tensor& x, double* partials, const SumResult& result) {
-  constexpr size_t kShared = kSumThreads / kWarp * sizeof(double);
-  const Extent extent = common_extent(x);
-  dispatch(x.dtype, [&]<typename T>() {
-    const int64_t tiles = extent.tiles(Pack<T>::kSize, kSumTile);
-    const int blocks = static_cast<int>(std::clamp<int64_t>(tiles, 1, kMaxSumBlocks));
+void sum_together(cudaStream_t stream, std::span<const Tensor> tensors, double* partials, unsigned* arrived,
+                  const SumResult& result) {
+  SumParts all;
+  int blocks = 0;
+  for (const Tensor& x : tensors) {
+    all.parts[all.count] = sum_part(x);
+    blocks += all.parts[all.count++].blocks;
+  }
+  dispatch(tensors.front().dtype, [&]<typename T>() {
     launch("sum", sum_kernel<kSquare, T>,
            {.grid = dim3(static_cast<unsigned>(blocks)),
             .block = dim3(kSumThreads),
-            .shared_bytes = kShared,
+            .shared_bytes = kSumShared,
             .stream = stream},
-           vector_view<T, Pack<T>::kSize>(x), extent, tiles, partials, result);
-    if (blocks == 1) return;
-    launch("add_sums", add_sums_kernel, {.block = dim3(kSumThreads), .shared_bytes = kShared, .stream = stream},
-           partials, blocks, result);
+           all, partials, arrived, result);
   });
 }
 
@@ -187,16 +157,24 @@ void add_column_partials(const char* name, cudaStream_t stream, const Tensor& fi
          accumulate);
 }
 
-void CudaBackend::sum_squares(Tensor out, Tensor x, bool accumulate) {
-  const Timed timed(*this, "sum_squares", 0, static_cast<double>(x.bytes()));
+void CudaBackend::sum_squares(Tensor out, std::span<const Tensor> tensors, bool accumulate) {
+  const Timed timed(*this, "sum_squares", 0, total_bytes(tensors));
   require(out.dtype == DType::kF32, "sum: the result is fp32");
-  sum_elements<true>(stream_, x, scratch<double>(kMaxSumBlocks * sizeof(double)), {out.as<float>(), 1.0f, accumulate});
+  while (!tensors.empty()) {
+    size_t count = 1;
+    while (count < std::min(tensors.size(), kMostTogether) && tensors[count].dtype == tensors[0].dtype) ++count;
+    sum_together<true>(stream_, tensors.first(count),
+                       scratch<double>(count * static_cast<size_t>(kMaxSumBlocks) * sizeof(double)), arrivals_,
+                       {out.as<float>(), 1.0f, accumulate});
+    tensors = tensors.subspan(count);
+    accumulate = true;
+  }
 }
 
 void CudaBackend::sum(Tensor out, Tensor x, float factor, bool accumulate) {
   const Timed timed(*this, "sum", 0, static_cast<double>(x.bytes()));
   require(out.dtype == DType::kF32, "sum: the result is fp32");
-  sum_elements<false>(stream_, x, scratch<double>(kMaxSumBlocks * sizeof(double)),
+  sum_together<false>(stream_, {&x, 1}, scratch<double>(static_cast<size_t>(kMaxSumBlocks) * sizeof(double)), arrivals_,
                       {out.as<float>(), factor, accumulate});
 }
 

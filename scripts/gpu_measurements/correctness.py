@@ -101,6 +101,7 @@ def right(session):
         items += [
             pair(dtype, "two runs agree", flora, {"one run": [], "another": []}),
             pair(dtype, "CUDA graphs on == off", flora, {"graphs": [], "no graphs": ["--no-cuda-graph"]}),
+            pair(dtype, "updates beside the backward pass == in turn", flora, {"beside": [], "in turn": ["--no-update-overlap"]}),
             pair(dtype, "fused == dense, Flora", [*flora, "--clip-norm", 0],
                  {how: ["--gradients", how] for how in ("dense", "fused")}),
             pair(dtype, "fused == dense, AdamW", ["--optimizer", "adamw", "--clip-norm", 0],

@@ -124,7 +124,20 @@ void append(Stream& stream, Operation operation) {
   if (order().below(8) == 0) drain(stream);
 }
 
+namespace {
+std::map<std::string, uint64_t>& launch_counts() {
+  static std::map<std::string, uint64_t> counts;
+  return counts;
+}
+}  // namespace
+
+const std::map<std::string, uint64_t>& launches() { return launch_counts(); }
+
 cudaError_t enqueue(cudaStream_t handle, std::string name, std::function<void()> work) {
+  {
+    const std::lock_guard lock(api_mutex());
+    ++launch_counts()[name];
+  }
   return enqueue(handle, Operation{std::move(name), std::move(work), {}, {}});
 }
 

@@ -5,7 +5,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <functional>
+#include <map>
 #include <string>
 
 namespace cuda_on_cpu {
@@ -14,6 +16,9 @@ namespace cuda_on_cpu {
 // times (graphs) and after this returns: it must own what it reads except device memory, which it may access freely.
 // `name` appears in reports. Returns the error of an earlier launch, if the device has one.
 cudaError_t enqueue(cudaStream_t stream, std::string name, std::function<void()> work);
+
+// How often which kernel was launched, and which function of a library enqueued work, by name; captured or not.
+const std::map<std::string, uint64_t>& launches();
 
 // True when [address, address + bytes) lies inside one live device allocation: for checks of a library's arguments.
 bool is_device_range(const void* address, size_t bytes);
