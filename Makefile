@@ -4,6 +4,7 @@
 # make test             installs what is missing, builds, runs every test, ends with "N passed, N failed"
 # make check            the quick part of it, for work in progress: the CPU backend's tests that take seconds
 # make test-cuda-on-cpu the CUDA backend's part of it: its kernels and its host code, run on this CPU
+# make test-ptx         the tests of operations on what nvcc makes of its kernels, interpreted: needs nvcc and no GPU
 # make test-gpu         the same tests on the GPU of this machine; SANITIZE=1: under compute-sanitizer
 # make gpu-report       builds, tests and measures everything on the GPU of this machine, into docs/results/, in parts of at
 #                       most 9 minutes: PARTS="tests kernels", TIME_LIMIT=seconds, DATA=shards, LLMC=checkout, OUT=folder;

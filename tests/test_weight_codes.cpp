@@ -90,11 +90,18 @@ TEST_P(WeightCodes, TiesGoToTheEvenCode) {
   }
 }
 
+// Codes that were never made: their scales are NaN, and an update makes them anew.
+Tensor never_made(TestDevice& device, const Tensor& out) {
+  const int64_t blocks = quant_blocks(out.elements());
+  device.write(Tensor::of(out.scales, DType::kF32, {blocks}), Values(static_cast<size_t>(blocks), NAN));
+  return out;
+}
+
 TEST_P(WeightCodes, UpdatesAreOneOfTheTwoNeighbours) {
   for (int64_t count : {1, 255, 256, 257, 20011}) {
     TestDevice device(GetParam());
     const DeviceValue<StepScalars> scalars(device, step(4));
-    const Tensor out = device.poisoned(DType::kI8, {count});  // scales are NaN: all are made anew
+    const Tensor out = never_made(device, device.poisoned(DType::kI8, {count}));
     const Values x = weights(device, 1, count), largest = largest_of(x);
     const Tensor in = device.upload(x, DType::kF32, {count});
     device->quantize_weight(out, in, kKey, scalars.data());
@@ -223,7 +230,8 @@ TEST_P(WeightCodes, ZerosTinyAndHugeNumbers) {
     set(3, 7, -1e-44);  // the scale would be less than the smallest number there is
     set(4, 0, 3e38), set(4, 1, -3e38), set(4, 2, 1e-30);
     set(5, 0, 2.0), set(5, 1, -1.0);
-    const Tensor out = device.poisoned(DType::kI8, {6 * kBlock}), back = device.poisoned(DType::kF32, {6 * kBlock});
+    const Tensor out = never_made(device, device.poisoned(DType::kI8, {6 * kBlock}));
+    const Tensor back = device.poisoned(DType::kF32, {6 * kBlock});
     device->quantize_weight(out, device.upload(x, DType::kF32, {6 * kBlock}), kKey, update ? scalars.data() : nullptr);
     device->dequantize_weight(back, out);
     const Values c = codes(device, out), s = scales(device, out), values = device.read(back);
@@ -262,7 +270,8 @@ TEST_P(WeightCodes, PiecesHaveTheCodesOfTheWhole) {
   const DeviceValue<StepScalars> scalars(device, step(7));
   const int64_t rows = 48, cols = 80;  // 16 rows are 5 blocks
   const Tensor in = device.random(1, DType::kF32, {rows, cols}, 0.02);
-  const Tensor whole = device.poisoned(DType::kI8, {rows, cols}), pieces = device.poisoned(DType::kI8, {rows, cols});
+  const Tensor whole = never_made(device, device.poisoned(DType::kI8, {rows, cols}));
+  const Tensor pieces = never_made(device, device.poisoned(DType::kI8, {rows, cols}));
   device->quantize_weight(whole, in, kKey, scalars.data());
   const Tensor back = device.poisoned(DType::kBF16, {rows, cols}),
                back_pieces = device.poisoned(DType::kBF16, {rows, cols});
@@ -282,7 +291,7 @@ TEST_P(WeightCodes, PiecesHaveTheCodesOfTheWhole) {
 TEST_P(WeightCodes, IsIndependentOfThreads) {
   expect_independent_of_threads(GetParam(), [&](TestDevice& device) {
     const DeviceValue<StepScalars> scalars(device, step(2));
-    const Tensor out = device.poisoned(DType::kI8, {50001});
+    const Tensor out = never_made(device, device.poisoned(DType::kI8, {50001}));
     device->quantize_weight(out, device.random(1, DType::kF32, {50001}), kKey, scalars.data());
     return all_bits(device, out);
   });

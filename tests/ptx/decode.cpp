@@ -944,6 +944,10 @@ void Decoder::instruction() {
     n.imm = static_cast<int64_t>(ops[0].imm);
     return;
   }
+  if ((root == "membar" || root == "fence") && (take("gl") || take("gpu") || take("sys"))) {
+    ignore({"sc", "acq_rel"});
+    return handler(memory_fence);
+  }
   if (root == "membar" || root == "fence" || root == "griddepcontrol" || root == "nanosleep" || root == "prefetch" ||
       root == "prefetchu") {
     n.kind = NOP;

@@ -102,6 +102,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrPageableMemoryAccess: *value = 0; break;
     case cudaDevAttrMultiProcessorCount: *value = kMultiprocessors; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = most_shared_memory() + 1024; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = most_shared_memory(); break;
     case cudaDevAttrClockRate: *value = kClock; break;
     case cudaDevAttrMemoryClockRate: *value = kMemoryClock; break;
@@ -172,7 +173,7 @@ cudaError_t cudaMemsetAsync(void* p, int byte, size_t bytes, cudaStream_t stream
   if (!range_ok(p, bytes, "filling")) return returned(cudaErrorInvalidValue);
   return enqueue(stream, [=] {
     std::memset(p, byte, bytes);
-    machine.mark_defined(p, bytes, (byte & 255) != 255 || !machine.poison);
+    machine.mark_defined(p, bytes, (byte & 255) != 255);
   });
 }
 cudaError_t cudaMemset(void* p, int byte, size_t bytes) { return cudaMemsetAsync(p, byte, bytes, nullptr); }

@@ -263,6 +263,11 @@ struct Runner {
 
   void run_block() {
     machine.block.first_epoch = machine.block.epoch = machine.next_epoch++;
+    const size_t threads = warps.size() * 32;
+    machine.block.fences.assign(threads, 0);
+    machine.block.fences_at_barrier.assign(threads, 0);
+    machine.block.fence_epoch.assign(threads, 0);
+    machine.block.arrivals.clear();
     std::memset(machine.shared.data(), 0xff, machine.shared_bytes);
     std::memset(machine.shared_defined.data(), 0, machine.shared_bytes);
     for (Warp& w : warps) start(w);
@@ -292,7 +297,7 @@ struct Runner {
         ++w.groups[0].pc;
         w.groups[0].wait = false;
       }
-      machine.block.epoch = machine.next_epoch++;
+      pass_barrier();
     }
     for (const Warp& w : warps) {
       if (!w.copies.empty())
@@ -323,6 +328,8 @@ void Machine::launch(Module& mod, Function& f, const uint32_t g[3], const uint32
   ++launches;
   ++f.launches;
   first_serial = next_serial;
+  published.clear();
+  arrived.clear();
   Runner runner(f);
   const uint64_t count = static_cast<uint64_t>(g[0]) * g[1] * g[2];
   for (uint64_t k = 0; k < count; ++k) {

@@ -23,10 +23,11 @@ constexpr uint32_t kSharedBase = 1024;  // what newer GPUs keep for themselves a
 // Who read and wrote 4 bytes last. `block` is the serial number of a block among all that ever ran (global memory), or
 // of a stretch between two barriers (shared memory). info: thread 0-9, bytes 10-13, several threads 14, several warps
 // 15, 16 (blocks); 17-31: barriers passed so far (global memory). wsync: warp barriers that the writer had passed,
-// rorder: the same of the reader, or all warp-synchronous instructions.
+// rorder: the same of the reader, or all warp-synchronous instructions. wfence, rfence: fences of the thread.
 struct Access {
   uint32_t wblock, winfo, rblock, rinfo;
   uint16_t wsync, rorder;
+  uint16_t wfence, rfence;
 };
 
 struct Allocation {
@@ -51,11 +52,23 @@ struct Group {
   bool wait;
 };
 
+// An atomic operation on an address where other blocks have arrived before.
+struct Arrival {
+  uint64_t address;
+  size_t before;  // how many
+  uint32_t thread, epoch;
+  uint16_t fences;  // that the thread had passed
+};
+
 struct Block {
   uint32_t ctaid[3];
   uint32_t serial;  // among all blocks
   uint32_t epoch;   // of shared memory: never the same twice
   uint32_t first_epoch;
+  // For each thread: fences passed, how many it had passed at the last barrier, the epoch of the last one.
+  std::vector<uint16_t> fences, fences_at_barrier;
+  std::vector<uint32_t> fence_epoch;
+  std::vector<Arrival> arrivals;
 };
 
 struct Warp {
@@ -80,7 +93,7 @@ struct Warp {
 struct Machine {
   // settings, from the environment
   int seed = 0;
-  bool noise = false, truncate_mma = false, strict = false, poison = true;
+  bool noise = false, truncate_mma = false, strict = false;
   int architecture = 0;  // of the program's PTX: 90 for compute_90a
   // device memory
   std::map<uint64_t, Allocation> allocations;  // by their end
@@ -95,6 +108,8 @@ struct Machine {
   uint64_t param_bytes = 0;
   Block block = {};
   uint32_t grid[3], dim[3];
+  std::map<uint32_t, std::vector<uint16_t>> published;  // by blocks that arrived: fences_at_barrier of their threads
+  std::map<uint64_t, std::vector<uint32_t>> arrived;  // blocks, in their order, by the address of the atomic operation
   uint32_t first_serial = 1, next_serial = 1, next_epoch = 1;
   uint32_t shared_bytes = 0;                    // static and dynamic; addresses start at kSharedBase
   std::vector<uint8_t> shared, shared_defined;  // defined: 0 no, 1 yes, 2 a copy is under way
@@ -133,9 +148,15 @@ inline int first_lane(uint32_t m) { return __builtin_ctz(m); }
 
 // ---- accesses, for races
 
+// What orders blocks: a thread's fence after its accesses, a barrier, an atomic operation; then the same operation of
+// another block, a barrier unless it is the same thread, and a fence.
+void fence(uint32_t thread);
+void arrive(uint64_t address, uint32_t thread);
+void pass_barrier();  // of the whole block
+
 enum Conflict : uint8_t { NONE, WARP, BLOCK, GRID };
 
-// `bytes`: which of the four. What orders two accesses: threads of different blocks: nothing; of different warps: a
+// `bytes`: which of the four. What orders two accesses: threads of different blocks: arrivals; of different warps: a
 // barrier of the block; of one warp: __syncwarp. A write after another lane's read is also in order when all lanes have
 // passed a shuffle or another warp-synchronous instruction in between, because they have the values of their loads then
 // (not with PTXSIM_STRICT: a load whose value the instruction does not need might come later).

@@ -1,6 +1,7 @@
 // memory.cpp: device memory with its shadows, and who accessed what.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
@@ -39,7 +40,6 @@ void setup() {
   machine.noise = setting("PTXSIM_NOISE", 0) != 0;
   machine.truncate_mma = setting("PTXSIM_TRUNCATE", 0) != 0;
   machine.strict = setting("PTXSIM_STRICT", 0) != 0;
-  machine.poison = setting("PTXSIM_POISON", 1) != 0;
   reserve<uint8_t>(kArenaBytes, reinterpret_cast<void*>(kArenaBase));
   machine.defined = reserve<uint8_t>(kArenaBytes);
   machine.accesses = reserve<Access>(kArenaBytes / 4 * sizeof(Access));
@@ -147,6 +147,60 @@ struct Accessor {
 };
 }  // namespace
 
+void fence(uint32_t thread) {
+  ++machine.block.fences[thread];
+  machine.block.fence_epoch[thread] = machine.block.epoch;
+}
+
+void pass_barrier() {
+  machine.block.epoch = machine.next_epoch++;
+  machine.block.fences_at_barrier = machine.block.fences;
+}
+
+void arrive(uint64_t address, uint32_t thread) {
+  Block& block = machine.block;
+  if (const auto earlier = machine.arrived.find(address); earlier != machine.arrived.end())
+    block.arrivals.push_back({address, earlier->second.size(), thread, block.epoch, block.fences[thread]});
+  std::vector<uint16_t> visible = block.fences_at_barrier;
+  visible[thread] = block.fences[thread];
+  if (std::all_of(visible.begin(), visible.end(), [](uint16_t fences) { return fences == 0; })) return;
+  machine.published[block.serial] = std::move(visible);
+  machine.arrived[address].push_back(block.serial);
+}
+
+namespace {
+
+// The blocks that arrived before this one at the same place, where this thread has passed a fence since.
+std::vector<uint32_t> blocks_before(uint32_t thread) {
+  const Block& block = machine.block;
+  std::vector<uint32_t> serials;
+  for (const Arrival& a : block.arrivals) {
+    const bool acquired = thread == a.thread ? block.fences[thread] > a.fences : block.fence_epoch[thread] > a.epoch;
+    if (!acquired) continue;
+    const std::vector<uint32_t>& all = machine.arrived[a.address];
+    serials.insert(serials.end(), all.begin(), all.begin() + static_cast<std::ptrdiff_t>(a.before));
+  }
+  return serials;
+}
+
+// Whether what a thread of another block did after so many fences comes before what this thread does now.
+bool comes_before(uint32_t serial, uint32_t thread, uint16_t fences, const Accessor& by) {
+  const auto published = machine.published.find(serial);
+  if (published == machine.published.end() || published->second[thread] <= fences) return false;
+  const std::vector<uint32_t> serials = blocks_before(by.thread);
+  return std::find(serials.begin(), serials.end(), serial) != serials.end();
+}
+
+bool all_come_before(const Accessor& by) {
+  std::vector<uint32_t> serials = blocks_before(by.thread);
+  std::sort(serials.begin(), serials.end());
+  const auto end = std::unique(serials.begin(), serials.end());
+  const uint64_t blocks = uint64_t{machine.grid[0]} * machine.grid[1] * machine.grid[2];
+  return static_cast<uint64_t>(end - serials.begin()) + 1 >= blocks;
+}
+
+}  // namespace
+
 Conflict global_read(Access& a, const Warp& w, uint32_t lane, uint32_t bytes, bool& written_here) {
   const Accessor by(w, lane);
   const uint32_t first = machine.first_serial, own = machine.block.serial;
@@ -154,7 +208,7 @@ Conflict global_read(Access& a, const Warp& w, uint32_t lane, uint32_t bytes, bo
   if (a.wblock >= first && (bytes_of(a.winfo) & bytes)) {
     written_here = true;
     if (a.wblock != own)
-      c = GRID;
+      c = comes_before(a.wblock, a.winfo & kThread, a.wfence, by) ? NONE : GRID;
     else if (a.winfo >> 17 == by.epoch)
       c = by.with_write(a);
   }
@@ -171,6 +225,7 @@ Conflict global_read(Access& a, const Warp& w, uint32_t lane, uint32_t bytes, bo
   a.rblock = own;
   a.rinfo = next;
   a.rorder = by.order;
+  a.rfence = machine.block.fences[by.thread];
   return c;
 }
 
@@ -181,19 +236,22 @@ Conflict global_write(Access& a, const Warp& w, uint32_t lane, uint32_t bytes) {
   const bool mine = a.wblock == own && by.wrote(a) && a.winfo >> 17 == by.epoch;
   if (a.wblock >= first && (bytes_of(a.winfo) & bytes)) {
     if (a.wblock != own)
-      c = GRID;
+      c = comes_before(a.wblock, a.winfo & kThread, a.wfence, by) ? NONE : GRID;
     else if (a.winfo >> 17 == by.epoch)
       c = by.with_write(a);
   }
   if (c == NONE && a.rblock >= first && (bytes_of(a.rinfo) & bytes)) {
-    if (a.rblock != own || (a.rinfo & kBlocks))
-      c = GRID;
+    if (a.rinfo & kBlocks)
+      c = all_come_before(by) ? NONE : GRID;
+    else if (a.rblock != own)
+      c = comes_before(a.rblock, a.rinfo & kThread, a.rfence, by) ? NONE : GRID;
     else if (a.rinfo >> 17 == by.epoch)
       c = by.with_reads(a);
   }
   a.wblock = own;
   a.winfo = info(by.thread, bytes | (mine ? bytes_of(a.winfo) : 0), by.epoch);
   a.wsync = by.sync;
+  a.wfence = machine.block.fences[by.thread];
   return c;
 }
 

@@ -1,19 +1,24 @@
 # rules.mk: the CUDA backend as nvcc compiles it, on the CPU: its kernels' PTX runs on the interpreter in this folder.
 # Included by the Makefile.
+#
+# make test-ptx       the tests of operations, and the interpreter's own
+# make ptx-mutations  are mistakes found that are planted in a copy of the kernels? NAMES="forward ptx": some of them
+# make ptx            only compiles the kernels
 
 PTXSIM     := $(BUILD)/ptx
 # Of the PTX, and of the GPU that the interpreter pretends to be: 90a holds every variant of a kernel.
 PTX_ARCH   ?= 90a
 PTX_FLAGS  := $(filter-out -gencode=%,$(NVCCFLAGS)) -gencode=arch=compute_$(PTX_ARCH),code=compute_$(PTX_ARCH) --no-compress
+PTX_RAN    := $(strip $(NVCC) $(PTX_FLAGS))
 
 # ---- what nvcc makes of the kernels: host code and PTX in one object, not compressed, so that tests/test_ptx.py can read it
 
 PTX_KERNELS := $(patsubst %.cu,$(PTXSIM)/%.o,$(filter-out kernels/cuda/cublaslt_library.cu,$(wildcard kernels/cuda/*.cu)))
-$(eval $(call STAMP,ptx/.nvcc,PTX_FLAGS))
+$(eval $(call STAMP,ptx/.nvcc,PTX_RAN))
 $(PTXSIM)/%.o: %.cu $(PTXSIM)/.nvcc | $(BUILD)/.packages
 	@mkdir -p $(@D)
 	@echo "  NVCC  $< (PTX)"
-	$(Q)$(NVCC) $(PTX_FLAGS) -MMD -MP -c -o $@ $<
+	$(Q)$(PTX_RAN) -MMD -MP -c -o $@ $<
 ptx: $(PTX_KERNELS)
 
 # ---- the interpreter, in place of the CUDA runtime and of cuBLASLt
@@ -45,6 +50,9 @@ $(PTXSIM_TESTS) $(PTXSIM_OWN) $(PTXSIM)/train_gpt2: $(PTXSIM)/libtrain_gpt2.a $(
 
 ptx-tests: $(PTXSIM_TESTS) $(PTXSIM_OWN) $(PTXSIM)/train_gpt2
 
+ptx-mutations: ptx-tests
+	python3 tests/ptx/mutations.py '$(PTXSIM)' '$(PTX_RAN)' '$(CXX) -fopenmp $(LDFLAGS)' '$(PTXSIM_LDLIBS)' '$(NAMES)'
+
 test-ptx:
 ifeq ($(NVCC),)
 	@echo "make test-ptx: needs nvcc, NVIDIA's compiler (of the CUDA Toolkit; NVCC=path names it)" >&2; exit 1
@@ -54,5 +62,5 @@ else
 	@$(PYTHON_HERE) tests/ptx/coverage.py $(PTXSIM)/coverage
 endif
 
-.PHONY: ptx ptx-tests test-ptx
+.PHONY: ptx ptx-tests ptx-mutations test-ptx
 -include $(wildcard $(PTXSIM)/kernels/cuda/*.d $(PTXSIM)/tests/*/*.d)

@@ -7,6 +7,7 @@
 
 #include "tests/ptx/async_copy_kernel.cuh"
 #include "tests/ptx/device_buffer.h"
+#include "tests/ptx/last_block_kernel.cuh"
 #include "tests/ptx/runtime.h"
 
 namespace {
@@ -26,7 +27,7 @@ class PtxMistakes : public ::testing::Test {
   }
 
   DeviceBuffer<float> out{64}, ones{std::vector<float>(256, 1.0f)}, out256{256};
-  DeviceBuffer<int> ints{64}, never_written{64};
+  DeviceBuffer<int> ints{64}, never_written{64}, counter{std::vector<int>{0}};
 };
 
 // ---- races
@@ -77,6 +78,15 @@ __global__ void neighbours_in_place(float* x, int n) {
 }
 TEST_F(PtxMistakes, NeighboursInPlace) {
   neighbours_in_place<<<2, 32>>>(ones.data(), 64);
+  expect_found("race between blocks");
+}
+
+TEST_F(PtxMistakes, NoFenceBeforeArriving) {
+  last_block_kernel<<<3, 64>>>(out256.data(), counter.data(), out.data(), FenceMistake::kNoneBefore);
+  expect_found("race between blocks");
+}
+TEST_F(PtxMistakes, NoFenceAfterArriving) {
+  last_block_kernel<<<3, 64>>>(out256.data(), counter.data(), out.data(), FenceMistake::kNoneAfter);
   expect_found("race between blocks");
 }
 

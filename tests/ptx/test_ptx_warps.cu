@@ -10,6 +10,7 @@
 
 #include "tests/ptx/async_copy_kernel.cuh"
 #include "tests/ptx/device_buffer.h"
+#include "tests/ptx/last_block_kernel.cuh"
 
 namespace {
 
@@ -145,6 +146,14 @@ TEST(PtxWarps, Atomics) {
   atomic_kernel<<<3, 100>>>(total.data(), count.data());
   EXPECT_EQ(total.read()[0], 5 + 3 * 4950);
   EXPECT_EQ(count.read()[0], 300.5f);
+}
+
+TEST(PtxWarps, TheLastBlockSeesTheOthers) {
+  const DeviceBuffer<float> partials(192), out(64);
+  const DeviceBuffer<int> counter(std::vector<int>{0});
+  last_block_kernel<<<3, 64>>>(partials.data(), counter.data(), out.data(), FenceMistake::kNone);
+  const std::vector<float> sums = out.read();
+  for (int i = 0; i < 64; ++i) EXPECT_EQ(sums[i], 3.0f * static_cast<float>(i) + 3);
 }
 
 TEST(PtxWarps, AsynchronousCopies) {

@@ -281,6 +281,7 @@ void atomic(Warp& w, Inst& i, uint32_t m) {
     const int l = first_lane(rest);
     const Target t =
         target_of<kSpace>(w, i, l, address_of(w, at, l) + static_cast<uint64_t>(i.imm), i.esize, Use::kAtomic);
+    if (kSpace == GLOBAL) arrive(reinterpret_cast<uint64_t>(t.data), static_cast<uint32_t>(w.index * 32 + l));
     const auto operand = [&](int k) {
       const Opnd& o = i.o[i.nd + k];
       return o.wide ? src<uint64_t>(w, o)[l] : src<uint32_t>(w, o)[l];
@@ -507,6 +508,11 @@ void active_mask(Warp& w, Inst& i, uint32_t m) {
   uint32_t r[32];
   for (uint32_t& x : r) x = m;
   put(w, i.o[0], r, m, ~0u);
+}
+
+void memory_fence(Warp& w, Inst&, uint32_t m) {
+  for (uint32_t rest = m; rest; rest &= rest - 1)
+    fence(static_cast<uint32_t>(w.index) * 32 + static_cast<uint32_t>(first_lane(rest)));
 }
 
 void warp_barrier(Warp& w, Inst& i, uint32_t m) {

@@ -15,6 +15,7 @@ void vote(Warp& w, Inst& i, uint32_t m);
 void redux(Warp& w, Inst& i, uint32_t m);
 void match_any(Warp& w, Inst& i, uint32_t m);
 void active_mask(Warp& w, Inst& i, uint32_t m);
+void memory_fence(Warp& w, Inst& i, uint32_t m);  // of the whole device
 void warp_barrier(Warp& w, Inst& i, uint32_t m);
 void ldmatrix(Warp& w, Inst& i, uint32_t m);
 void mma_m16n8k16_bf16(Warp& w, Inst& i, uint32_t m);
