@@ -38,6 +38,9 @@ REPORTS = BUILD / "tests"
 
 SHIM_SEEDS = (2,)  # of the tests of operations, beside 1 under the sanitizers
 
+# On a GPU with 100 KB of shared memory in a multiprocessor, attention has other tiles.
+PTX_SETTINGS = {"test_attention": [(", 99 KB", {"PTXSIM_SHARED_KIB": "99"})]}
+
 GTEST_EVENT = re.compile(r"\[( RUN      |       OK |  FAILED  |  SKIPPED )\] ([^\s,(]+)")
 
 # What takes longest where nothing is known of an earlier run.
@@ -247,8 +250,9 @@ def ptx_jobs(arguments):
     coverage.mkdir(parents=True, exist_ok=True)
     jobs = []
     for path in binaries_in(BUILD / "ptx/tests"):
-        environment = {"TEST_BACKENDS": "cuda", "PTXSIM_COVERAGE": str(coverage / path.name), "OMP_NUM_THREADS": "1"}
-        jobs.append(job_of_binary(path, arguments, environment, " (PTX)"))
+        for note, settings in [("", {}), *PTX_SETTINGS.get(path.name, ())]:
+            environment = {"TEST_BACKENDS": "cuda", "PTXSIM_COVERAGE": str(coverage / f"{path.name}{note}"), **settings}
+            jobs.append(job_of_binary(path, arguments, environment, f" (PTX{note})"))
     return jobs
 
 

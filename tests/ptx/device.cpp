@@ -30,7 +30,8 @@ bool range_ok(const void* p, size_t bytes, const char* what) {
 
 int most_shared_memory() {
   const int arch = machine.architecture;
-  return (arch == 90 || arch == 100 ? 227 : arch == 80 ? 163 : 99) << 10;
+  const int kib = arch == 90 || arch == 100 ? 227 : arch == 80 ? 163 : 99;
+  return (machine.shared_kib ? machine.shared_kib : kib) << 10;
 }
 
 bool ptxsim_is_device_range(const void* p, size_t bytes) {

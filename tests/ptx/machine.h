@@ -95,6 +95,7 @@ struct Machine {
   int seed = 0;
   bool noise = false, truncate_mma = false, strict = false;
   int architecture = 0;  // of the program's PTX: 90 for compute_90a
+  int shared_kib = 0;    // that a block may have, 0: as the architecture has
   // device memory
   std::map<uint64_t, Allocation> allocations;  // by their end
   uint64_t generation = 1, allocated = 0;

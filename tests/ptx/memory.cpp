@@ -39,6 +39,7 @@ void setup() {
   machine.random_state = static_cast<uint64_t>(machine.seed) * 0x9e3779b97f4a7c15ull + 1;
   machine.noise = setting("PTXSIM_NOISE", 0) != 0;
   machine.truncate_mma = setting("PTXSIM_TRUNCATE", 0) != 0;
+  machine.shared_kib = setting("PTXSIM_SHARED_KIB", 0);
   machine.strict = setting("PTXSIM_STRICT", 0) != 0;
   reserve<uint8_t>(kArenaBytes, reinterpret_cast<void*>(kArenaBase));
   machine.defined = reserve<uint8_t>(kArenaBytes);
