@@ -123,7 +123,7 @@ struct Runner {
     for (const Group& g : w.groups) {
       char line[64];
       snprintf(line, sizeof line, "\n    threads %08x wait", g.mask);
-      text += line + place(f.code[static_cast<size_t>(g.pc)]);
+      text += line + where(f.code[static_cast<size_t>(g.pc)]);
     }
     return text;
   }
@@ -171,15 +171,15 @@ struct Runner {
     };
     for (; ran < quantum; ++ran) {
       if (g.pc >= limit) return leave();
-      Inst& i = f.code[static_cast<size_t>(g.pc)];
+      Instruction& i = f.code[static_cast<size_t>(g.pc)];
       uint32_t m = g.mask;
-      if (i.pred >= 0) {
-        const uint32_t unknown = m & ~w.pdef[i.pred];
+      if (i.guard >= 0) {
+        const uint32_t unknown = m & ~w.pdef[i.guard];
         if (unknown)
           report(i.kind == BRA ? "undefined branch" : "undefined predicate", w, i, unknown,
                  "decided by what was never written");
-        const uint32_t p = w.pred[i.pred];
-        m &= i.pneg ? ~p : p;
+        const uint32_t p = w.pred[i.guard];
+        m &= i.guard_negated ? ~p : p;
       }
       ++i.executed;
       i.lanes += static_cast<uint32_t>(__builtin_popcount(m));
@@ -234,7 +234,7 @@ struct Runner {
           }
           uint32_t need = w.alive;
           if (i.kind == SYNC_MASK) {
-            const Opnd& o = i.o[i.members];
+            const Place& o = i.operands[i.members];
             if (m & ~w.def[o.slot])
               report("undefined value used", w, i, m, "as the mask of a warp-synchronous instruction");
             need &= src<uint32_t>(w, o)[first_lane(m)];
@@ -285,7 +285,7 @@ struct Runner {
       }
       if (finished == warps.size()) break;
       if (finished + waiting < warps.size()) continue;
-      const Inst* first = nullptr;
+      const Instruction* first = nullptr;
       for (Warp& w : warps) {
         if (!w.at_barrier) continue;
         if (first && first->imm != w.barrier->imm) {

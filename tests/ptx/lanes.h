@@ -33,16 +33,16 @@ inline Lane<T> to_lane(T x) {
 }
 
 template <typename L>
-inline const L* src(const Warp& w, const Opnd& o) {
+inline const L* src(const Warp& w, const Place& o) {
   return reinterpret_cast<const L*>(w.base[o.base] + o.off);
 }
 template <typename L>
-inline L* dst(const Warp& w, const Opnd& o) {
+inline L* dst(const Warp& w, const Place& o) {
   return reinterpret_cast<L*>(w.base[0] + o.off);
 }
 
 template <typename L>
-inline void put(Warp& w, const Opnd& o, const L* r, uint32_t m, uint32_t defined) {
+inline void put(Warp& w, const Place& o, const L* r, uint32_t m, uint32_t defined) {
   L* const d = dst<L>(w, o);
   if (m == ~0u) {
     std::memcpy(d, r, 32 * sizeof(L));
@@ -59,42 +59,42 @@ inline void put_pred(Warp& w, int p, uint32_t value, uint32_t m, uint32_t define
 
 // D: type of the result, S: of the operands.
 template <typename D, typename S, typename F>
-void unary(Warp& w, Inst& i, uint32_t m) {
-  const Lane<S>* const a = src<Lane<S>>(w, i.o[1]);
+void unary(Warp& w, Instruction& i, uint32_t m) {
+  const Lane<S>* const a = src<Lane<S>>(w, i.operands[1]);
   alignas(64) Lane<D> r[32];
   for (int l = 0; l < 32; ++l) r[l] = to_lane<D>(F::f(from_lane<S>(a[l])));
-  put(w, i.o[0], r, m, w.def[i.o[1].slot]);
+  put(w, i.operands[0], r, m, w.def[i.operands[1].slot]);
 }
 template <typename D, typename S, typename F>
-void binary(Warp& w, Inst& i, uint32_t m) {
-  const Lane<S>* const a = src<Lane<S>>(w, i.o[1]);
-  const Lane<S>* const b = src<Lane<S>>(w, i.o[2]);
+void binary(Warp& w, Instruction& i, uint32_t m) {
+  const Lane<S>* const a = src<Lane<S>>(w, i.operands[1]);
+  const Lane<S>* const b = src<Lane<S>>(w, i.operands[2]);
   alignas(64) Lane<D> r[32];
   for (int l = 0; l < 32; ++l) r[l] = to_lane<D>(F::f(from_lane<S>(a[l]), from_lane<S>(b[l])));
-  put(w, i.o[0], r, m, w.def[i.o[1].slot] & w.def[i.o[2].slot]);
+  put(w, i.operands[0], r, m, w.def[i.operands[1].slot] & w.def[i.operands[2].slot]);
 }
 // C: type of the third operand.
 template <typename D, typename S, typename C, typename F>
-void ternary(Warp& w, Inst& i, uint32_t m) {
-  const Lane<S>* const a = src<Lane<S>>(w, i.o[1]);
-  const Lane<S>* const b = src<Lane<S>>(w, i.o[2]);
-  const Lane<C>* const c = src<Lane<C>>(w, i.o[3]);
+void ternary(Warp& w, Instruction& i, uint32_t m) {
+  const Lane<S>* const a = src<Lane<S>>(w, i.operands[1]);
+  const Lane<S>* const b = src<Lane<S>>(w, i.operands[2]);
+  const Lane<C>* const c = src<Lane<C>>(w, i.operands[3]);
   alignas(64) Lane<D> r[32];
   for (int l = 0; l < 32; ++l) r[l] = to_lane<D>(F::f(from_lane<S>(a[l]), from_lane<S>(b[l]), from_lane<C>(c[l])));
-  put(w, i.o[0], r, m, w.def[i.o[1].slot] & w.def[i.o[2].slot] & w.def[i.o[3].slot]);
+  put(w, i.operands[0], r, m, w.def[i.operands[1].slot] & w.def[i.operands[2].slot] & w.def[i.operands[3].slot]);
 }
 // The second operand of a shift is 32 bits.
 template <typename S, typename F>
-void shift(Warp& w, Inst& i, uint32_t m) {
-  const Lane<S>* const a = src<Lane<S>>(w, i.o[1]);
-  const uint32_t* const b = src<uint32_t>(w, i.o[2]);
+void shift(Warp& w, Instruction& i, uint32_t m) {
+  const Lane<S>* const a = src<Lane<S>>(w, i.operands[1]);
+  const uint32_t* const b = src<uint32_t>(w, i.operands[2]);
   alignas(64) Lane<S> r[32];
   for (int l = 0; l < 32; ++l) r[l] = to_lane<S>(F::f(from_lane<S>(a[l]), b[l]));
-  put(w, i.o[0], r, m, w.def[i.o[1].slot] & w.def[i.o[2].slot]);
+  put(w, i.operands[0], r, m, w.def[i.operands[1].slot] & w.def[i.operands[2].slot]);
 }
 
 template <Handler H, int kMode>
-void rounded(Warp& w, Inst& i, uint32_t m) {
+void rounded(Warp& w, Instruction& i, uint32_t m) {
   std::fesetround(kMode);
   H(w, i, m);
   std::fesetround(FE_TONEAREST);
@@ -496,9 +496,9 @@ struct Nan {
 
 // setp with an optional combination (mode: 0 none, 1 and, 2 or, 3 xor) with a predicate.
 template <typename S, typename F>
-void compare(Warp& w, Inst& i, uint32_t m) {
-  const Lane<S>* const a = src<Lane<S>>(w, i.o[0]);
-  const Lane<S>* const b = src<Lane<S>>(w, i.o[1]);
+void compare(Warp& w, Instruction& i, uint32_t m) {
+  const Lane<S>* const a = src<Lane<S>>(w, i.operands[0]);
+  const Lane<S>* const b = src<Lane<S>>(w, i.operands[1]);
   uint32_t r = 0;
   if constexpr (std::is_same_v<S, float>) {
     const bool ftz = i.x & 1;
@@ -507,11 +507,11 @@ void compare(Warp& w, Inst& i, uint32_t m) {
   } else {
     for (int l = 0; l < 32; ++l) r |= static_cast<uint32_t>(F::f(from_lane<S>(a[l]), from_lane<S>(b[l]))) << l;
   }
-  uint32_t defined = w.def[i.o[0].slot] & w.def[i.o[1].slot], other = ~r;
+  uint32_t defined = w.def[i.operands[0].slot] & w.def[i.operands[1].slot], other = ~r;
   if (i.mode != 0) {
-    uint32_t q = w.pred[i.ps];
-    if (i.psneg) q = ~q;
-    const uint32_t qd = w.pdef[i.ps];
+    uint32_t q = w.pred[i.predicate_in];
+    if (i.predicate_in_negated) q = ~q;
+    const uint32_t qd = w.pdef[i.predicate_in];
     // A known false in an `and`, a known true in an `or` decide alone.
     if (i.mode == 1)
       defined = (defined & qd) | (defined & ~r) | (qd & ~q);
@@ -523,8 +523,8 @@ void compare(Warp& w, Inst& i, uint32_t m) {
     other = combine(~r);
     r = combine(r);
   }
-  if (i.pd >= 0) put_pred(w, i.pd, r, m, defined);
-  if (i.pd2 >= 0) put_pred(w, i.pd2, other, m, defined);
+  if (i.predicate_out >= 0) put_pred(w, i.predicate_out, r, m, defined);
+  if (i.predicate_out2 >= 0) put_pred(w, i.predicate_out2, other, m, defined);
 }
 
 }  // namespace ptx

@@ -43,7 +43,7 @@ struct Copy {  // a cp.async under way
   uint32_t lane, group, to, size;
   uint64_t ptx;
   uint8_t data[16], defined[16];
-  const Inst* inst;
+  const Instruction* inst;
 };
 
 struct Group {
@@ -81,7 +81,7 @@ struct Warp {
   uint32_t alive, full;
   int index;
   bool at_barrier;
-  const Inst* barrier;
+  const Instruction* barrier;
   uint32_t sync_epoch;      // warp barriers passed
   uint32_t converge_epoch;  // warp-synchronous instructions of all its threads passed
   std::vector<Copy> copies;
@@ -139,11 +139,11 @@ extern Machine machine;
 void setup();  // from the environment, once
 
 // A finding: printed and kept, once for each category and source line. The lane is the first of `lanes`.
-void report(const char* category, const Warp& w, const Inst& i, uint32_t lanes, const char* format, ...)
+void report(const char* category, const Warp& w, const Instruction& i, uint32_t lanes, const char* format, ...)
     __attribute__((format(printf, 5, 6)));
 // The same for what the host does.
 void report_host(const char* category, const char* format, ...) __attribute__((format(printf, 2, 3)));
-std::string place(const Inst& i);
+std::string where(const Instruction& i);
 
 inline int first_lane(uint32_t m) { return __builtin_ctz(m); }
 

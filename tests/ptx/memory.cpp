@@ -291,18 +291,18 @@ void print_finding(const char* category, const std::string& where, const std::st
 }
 }  // namespace
 
-std::string place(const Inst& i) {
+std::string where(const Instruction& i) {
   const auto file = machine.module->files.find(i.file);
   return " at " + (file == machine.module->files.end() ? "?" : file->second) + ":" + std::to_string(i.line) + " [" +
          machine.function->name + ", PTX line " + std::to_string(i.ptx_line) + ": " + i.text + "]";
 }
 
-void report(const char* category, const Warp& w, const Inst& i, uint32_t lanes, const char* format, ...) {
+void report(const char* category, const Warp& w, const Instruction& i, uint32_t lanes, const char* format, ...) {
   va_list list;
   va_start(list, format);
   const int lane = lanes ? first_lane(lanes) : 0;
   print_finding(category,
-                place(i) + " block " + std::to_string(machine.block.ctaid[0]) + "," +
+                where(i) + " block " + std::to_string(machine.block.ctaid[0]) + "," +
                     std::to_string(machine.block.ctaid[1]) + " thread " + std::to_string(w.index * 32 + lane),
                 machine.function->name + std::to_string(i.file) + ":" + std::to_string(i.line), format, list);
   va_end(list);

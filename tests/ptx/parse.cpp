@@ -14,13 +14,13 @@ void fail(const std::string& message) {
   std::_Exit(96);
 }
 
-Ty type_of(const std::string& n) {
-  static const std::unordered_map<std::string, Ty> names = {
+Type type_of(const std::string& n) {
+  static const std::unordered_map<std::string, Type> names = {
       {"u8", U8},   {"u16", U16}, {"u32", U32},   {"u64", U64},     {"s8", S8},        {"s16", S16}, {"s32", S32},
       {"s64", S64}, {"b8", B8},   {"b16", B16},   {"b32", B32},     {"b64", B64},      {"f16", F16}, {"bf16", BF16},
       {"f32", F32}, {"f64", F64}, {"pred", PRED}, {"f16x2", F16X2}, {"bf16x2", BF16X2}};
   const auto found = names.find(n);
-  return found == names.end() ? NOTY : found->second;
+  return found == names.end() ? NO_TYPE : found->second;
 }
 
 namespace {
@@ -183,13 +183,13 @@ struct Parser {
     return o;
   }
 
-  std::unordered_map<std::string, Ty> registers;  // of the current function, by name without number
+  std::unordered_map<std::string, Type> registers;  // of the current function, by name without number
 
   // ".align 4 .b8 name[16] = {...}": after the state space.
   Variable variable(Space space_) {
     Variable v;
     v.space = space_;
-    Ty ty = NOTY;
+    Type ty = NO_TYPE;
     while (at('.')) {
       const std::string d = word();
       if (d == ".align")
@@ -197,10 +197,10 @@ struct Parser {
       else if (d == ".ptr" || d == ".global" || d == ".const" || d == ".shared" || d == ".local" || d == ".visible" ||
                d == ".weak")
         continue;
-      else if ((ty = type_of(d.substr(1))) == NOTY)
+      else if ((ty = type_of(d.substr(1))) == NO_TYPE)
         bad("unknown directive " + d);
     }
-    if (ty == NOTY) bad("a variable without type");
+    if (ty == NO_TYPE) bad("a variable without type");
     const uint64_t element = static_cast<uint64_t>(size_of(ty));
     v.align = std::max(v.align, element);
     v.name = word();
@@ -256,8 +256,8 @@ struct Parser {
       const std::string d = word();
       if (d == ".loc") return loc();
       if (d == ".reg") {
-        const Ty ty = type_of(word().substr(1));
-        if (ty == NOTY) bad("unknown register type");
+        const Type ty = type_of(word().substr(1));
+        if (ty == NO_TYPE) bad("unknown register type");
         do {
           std::string name = word();
           if (eat('<')) {
@@ -305,7 +305,7 @@ struct Parser {
     for (size_t b = 0; b <= first.size();) {
       size_t e = first.find('.', b);
       if (e == std::string::npos) e = first.size();
-      s.part.push_back(first.substr(b, e - b));
+      s.parts.push_back(first.substr(b, e - b));
       b = e + 1;
     }
     s.file = file;

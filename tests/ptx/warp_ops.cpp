@@ -9,12 +9,12 @@ namespace ptx {
 
 namespace {
 
-uint64_t address_of(const Warp& w, const Opnd& o, int l) {
+uint64_t address_of(const Warp& w, const Place& o, int l) {
   return o.wide ? src<uint64_t>(w, o)[l] : src<uint32_t>(w, o)[l];
 }
 
 // Lanes whose address is known; the others are a finding.
-uint32_t with_address(Warp& w, Inst& i, const Opnd& o, uint32_t m) {
+uint32_t with_address(Warp& w, Instruction& i, const Place& o, uint32_t m) {
   const uint32_t unknown = m & ~w.def[o.slot];
   if (unknown) report("undefined address", w, i, unknown, "the address was never written");
   return m;
@@ -24,12 +24,12 @@ const char* conflict_name(Conflict c) {
   return c == WARP ? "race in a warp" : c == BLOCK ? "race in a block" : "race between blocks";
 }
 
-[[noreturn]] void fault(const char* what, const Warp& w, const Inst& i, int lane, uint64_t address) {
+[[noreturn]] void fault(const char* what, const Warp& w, const Instruction& i, int lane, uint64_t address) {
   report("fault", w, i, 1u << lane, "%s: address 0x%llx", what, static_cast<unsigned long long>(address));
   throw Fault(what);
 }
 
-void check_global(const Warp& w, Inst& i, int lane, uint64_t address, uint32_t bytes) {
+void check_global(const Warp& w, Instruction& i, int lane, uint64_t address, uint32_t bytes) {
   if (address >= i.lo && address + bytes <= i.hi && i.generation == machine.generation) return;
   const Allocation* const a = machine.find(address);
   if (!a || address + bytes > a->hi) {
@@ -47,13 +47,13 @@ void check_global(const Warp& w, Inst& i, int lane, uint64_t address, uint32_t b
   i.generation = machine.generation;
 }
 
-void check_shared(const Warp& w, const Inst& i, int lane, uint64_t address, uint32_t bytes) {
+void check_shared(const Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes) {
   if (address < kSharedBase || address + bytes > kSharedBase + machine.shared_bytes)
     fault(("shared memory, " + std::to_string(bytes) + " bytes of " + std::to_string(machine.shared_bytes)).c_str(), w,
           i, lane, address - kSharedBase);
 }
 
-void check_alignment(const Warp& w, const Inst& i, int lane, uint64_t address, uint32_t bytes) {
+void check_alignment(const Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes) {
   if (address & (bytes - 1)) fault("misaligned", w, i, lane, address);
 }
 
@@ -68,7 +68,7 @@ void each_access(Access* first, uint64_t at, uint32_t bytes, F&& f) {
   }
 }
 
-void note_global_read(const Warp& w, const Inst& i, int lane, uint64_t address, uint32_t bytes) {
+void note_global_read(const Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes) {
   each_access(machine.accesses, machine.shadow_index(address), bytes, [&](Access& a, uint32_t mask) {
     bool written_here = false;
     const Access before = a;
@@ -80,7 +80,7 @@ void note_global_read(const Warp& w, const Inst& i, int lane, uint64_t address, 
       report("ld.global.nc of written data", w, i, 1u << lane, "the kernel itself writes there");
   });
 }
-void note_global_write(const Warp& w, const Inst& i, int lane, uint64_t address, uint32_t bytes) {
+void note_global_write(const Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes) {
   each_access(machine.accesses, machine.shadow_index(address), bytes, [&](Access& a, uint32_t mask) {
     const Access before = a;
     const Conflict c = global_write(a, w, static_cast<uint32_t>(lane), mask);
@@ -92,7 +92,7 @@ void note_global_write(const Warp& w, const Inst& i, int lane, uint64_t address,
              static_cast<int>(before.rblock - machine.first_serial), machine.block.serial - machine.first_serial);
   });
 }
-void note_shared(const Warp& w, const Inst& i, int lane, uint64_t at, uint32_t bytes, bool write) {
+void note_shared(const Warp& w, const Instruction& i, int lane, uint64_t at, uint32_t bytes, bool write) {
   each_access(machine.shared_accesses.data(), at, bytes, [&](Access& a, uint32_t mask) {
     const Access before = a;
     const Conflict c = write ? shared_write(a, w, static_cast<uint32_t>(lane), mask)
@@ -116,7 +116,7 @@ struct Target {
 enum class Use { kRead, kWrite, kAtomic };
 
 template <int kSpace>
-Target target_of(Warp& w, Inst& i, int lane, uint64_t address, uint32_t bytes, Use use) {
+Target target_of(Warp& w, Instruction& i, int lane, uint64_t address, uint32_t bytes, Use use) {
   if constexpr (kSpace == GENERIC) {
     switch (address >> 56) {
       case kSharedWindow >> 56: return target_of<SHARED>(w, i, lane, address - kSharedWindow, bytes, use);
@@ -162,8 +162,8 @@ Target target_of(Warp& w, Inst& i, int lane, uint64_t address, uint32_t bytes, U
 
 // mode: 1 signed, 2 read-only cache.
 template <int kSpace, int kSize, int kVec>
-void load(Warp& w, Inst& i, uint32_t m) {
-  const Opnd& at = i.o[kVec];
+void load(Warp& w, Instruction& i, uint32_t m) {
+  const Place& at = i.operands[kVec];
   m = with_address(w, i, at, m);
   alignas(64) uint64_t r[kVec][32] = {};
   uint32_t defined[kVec] = {};
@@ -182,7 +182,7 @@ void load(Warp& w, Inst& i, uint32_t m) {
     }
   }
   for (int v = 0; v < kVec; ++v) {
-    const Opnd& d = i.o[v];
+    const Place& d = i.operands[v];
     if (d.wide) {
       put(w, d, r[v], m, defined[v]);
     } else {
@@ -194,15 +194,15 @@ void load(Warp& w, Inst& i, uint32_t m) {
 }
 
 template <int kSpace, int kSize, int kVec>
-void store(Warp& w, Inst& i, uint32_t m) {
-  const Opnd& at = i.o[0];
+void store(Warp& w, Instruction& i, uint32_t m) {
+  const Place& at = i.operands[0];
   m = with_address(w, i, at, m);
   for (uint32_t rest = m; rest; rest &= rest - 1) {
     const int l = first_lane(rest);
     const Target t =
         target_of<kSpace>(w, i, l, address_of(w, at, l) + static_cast<uint64_t>(i.imm), kSize * kVec, Use::kWrite);
     for (int v = 0; v < kVec; ++v) {
-      const Opnd& o = i.o[1 + v];
+      const Place& o = i.operands[1 + v];
       const uint64_t bits = o.wide ? src<uint64_t>(w, o)[l] : src<uint32_t>(w, o)[l];
       std::memcpy(t.data + v * kSize, &bits, kSize);
       std::memset(t.defined + v * kSize, w.def[o.slot] >> l & 1, kSize);
@@ -210,7 +210,7 @@ void store(Warp& w, Inst& i, uint32_t m) {
   }
   if (kSpace == GLOBAL) {
     for (int v = 0; v < kVec; ++v) {
-      const uint32_t unknown = m & ~w.def[i.o[1 + v].slot];
+      const uint32_t unknown = m & ~w.def[i.operands[1 + v].slot];
       if (unknown) report("undefined value stored", w, i, unknown, "number %d of %d was never written", v + 1, kVec);
     }
   }
@@ -273,22 +273,22 @@ T atomic_result(int op, T old, T value, T third) {
 
 // atom d, [a], b, c and red [a], b: x: operation.
 template <int kSpace>
-void atomic(Warp& w, Inst& i, uint32_t m) {
-  const Opnd& at = i.o[i.nd];
+void atomic(Warp& w, Instruction& i, uint32_t m) {
+  const Place& at = i.operands[i.results];
   m = with_address(w, i, at, m);
   alignas(64) uint64_t r[32];
   for (uint32_t rest = m; rest; rest &= rest - 1) {
     const int l = first_lane(rest);
     const Target t =
-        target_of<kSpace>(w, i, l, address_of(w, at, l) + static_cast<uint64_t>(i.imm), i.esize, Use::kAtomic);
+        target_of<kSpace>(w, i, l, address_of(w, at, l) + static_cast<uint64_t>(i.imm), i.element_size, Use::kAtomic);
     if (kSpace == GLOBAL) arrive(reinterpret_cast<uint64_t>(t.data), static_cast<uint32_t>(w.index * 32 + l));
     const auto operand = [&](int k) {
-      const Opnd& o = i.o[i.nd + k];
+      const Place& o = i.operands[i.results + k];
       return o.wide ? src<uint64_t>(w, o)[l] : src<uint32_t>(w, o)[l];
     };
     uint64_t old = 0, next = 0;
-    std::memcpy(&old, t.data, i.esize);
-    const uint64_t b = operand(1), c = i.ns > 2 ? operand(2) : 0;
+    std::memcpy(&old, t.data, i.element_size);
+    const uint64_t b = operand(1), c = i.sources > 2 ? operand(2) : 0;
     const auto run = [&](auto zero) {
       using T = decltype(zero);
       T o, v, z;
@@ -307,16 +307,16 @@ void atomic(Warp& w, Inst& i, uint32_t m) {
       case F64: run(double{}); break;
       default: fail("atomic on this type: " + i.text);
     }
-    std::memcpy(t.data, &next, i.esize);
+    std::memcpy(t.data, &next, i.element_size);
     r[l] = old;
   }
-  if (i.nd == 0) return;
-  if (i.o[0].wide)
-    put(w, i.o[0], r, m, ~0u);
+  if (i.results == 0) return;
+  if (i.operands[0].wide)
+    put(w, i.operands[0], r, m, ~0u);
   else {
     uint32_t narrow[32];
     for (int l = 0; l < 32; ++l) narrow[l] = static_cast<uint32_t>(r[l]);
-    put(w, i.o[0], narrow, m, ~0u);
+    put(w, i.operands[0], narrow, m, ~0u);
   }
 }
 
@@ -336,23 +336,24 @@ Handler atomic_handler(Space space) {
 
 // ---- asynchronous copies: the bytes arrive when their thread waits for them
 
-void cp_async(Warp& w, Inst& i, uint32_t m) {
-  with_address(w, i, i.o[0], m);
-  const uint32_t size = i.esize;
+void cp_async(Warp& w, Instruction& i, uint32_t m) {
+  with_address(w, i, i.operands[0], m);
+  const uint32_t size = i.element_size;
   for (uint32_t rest = m; rest; rest &= rest - 1) {
     const int l = first_lane(rest);
     Copy c = {};
     uint32_t count = size;
-    if (i.ns > 2) {
-      if (!(w.def[i.o[2].slot] >> l & 1)) report("undefined value used", w, i, 1u << l, "the size of a copy");
-      count = src<uint32_t>(w, i.o[2])[l];
+    if (i.sources > 2) {
+      if (!(w.def[i.operands[2].slot] >> l & 1)) report("undefined value used", w, i, 1u << l, "the size of a copy");
+      count = src<uint32_t>(w, i.operands[2])[l];
       if (count > size) fault("cp.async reads more than it writes", w, i, l, count);
     }
-    const uint64_t to = address_of(w, i.o[0], l) + static_cast<uint64_t>(i.imm), from = address_of(w, i.o[1], l) + i.x;
+    const uint64_t to = address_of(w, i.operands[0], l) + static_cast<uint64_t>(i.imm),
+                   from = address_of(w, i.operands[1], l) + i.x;
     check_alignment(w, i, l, to, size);
     check_shared(w, i, l, to, size);
     if (count > 0) {
-      with_address(w, i, i.o[1], 1u << l);
+      with_address(w, i, i.operands[1], 1u << l);
       check_alignment(w, i, l, from, size);
       check_global(w, i, l, from, count);
       note_global_read(w, i, l, from, count);
@@ -380,12 +381,12 @@ void cp_async(Warp& w, Inst& i, uint32_t m) {
   }
 }
 
-void cp_async_commit(Warp& w, Inst&, uint32_t m) {
+void cp_async_commit(Warp& w, Instruction&, uint32_t m) {
   for (int l = 0; l < 32; ++l) w.committed[l] += m >> l & 1;
 }
 
 // imm: how many groups may be left; -1: none, committed or not.
-void cp_async_wait(Warp& w, Inst& i, uint32_t m) {
+void cp_async_wait(Warp& w, Instruction& i, uint32_t m) {
   size_t kept = 0;
   for (Copy& c : w.copies) {
     const bool due = (m >> c.lane & 1) &&
@@ -402,18 +403,18 @@ void cp_async_wait(Warp& w, Inst& i, uint32_t m) {
 
 namespace {
 // Executing threads that the mask does not name.
-void check_members(Warp& w, Inst& i, uint32_t m, uint32_t members) {
+void check_members(Warp& w, Instruction& i, uint32_t m, uint32_t members) {
   if (m & ~members)
     report("warp-synchronous", w, i, m & ~members, "a thread executes it that is not in the mask %08x", members);
 }
 }  // namespace
 
 // o: d, a, b, c, mask. mode: 0 up, 1 down, 2 bfly, 3 idx.
-void shuffle(Warp& w, Inst& i, uint32_t m) {
-  const uint32_t* const a = src<uint32_t>(w, i.o[1]);
-  const uint32_t* const b = src<uint32_t>(w, i.o[2]);
-  const uint32_t* const c = src<uint32_t>(w, i.o[3]);
-  const uint32_t members = src<uint32_t>(w, i.o[4])[first_lane(m)];
+void shuffle(Warp& w, Instruction& i, uint32_t m) {
+  const uint32_t* const a = src<uint32_t>(w, i.operands[1]);
+  const uint32_t* const b = src<uint32_t>(w, i.operands[2]);
+  const uint32_t* const c = src<uint32_t>(w, i.operands[3]);
+  const uint32_t members = src<uint32_t>(w, i.operands[4])[first_lane(m)];
   check_members(w, i, m, members);
   alignas(64) uint32_t r[32] = {};
   uint32_t defined = 0, valid = 0, outside = 0;
@@ -447,37 +448,37 @@ void shuffle(Warp& w, Inst& i, uint32_t m) {
     valid |= static_cast<uint32_t>(ok) << l;
     if (!(m >> j & 1))
       outside |= 1u << l;  // the source does not take part: any value
-    else if (w.def[i.o[1].slot] >> j & 1)
+    else if (w.def[i.operands[1].slot] >> j & 1)
       defined |= 1u << l;
   }
-  defined &= w.def[i.o[2].slot] & w.def[i.o[3].slot] & ~outside;
-  put(w, i.o[0], r, m, defined);
-  if (i.pd2 >= 0) put_pred(w, i.pd2, valid, m, ~0u);
+  defined &= w.def[i.operands[2].slot] & w.def[i.operands[3].slot] & ~outside;
+  put(w, i.operands[0], r, m, defined);
+  if (i.predicate_out2 >= 0) put_pred(w, i.predicate_out2, valid, m, ~0u);
 }
 
 // mode: 0 all, 1 any, 2 uni, 3 ballot. ps: the predicate, o[nd]: the mask.
-void vote(Warp& w, Inst& i, uint32_t m) {
-  const uint32_t members = src<uint32_t>(w, i.o[i.nd])[first_lane(m)];
+void vote(Warp& w, Instruction& i, uint32_t m) {
+  const uint32_t members = src<uint32_t>(w, i.operands[i.results])[first_lane(m)];
   check_members(w, i, m, members);
-  uint32_t p = w.pred[i.ps];
-  if (i.psneg) p = ~p;
+  uint32_t p = w.pred[i.predicate_in];
+  if (i.predicate_in_negated) p = ~p;
   p &= m;
-  const uint32_t known = (m & ~w.pdef[i.ps]) ? 0 : ~0u;
+  const uint32_t known = (m & ~w.pdef[i.predicate_in]) ? 0 : ~0u;
   if (i.mode == 3) {
     uint32_t r[32];
     for (uint32_t& x : r) x = p;
-    put(w, i.o[0], r, m, known);
+    put(w, i.operands[0], r, m, known);
     return;
   }
   const bool all = p == m, any = p != 0;
   const bool result = i.mode == 0 ? all : i.mode == 1 ? any : all || !any;
-  put_pred(w, i.pd, result ? ~0u : 0u, m, known);
+  put_pred(w, i.predicate_out, result ? ~0u : 0u, m, known);
 }
 
-void redux(Warp& w, Inst& i, uint32_t m) {
-  const uint32_t members = src<uint32_t>(w, i.o[2])[first_lane(m)];
+void redux(Warp& w, Instruction& i, uint32_t m) {
+  const uint32_t members = src<uint32_t>(w, i.operands[2])[first_lane(m)];
   check_members(w, i, m, members);
-  const uint32_t* const a = src<uint32_t>(w, i.o[1]);
+  const uint32_t* const a = src<uint32_t>(w, i.operands[1]);
   bool started = false;
   uint32_t total = 0;
   for (int l = 0; l < 32; ++l) {
@@ -490,42 +491,42 @@ void redux(Warp& w, Inst& i, uint32_t m) {
   }
   uint32_t r[32];
   for (uint32_t& x : r) x = total;
-  put(w, i.o[0], r, m, (m & ~w.def[i.o[1].slot]) ? 0 : ~0u);
+  put(w, i.operands[0], r, m, (m & ~w.def[i.operands[1].slot]) ? 0 : ~0u);
 }
 
-void match_any(Warp& w, Inst& i, uint32_t m) {
-  const uint32_t members = src<uint32_t>(w, i.o[2])[first_lane(m)];
+void match_any(Warp& w, Instruction& i, uint32_t m) {
+  const uint32_t members = src<uint32_t>(w, i.operands[2])[first_lane(m)];
   check_members(w, i, m, members);
-  const Opnd& o = i.o[1];
+  const Place& o = i.operands[1];
   uint32_t r[32] = {};
   for (int l = 0; l < 32; ++l)
     for (int k = 0; k < 32; ++k)
       if ((m >> k & 1) && address_of(w, o, k) == address_of(w, o, l)) r[l] |= 1u << k;
-  put(w, i.o[0], r, m, (m & ~w.def[o.slot]) ? 0 : ~0u);
+  put(w, i.operands[0], r, m, (m & ~w.def[o.slot]) ? 0 : ~0u);
 }
 
-void active_mask(Warp& w, Inst& i, uint32_t m) {
+void active_mask(Warp& w, Instruction& i, uint32_t m) {
   uint32_t r[32];
   for (uint32_t& x : r) x = m;
-  put(w, i.o[0], r, m, ~0u);
+  put(w, i.operands[0], r, m, ~0u);
 }
 
-void memory_fence(Warp& w, Inst&, uint32_t m) {
+void memory_fence(Warp& w, Instruction&, uint32_t m) {
   for (uint32_t rest = m; rest; rest &= rest - 1)
     fence(static_cast<uint32_t>(w.index) * 32 + static_cast<uint32_t>(first_lane(rest)));
 }
 
-void warp_barrier(Warp& w, Inst& i, uint32_t m) {
-  const uint32_t members = src<uint32_t>(w, i.o[0])[first_lane(m)];
+void warp_barrier(Warp& w, Instruction& i, uint32_t m) {
+  const uint32_t members = src<uint32_t>(w, i.operands[0])[first_lane(m)];
   check_members(w, i, m, members);
   if ((members & w.alive) == w.alive)
     ++w.sync_epoch;  // fewer order only themselves: not modelled, which can only warn too much
 }
 
 // x: number of matrices; mode: 1 transposed.
-void ldmatrix(Warp& w, Inst& i, uint32_t m) {
+void ldmatrix(Warp& w, Instruction& i, uint32_t m) {
   const int count = static_cast<int>(i.x);
-  const Opnd& at = i.o[count];
+  const Place& at = i.operands[count];
   with_address(w, i, at, m);
   uint16_t rows[4][8][8];
   uint8_t known[4][8][8];
@@ -549,7 +550,7 @@ void ldmatrix(Warp& w, Inst& i, uint32_t m) {
           i.mode ? known[k][col][row] && known[k][col + 1][row] : known[k][row][col] && known[k][row][col + 1];
       defined |= static_cast<uint32_t>(both) << l;
     }
-    put(w, i.o[k], r, m, defined);
+    put(w, i.operands[k], r, m, defined);
   }
 }
 
@@ -579,13 +580,13 @@ float bf(uint32_t half) { return bits_as<float>(half << 16); }
 }  // namespace
 
 // d += a b; o: d 0-3, a 4-7, b 8-9, c 10-13.
-void mma_m16n8k16_bf16(Warp& w, Inst& i, uint32_t m) {
+void mma_m16n8k16_bf16(Warp& w, Instruction& i, uint32_t m) {
   alignas(64) float a[16][16], b[8][16];  // [row][k], [col][k]
   alignas(64) float d[16][8];
   uint32_t a_unknown = 0, b_unknown = 0;
   for (int r = 0; r < 4; ++r) {
-    const uint32_t* const words = src<uint32_t>(w, i.o[4 + r]);
-    const uint32_t known = w.def[i.o[4 + r].slot];
+    const uint32_t* const words = src<uint32_t>(w, i.operands[4 + r]);
+    const uint32_t known = w.def[i.operands[4 + r].slot];
     for (int l = 0; l < 32; ++l) {
       const int row = l / 4 + (r & 1) * 8, k = 2 * (l % 4) + (r >> 1) * 8;
       a[row][k] = bf(words[l] & 0xffff);
@@ -594,8 +595,8 @@ void mma_m16n8k16_bf16(Warp& w, Inst& i, uint32_t m) {
     }
   }
   for (int r = 0; r < 2; ++r) {
-    const uint32_t* const words = src<uint32_t>(w, i.o[8 + r]);
-    const uint32_t known = w.def[i.o[8 + r].slot];
+    const uint32_t* const words = src<uint32_t>(w, i.operands[8 + r]);
+    const uint32_t known = w.def[i.operands[8 + r].slot];
     for (int l = 0; l < 32; ++l) {
       const int col = l / 4, k = 2 * (l % 4) + r * 8;
       b[col][k] = bf(words[l] & 0xffff);
@@ -604,7 +605,7 @@ void mma_m16n8k16_bf16(Warp& w, Inst& i, uint32_t m) {
     }
   }
   for (int r = 0; r < 4; ++r) {
-    const float* const c = src<float>(w, i.o[10 + r]);
+    const float* const c = src<float>(w, i.operands[10 + r]);
     for (int l = 0; l < 32; ++l) d[l / 4 + (r >> 1) * 8][2 * (l % 4) + (r & 1)] = c[l];
   }
   if (machine.truncate_mma) {
@@ -627,13 +628,13 @@ void mma_m16n8k16_bf16(Warp& w, Inst& i, uint32_t m) {
   }
   for (int r = 0; r < 4; ++r) {
     alignas(64) float out[32];
-    uint32_t defined = w.def[i.o[10 + r].slot];
+    uint32_t defined = w.def[i.operands[10 + r].slot];
     for (int l = 0; l < 32; ++l) {
       const int row = l / 4 + (r >> 1) * 8, col = 2 * (l % 4) + (r & 1);
       out[l] = d[row][col];
       if ((a_unknown >> row & 1) || (b_unknown >> col & 1)) defined &= ~(1u << l);
     }
-    put(w, i.o[r], out, m, defined);
+    put(w, i.operands[r], out, m, defined);
   }
 }
 
@@ -645,18 +646,18 @@ uint16_t bf16_of(float x) {
   return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-void convert_bf16x2(Warp& w, Inst& i, uint32_t m) {
-  const float* const high = src<float>(w, i.o[1]);
-  const float* const low = src<float>(w, i.o[2]);
+void convert_bf16x2(Warp& w, Instruction& i, uint32_t m) {
+  const float* const high = src<float>(w, i.operands[1]);
+  const float* const low = src<float>(w, i.operands[2]);
   alignas(64) uint32_t r[32];
   for (int l = 0; l < 32; ++l) r[l] = static_cast<uint32_t>(bf16_of(high[l])) << 16 | bf16_of(low[l]);
-  put(w, i.o[0], r, m, w.def[i.o[1].slot] & w.def[i.o[2].slot]);
+  put(w, i.operands[0], r, m, w.def[i.operands[1].slot] & w.def[i.operands[2].slot]);
 }
 
 namespace {
 
-bool is_float(Ty t) { return t == F32 || t == F64 || t == BF16 || t == F16; }
-bool is_signed(Ty t) { return t == S8 || t == S16 || t == S32 || t == S64; }
+bool is_float(Type t) { return t == F32 || t == F64 || t == BF16 || t == F16; }
+bool is_signed(Type t) { return t == S8 || t == S16 || t == S32 || t == S64; }
 
 double round_to_integral(double x, int mode) {
   switch (mode) {
@@ -668,7 +669,7 @@ double round_to_integral(double x, int mode) {
 }
 
 // A number of `bits` bits, clamped to it when it is out of range.
-uint64_t clamp_to(double x, Ty to) {
+uint64_t clamp_to(double x, Type to) {
   if (x != x) return 0;
   const int bits = 8 * size_of(to);
   const double high = std::ldexp(1.0, is_signed(to) ? bits - 1 : bits);
@@ -686,9 +687,9 @@ uint64_t clamp_to(double x, Ty to) {
 }  // namespace
 
 // ty: of the result, ty2: of the operand; rnd: rounding; mode: 1 saturate, 2 flush, 4 round to an integral value.
-void convert(Warp& w, Inst& i, uint32_t m) {
-  const Opnd &d = i.o[0], &s = i.o[1];
-  const Ty to = i.ty, from = i.ty2;
+void convert(Warp& w, Instruction& i, uint32_t m) {
+  const Place &d = i.operands[0], &s = i.operands[1];
+  const Type to = i.ty, from = i.ty2;
   const int in_bits = 8 * size_of(from);
   alignas(64) uint64_t r[32] = {};
   static const int kModes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
@@ -712,7 +713,7 @@ void convert(Warp& w, Inst& i, uint32_t m) {
             out = top;
         }
       } else {
-        std::fesetround(kModes[i.rnd]);
+        std::fesetround(kModes[i.rounding]);
         if (to == F32) {
           volatile float f =
               is_signed(from) ? static_cast<float>(value) : static_cast<float>(static_cast<uint64_t>(value));
@@ -733,12 +734,12 @@ void convert(Warp& w, Inst& i, uint32_t m) {
       if (from == F16 || to == F16) fail("cvt of f16: " + i.text);
       if ((i.mode & 2) && from == F32) x = flush(static_cast<float>(x));
       if (!is_float(to)) {
-        out = clamp_to(round_to_integral(x, i.rnd), to);
+        out = clamp_to(round_to_integral(x, i.rounding), to);
       } else {
-        if (i.mode & 4) x = round_to_integral(x, i.rnd);
+        if (i.mode & 4) x = round_to_integral(x, i.rounding);
         if (i.mode & 1) x = x > 0 ? (x < 1 ? x : 1.0) : 0.0;
         if (to == F32) {
-          std::fesetround(kModes[i.mode & 4 ? 0 : i.rnd]);
+          std::fesetround(kModes[i.mode & 4 ? 0 : i.rounding]);
           volatile float f = static_cast<float>(x);
           std::fesetround(FE_TONEAREST);
           float g = canonical(static_cast<float>(f));
@@ -747,7 +748,7 @@ void convert(Warp& w, Inst& i, uint32_t m) {
         } else if (to == F64) {
           out = bits_as<uint64_t>(canonical(x));
         } else {
-          if (from == F64 || i.rnd != RN) fail("this form of cvt to bf16: " + i.text);
+          if (from == F64 || i.rounding != RN) fail("this form of cvt to bf16: " + i.text);
           out = bf16_of(static_cast<float>(x));
         }
       }

@@ -7,20 +7,20 @@ namespace ptx {
 Handler load_handler(Space space, int element, int vector);
 Handler store_handler(Space space, int element, int vector);
 Handler atomic_handler(Space space);
-void cp_async(Warp& w, Inst& i, uint32_t m);
-void cp_async_commit(Warp& w, Inst& i, uint32_t m);
-void cp_async_wait(Warp& w, Inst& i, uint32_t m);
-void shuffle(Warp& w, Inst& i, uint32_t m);
-void vote(Warp& w, Inst& i, uint32_t m);
-void redux(Warp& w, Inst& i, uint32_t m);
-void match_any(Warp& w, Inst& i, uint32_t m);
-void active_mask(Warp& w, Inst& i, uint32_t m);
-void memory_fence(Warp& w, Inst& i, uint32_t m);  // of the whole device
-void warp_barrier(Warp& w, Inst& i, uint32_t m);
-void ldmatrix(Warp& w, Inst& i, uint32_t m);
-void mma_m16n8k16_bf16(Warp& w, Inst& i, uint32_t m);
-void convert(Warp& w, Inst& i, uint32_t m);         // cvt in all forms, lane by lane
-void convert_bf16x2(Warp& w, Inst& i, uint32_t m);  // cvt.rn.bf16x2.f32
+void cp_async(Warp& w, Instruction& i, uint32_t m);
+void cp_async_commit(Warp& w, Instruction& i, uint32_t m);
+void cp_async_wait(Warp& w, Instruction& i, uint32_t m);
+void shuffle(Warp& w, Instruction& i, uint32_t m);
+void vote(Warp& w, Instruction& i, uint32_t m);
+void redux(Warp& w, Instruction& i, uint32_t m);
+void match_any(Warp& w, Instruction& i, uint32_t m);
+void active_mask(Warp& w, Instruction& i, uint32_t m);
+void memory_fence(Warp& w, Instruction& i, uint32_t m);  // of the whole device
+void warp_barrier(Warp& w, Instruction& i, uint32_t m);
+void ldmatrix(Warp& w, Instruction& i, uint32_t m);
+void mma_m16n8k16_bf16(Warp& w, Instruction& i, uint32_t m);
+void convert(Warp& w, Instruction& i, uint32_t m);         // cvt in all forms, lane by lane
+void convert_bf16x2(Warp& w, Instruction& i, uint32_t m);  // cvt.rn.bf16x2.f32
 
 enum Atomic : uint8_t { A_ADD, A_MIN, A_MAX, A_AND, A_OR, A_XOR, A_EXCH, A_CAS, A_INC, A_DEC };
 enum Rounding : uint8_t { RN, RZ, RM, RP };
