@@ -24,7 +24,7 @@ ptx: $(PTX_KERNELS)
 # ---- the interpreter, in place of the CUDA runtime and of cuBLASLt
 
 # -fwrapv, -fno-strict-aliasing: registers are bits that instructions see as numbers of any type, whose sums wrap.
-PTXSIM_OBJECTS := $(patsubst %.cpp,$(PTXSIM)/%.o,$(filter-out %/report_findings.cpp,$(wildcard tests/ptx/*.cpp)) tests/cuda_on_cpu/cublaslt_library.cpp)
+PTXSIM_OBJECTS := $(patsubst %.cpp,$(PTXSIM)/%.o,$(filter-out tests/ptx/report_findings.cpp tests/ptx/test_%,$(wildcard tests/ptx/*.cpp)) tests/cuda_on_cpu/cublaslt_library.cpp)
 $(PTXSIM)/%.o: OPTIMIZE := -fwrapv -fno-strict-aliasing -I$(CUDA_ROOT)/include
 $(PTXSIM)/%.o: %.cpp $(BUILD)/.compiled | $(BUILD)/.packages
 	$(COMPILE)
@@ -39,7 +39,7 @@ $(PTXSIM)/libtrain_gpt2.a: $(PTXSIM_LIBRARY)
 
 # Without those between processes, which need NCCL.
 PTXSIM_TESTS  := $(patsubst %.cpp,$(PTXSIM)/%,$(filter-out $(OF_MODELS) tests/test_communicator.cpp,$(EMULATED)))
-PTXSIM_OWN    := $(patsubst tests/ptx/%.cu,$(PTXSIM)/tests/%,$(wildcard tests/ptx/*.cu))
+PTXSIM_OWN    := $(patsubst tests/ptx/%,$(PTXSIM)/tests/%,$(basename $(wildcard tests/ptx/test_*)))
 PTXSIM_LDLIBS := $(GTEST) $(filter-out -lcudart_static,$(LDLIBS))
 $(PTXSIM_TESTS) $(PTXSIM_OWN): $(PTXSIM)/tests/ptx/report_findings.o
 $(PTXSIM_TESTS): $(PTXSIM)/tests/%: $(BUILD)/tests/%.o
