@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "tests/ptx/decoder.h"
-#include "tests/ptx/lanes.h"
+#include "tests/ptx/operations.h"
 #include "tests/ptx/warp_ops.h"
 
 namespace ptx {

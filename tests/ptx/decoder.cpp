@@ -6,7 +6,7 @@
 #include <cstring>
 #include <set>
 
-#include "tests/ptx/lanes.h"
+#include "tests/ptx/operations.h"
 #include "tests/ptx/warp_ops.h"
 
 namespace ptx {

@@ -13,9 +13,6 @@
 
 namespace ptx {
 
-inline bool is_wide(Type t) { return size_of(t) == 8; }
-inline bool is_signed(Type t) { return t == S8 || t == S16 || t == S32 || t == S64; }
-
 class Decoder {
  public:
   Decoder(Module& module, Function& function) : m(module), f(function) {}

@@ -1,7 +1,7 @@
 // integer_handlers.h: handlers of an operation on integers, by type; nullptr: not for this type.
 #pragma once
 
-#include "tests/ptx/lanes.h"
+#include "tests/ptx/operations.h"
 
 namespace ptx {
 

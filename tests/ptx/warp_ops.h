@@ -1,5 +1,9 @@
 // warp_ops.h: handlers that are not arithmetic: memory, asynchronous copies, shuffles and votes, tensor cores.
 #pragma once
+
+#include <algorithm>
+#include <type_traits>
+
 #include "tests/ptx/machine.h"
 
 namespace ptx {
@@ -26,5 +30,28 @@ enum Atomic : uint8_t { A_ADD, A_MIN, A_MAX, A_AND, A_OR, A_XOR, A_EXCH, A_CAS, 
 enum Rounding : uint8_t { RN, RZ, RM, RP };
 
 uint16_t bf16_of(float x);
+
+template <typename T>
+T atomic_result(int op, T old, T value, T third) {
+  switch (op) {
+    case A_ADD: return static_cast<T>(old + value);
+    case A_MIN: return std::min(old, value);
+    case A_MAX: return std::max(old, value);
+    case A_EXCH: return value;
+    case A_CAS: return old == value ? third : old;
+    default: break;
+  }
+  if constexpr (std::is_integral_v<T>) {
+    switch (op) {
+      case A_AND: return old & value;
+      case A_OR: return old | value;
+      case A_XOR: return old ^ value;
+      case A_INC: return old >= value ? 0 : old + 1;
+      case A_DEC: return old == 0 || old > value ? value : old - 1;
+      default: break;
+    }
+  }
+  fail("atomic operation on this type");
+}
 
 }  // namespace ptx
