@@ -29,8 +29,10 @@ __global__ void __launch_bounds__(kStateThreads)
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] *= col_scale ? row_factor * scales[i] : row_factor;
     if (added.data) {
+      float more[kWidth];
+      added.load_octet(row, column, more);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) x[i] += added.load_one(row, column + i);
+      for (int i = 0; i < kWidth; ++i) x[i] += more[i];
     }
     out.store(row, column, x);
     return;
@@ -145,7 +147,8 @@ void CudaBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tenso
   const int64_t rows = in.rows(), cols = in.cols();
   const Timed timed(*this, "scale_rows_cols", 0, static_cast<double>(in.bytes() + out.bytes() + added.bytes()));
   if (in.elements() == 0) return;
-  const bool vectors = has_octet_rows(out) && has_octet_rows(in) && begins_aligned(col_scale);
+  const bool vectors = has_octet_rows(out) && has_octet_rows(in) && begins_aligned(col_scale) &&
+                       (added.empty() || has_octet_rows(added));
   const AnyView added_view = added.empty() ? AnyView{} : any_view(added);
   dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
     constexpr int kWidth = kVectorWidth<Out, In>;

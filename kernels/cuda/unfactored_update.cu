@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kStateThreads)
     const double sum = sum_of_squares(part.grad, part.elements, shared);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
     if (last_to_arrive(arrived, reinterpret_cast<unsigned*>(shared + kSumThreads / kWarp)) && threadIdx.x == 0) {
+#pragma unroll 1  // sixteen numbers at most, which one thread adds one after another
       for (unsigned i = 0; i < gridDim.x; ++i) store_sum(squares.out, sums[i], squares.accumulate || i > 0);
     }
   }

@@ -142,6 +142,15 @@ struct AnyView {
       unpack(load_vector<kOctet>(static_cast<const float*>(data) + at), values);
     }
   }
+  // Half of an octet.
+  __device__ void load_octet(int64_t row, int64_t column, float (&values)[kOctet / 2]) const {
+    if (dtype == DType::kBF16) {
+#pragma unroll
+      for (int i = 0; i < kOctet / 2; ++i) values[i] = load_one(row, column + i);
+    } else {
+      unpack(load_vector<kOctet / 2>(static_cast<const float*>(data) + row * pitch + column), values);
+    }
+  }
   __device__ void store_octet(int64_t row, int64_t column, const float (&values)[kOctet]) const {
     const int64_t at = row * pitch + column;
     if (dtype == DType::kBF16) {
