@@ -277,12 +277,17 @@ Difference sum_squares(Backend& backend, const CheckShapes& s) {
   return comparison.allowing(1e-5);
 }
 
-// Both tensors become half of what they were.
-Difference scale(Backend& backend, const CheckShapes& s) {
+// Both tensors become half of what they were, at once or by their norms.
+Difference scale(Backend& backend, const CheckShapes& s, bool of_norms) {
   CheckBench bench(backend);
   const RandomMatrix x[] = {bench.normal(s.gradients, 3, s.channels), bench.normal(s.gradients, 1, 4 * s.channels)};
-  const Tensor both[] = {x[0].tensor, x[1].tensor}, half = bench.filled(DType::kF32, {1}, 0.5f);
-  backend.scale(both, half.as<float>());
+  const Tensor both[] = {x[0].tensor, x[1].tensor}, one = bench.filled(DType::kF32, {1}, 1.0f);
+  const Tensor half = bench.filled(DType::kF32, {1}, 0.5f), quarter = bench.filled(DType::kF32, {1}, 0.25f);
+  if (of_norms) {
+    for (const Tensor& t : both) backend.restore_norm(t, quarter.as<float>(), one.as<float>());
+  } else {
+    backend.scale(both, half.as<float>());
+  }
   Comparison comparison;
   for (const RandomMatrix& m : x) {
     for (int64_t row = 0; row < m.tensor.rows(); ++row) {
@@ -364,7 +369,8 @@ std::vector<Check> model_checks(const CheckShapes& s) {
   const std::string heads = with_dtype({s.batch, s.sequence, C}, act) + " " + std::to_string(s.heads) + " heads";
   add("fill_normal", with_dtype({rows_of(s, C), C}, act), fill_normal);
   add("sum_squares", with_dtype({rows_of(s, C), C}, act), sum_squares);
-  add("scale", with_dtype({4 * C}, s.gradients), scale);
+  add("scale", with_dtype({4 * C}, s.gradients), scale, false);
+  add("restore_norm", with_dtype({4 * C}, s.gradients), scale, true);
   add("convert", shape_text({rows_of(s, C), C}) + " fp32 to bf16", convert);
   add("attention_forward", heads, attention_difference, false);
   add("attention_backward", heads, attention_difference, true);
