@@ -71,7 +71,8 @@ TEST_P(Elementwise, GeluBackwardSumsItsResult) {
 // Element by element over the whole range, where a norm would hide errors of small values.
 TEST_P(Elementwise, GeluOfExtremeValues) {
   TestDevice device(backend());
-  const Values xs = {0.0, -0.0, 1e-30, -1e-30, 1e-3, -1e-3, -5.0, -9.0, 9.0, 50.0, -50.0, 1e4, -1e4, 1e15, -1e15, 1e-20};
+  const Values xs = {0.0, -0.0, 1e-30, -1e-30, 1e-3, -1e-3, -5.0,  -9.0,
+                     9.0, 50.0, -50.0, 1e4,    -1e4, 1e15,  -1e15, 1e-20};
   const int64_t count = static_cast<int64_t>(xs.size());
   const Tensor in = device.upload(xs, dtype(), {count}), out = device.poisoned(dtype(), {count});
   const Tensor d = device.upload(Values(xs.size(), 1.0), dtype(), {count});
