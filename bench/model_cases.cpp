@@ -140,7 +140,8 @@ class ModelCases : CaseList {
     });
     add("gelu_backward", wide, [=](Inputs& in) {
       const Tensor d = in.normal(kBF16, {N, 4 * C}), x = in.normal(kBF16, {N, 4 * C});
-      return Call{.run = [=, &in] { in.backend.gelu_backward(d, x); },
+      const Tensor dbias = in.empty(kF32, {4 * C});
+      return Call{.run = [=, &in] { in.backend.gelu_backward(d, dbias, x, false); },
                   .refresh =
                       [=, &in] {
                         in.backend.fill_normal(d, 0, 1, {1, RandomPurpose::kInit, 1, 0});

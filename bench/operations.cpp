@@ -141,7 +141,8 @@ void add_model() {
   add("gelu/backward", [=](Bench& b) {
     // Around 3 GELU's slope is nearly 1: d, which every call multiplies by it, stays a usual number.
     const Tensor d = b.tensor({T, 4 * C}, 0.0f, 1e-3f), in = b.tensor({T, 4 * C}, 3.0f, 0.1f);
-    return [=, &b] { b.backend.gelu_backward(d, in); };
+    const Tensor dbias = b.tensor({4 * C});
+    return [=, &b] { b.backend.gelu_backward(d, dbias, in, false); };
   });
   add("classifier", [](Bench& b) {
     const Tensor losses = b.tensor({kHeadChunk}), logits = b.tensor({kHeadChunk, kPadded});

@@ -254,7 +254,8 @@ class Backend {
 
   // GELU, tanh form: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
   virtual void gelu_forward(Tensor out, Tensor in) = 0;
-  virtual void gelu_backward(Tensor d, Tensor in) = 0;  // d *= gelu'(in), in place
+  // d[N, C] *= gelu'(in), in place and rounded, then dbias[C] (+)= its sums over the rows. d and in have one dtype.
+  virtual void gelu_backward(Tensor d, Tensor dbias, Tensor in, bool accumulate) = 0;
 
   // Causal self-attention, softmax(Q K^T / sqrt(HD)) V for each head, on the packed projection.
   // qkv [B,T,3C]: Q, K, V one after another, each NH heads of HD; out [B,T,C]; lse [B,NH,T] fp32: log-sum-exp of a row.

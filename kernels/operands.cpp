@@ -125,6 +125,12 @@ void check_bias_backward(const Tensor& dbias, const Tensor& dout) {
   require(is_floating(dbias) && is_floating(dout), "bias_backward: fp32 or bf16");
 }
 
+void check_gelu_backward(const Tensor& d, const Tensor& dbias, const Tensor& in) {
+  check_bias_backward(dbias, d);
+  require(d.dtype == in.dtype, "gelu_backward: one dtype");
+  require(d.rows() == in.rows() && d.cols() == in.cols() && has_uniform_rows(in), "gelu_backward: sizes differ");
+}
+
 void check_projection(const Tensor& projection, ProjectionKind kind) {
   require(projection.rank == 2 && projection.contiguous(), "generate_projection: a contiguous matrix");
   require(kind != ProjectionKind::kCosine || projection.rows() <= projection.cols(),

@@ -49,6 +49,7 @@ void check_layernorm_summands(const Tensor& residual, const Tensor& a, const Ten
 void check_layernorm_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
                               const Tensor& in, const Tensor& mean, const Tensor& rstd, const Tensor& weight);
 void check_bias_backward(const Tensor& dbias, const Tensor& dout);
+void check_gelu_backward(const Tensor& d, const Tensor& dbias, const Tensor& in);
 
 void check_projection(const Tensor& projection, ProjectionKind kind);
 void check_factored_second_moment(const Tensor& row_state, const Tensor& col_state, const Tensor& row_scale,

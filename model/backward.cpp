@@ -2,13 +2,19 @@
 // before the weight's gradient is handed over, because the weight may be updated at once.
 #include "model/gpt2.h"
 
-// d_input = d_output W^T, dW = input^T d_output, db = column sums of d_output.
-void Gpt2::linear_backward(GradientSink& sink, const Parameter& weight_parameter, const Parameter& bias_parameter,
-                           Tensor d_input, Tensor input, Tensor d_output) {
+// d_input = d_output W^T, dW = input^T d_output.
+void Gpt2::product_backward(GradientSink& sink, const Parameter& weight_parameter, Tensor d_input, Tensor input,
+                            Tensor d_output) {
   backend_.matmul(d_input, d_output, weight(weight_parameter), {.transpose_b = true});
   sink.from_rows(weight_parameter, [&](Tensor out, int64_t begin, bool accumulate) {
     backend_.matmul(out, input.columns(begin, out.rows()), d_output, {.transpose_a = true, .accumulate = accumulate});
   });
+}
+
+// The same with a bias: db = column sums of d_output.
+void Gpt2::linear_backward(GradientSink& sink, const Parameter& weight_parameter, const Parameter& bias_parameter,
+                           Tensor d_input, Tensor input, Tensor d_output) {
+  product_backward(sink, weight_parameter, d_input, input, d_output);
   const GradientSink::Target d_bias = sink.target(bias_parameter);
   backend_.bias_backward(d_bias.tensor, d_output, d_bias.accumulate);
   sink.ready(bias_parameter);
@@ -51,8 +57,10 @@ void Gpt2::backward_block(int64_t index, GradientSink& sink) {
   const Tensor d_branch = activations_.branch;
 
   linear_backward(sink, layer.mlp_proj_weight, layer.mlp_proj_bias, d_wide, a.gelu, d_residual);
-  backend_.gelu_backward(d_wide, a.fch);
-  linear_backward(sink, layer.fc_weight, layer.fc_bias, d_branch, a.ln2, d_wide);
+  const GradientSink::Target d_fc_bias = sink.target(layer.fc_bias);
+  backend_.gelu_backward(d_wide, d_fc_bias.tensor, a.fch, d_fc_bias.accumulate);
+  product_backward(sink, layer.fc_weight, d_branch, a.ln2, d_wide);
+  sink.ready(layer.fc_bias);
   norm_backward(sink, layer.ln2_weight, layer.ln2_bias, d_branch, a.x2, a.mean2, a.rstd2);
 
   linear_backward(sink, layer.proj_weight, layer.proj_bias, d_branch, a.att, d_residual);

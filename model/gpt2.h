@@ -96,6 +96,7 @@ class Gpt2 {
   void embeddings_backward(GradientSink& sink);
   void backward(GradientSink& sink);
   void backward_block(int64_t layer, GradientSink& sink);
+  void product_backward(GradientSink& sink, const Parameter& weight, Tensor d_input, Tensor input, Tensor d_output);
   void linear_backward(GradientSink& sink, const Parameter& weight, const Parameter& bias, Tensor d_input, Tensor input,
                        Tensor d_output);
   void norm_backward(GradientSink& sink, const Parameter& weight, const Parameter& bias, Tensor d_out, Tensor in,

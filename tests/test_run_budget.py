@@ -214,6 +214,8 @@ def test_updates_run_beside_the_backward_pass_where_there_is_room():
     tight = chosen(in_turn["budget"]["set_aside"] + in_turn["device_bytes"])
     assert tight["device_bytes"] == in_turn["device_bytes"]
     assert beside["settings"] == in_turn["settings"] == tight["settings"]
+    flags = beside["budget"]["chosen"]["flags"]
+    assert "overlap" not in flags and tight["budget"]["chosen"]["flags"] == flags + " --no-update-overlap"
 
 
 @pytest.mark.parametrize("shapes", [

@@ -106,7 +106,7 @@ constexpr std::pair<const char*, const char*> kKernels[] = {{"normals_kernel", "
                                                             {"layernorm_backward_kernel", "layernorm_backward"},
                                                             {"<Gelu,", "gelu_forward"},
                                                             {"GeluGradient", "gelu_backward"},
-                                                            {"column_sums_kernel", "bias_backward"},
+                                                            {"StoredRows", "bias_backward"},
                                                             {"embedding_forward_kernel", "embedding_forward"},
                                                             {"token_gradient_kernel", "embedding_backward"},
                                                             {"position_gradient_kernel", "embedding_backward"},

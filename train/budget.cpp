@@ -22,8 +22,13 @@ std::string timing(const Candidate& candidate, bool measured) {
   return text;
 }
 
+// With these flags a run is planned as this one, on whatever device.
+std::string flags_of(const Candidate& candidate) {
+  return settings_flags(candidate.config) + (candidate.updates_in_turn ? " --no-update-overlap" : "");
+}
+
 std::string described(const Candidate& candidate, bool measured) {
-  std::string text = settings_flags(candidate.config) + ": " + format_bytes(candidate.device_bytes);
+  std::string text = flags_of(candidate) + ": " + format_bytes(candidate.device_bytes);
   if (candidate.host_bytes > 0) text += " and " + format_bytes(candidate.host_bytes) + " of host memory";
   return text + timing(candidate, measured);
 }
@@ -68,7 +73,10 @@ Candidate with_overlap(const Candidate& candidate, const Options& options, Backe
   const MemoryPlan plan = Engine(beside.config, backend).plan();
   beside.device_bytes = plan.device_bytes();
   beside.host_bytes = plan.host_bytes();
-  return fits(beside.bytes(), limit) ? beside : candidate;
+  if (fits(beside.bytes(), limit)) return beside;
+  Candidate in_turn = candidate;
+  in_turn.updates_in_turn = true;
+  return in_turn;
 }
 
 }  // namespace
@@ -168,7 +176,7 @@ std::string budget_report(const BudgetChoice& choice) {
 nlohmann::ordered_json budget_json(const BudgetChoice& choice) {
   const auto described = [&](const Candidate& c) {
     nlohmann::ordered_json json = {
-        {"flags", settings_flags(c.config)}, {"device_bytes", c.device_bytes}, {"host_bytes", c.host_bytes}};
+        {"flags", flags_of(c)}, {"device_bytes", c.device_bytes}, {"host_bytes", c.host_bytes}};
     if (choice.measured) json["predicted_ms"] = 1e3 * c.seconds;
     return json;
   };

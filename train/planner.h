@@ -55,6 +55,7 @@ struct Candidate {
   EngineConfig config;
   size_t device_bytes = 0, host_bytes = 0;  // 0 until it is planned
   double seconds = 0;                       // predicted, per step
+  bool updates_in_turn = false;             // for lack of memory to have them beside the backward pass
   double seconds_per_token() const { return seconds / static_cast<double>(tokens_per_step(config)); }
   Bytes bytes() const { return {device_bytes, host_bytes}; }
 };

@@ -56,7 +56,7 @@ class CpuBackend : public Backend {
   void matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options) override;
   void bias_backward(Tensor dbias, Tensor dout, bool accumulate) override;
   void gelu_forward(Tensor out, Tensor in) override;
-  void gelu_backward(Tensor d, Tensor in) override;
+  void gelu_backward(Tensor d, Tensor dbias, Tensor in, bool accumulate) override;
   void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) override;
   void attention_decode(Tensor out, Tensor qkv, int heads) override;
   void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) override;

@@ -3,6 +3,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/simd_math.h"
+#include "kernels/operands.h"
 
 namespace {
 
@@ -20,15 +21,15 @@ void gelu_span(Out* out, const In* in, int64_t count) {
 }
 
 // gelu'(x) = s + x s (1 - s) d(2u)/dx with s = logistic(2u).
-template <typename D, typename In>
-void gelu_gradient_span(D* d, const In* in, int64_t count) {
+template <typename T>
+void gelu_gradient_span(T* d, const T* in, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const float x = to_float(in[i]);
     const float square = kCubic * x * x;
     const float s = simd_logistic(kTwoSqrt2OverPi * __builtin_fmaf(square, x, x));
     const float slope = kTwoSqrt2OverPi * __builtin_fmaf(3.0f, square, 1.0f);
-    d[i] = from_float<D>(to_float(d[i]) * __builtin_fmaf(x * s * (1.0f - s), slope, s));
+    d[i] = from_float<T>(to_float(d[i]) * __builtin_fmaf(x * s * (1.0f - s), slope, s));
   }
 }
 
@@ -43,11 +44,15 @@ void CpuBackend::gelu_forward(Tensor out, Tensor in) {
   });
 }
 
-void CpuBackend::gelu_backward(Tensor d, Tensor in) {
-  const Profiler::Scope scope(profiler, "gelu_backward", 0, static_cast<double>(in.bytes() + 2 * d.bytes()));
-  dispatch(d.dtype, in.dtype, [&]<typename D, typename In>() {
-    parallel_spans(threads_, {d, in}, [&](int64_t row, int64_t column, int64_t count) {
-      gelu_gradient_span(element<D>(d, row, column), element<const In>(in, row, column), count);
+void CpuBackend::gelu_backward(Tensor d, Tensor dbias, Tensor in, bool accumulate) {
+  check_gelu_backward(d, dbias, in);
+  {
+    const Profiler::Scope scope(profiler, "gelu_backward", 0, static_cast<double>(in.bytes() + 2 * d.bytes()));
+    dispatch(d.dtype, [&]<typename T>() {
+      parallel_spans(threads_, {d, in}, [&](int64_t row, int64_t column, int64_t count) {
+        gelu_gradient_span(element<T>(d, row, column), element<const T>(in, row, column), count);
+      });
     });
-  });
+  }
+  bias_backward(dbias, d, accumulate);
 }

@@ -15,10 +15,6 @@
 
 namespace {
 
-constexpr int kColumnWarps = 8, kColumnUnroll = 4;
-constexpr int kColumnStep = kColumnWarps * kColumnUnroll;  // rows a block has under way
-constexpr int kColumnTile = kWarp * kOctet;
-
 constexpr int kPartialWarps = 16, kPartialUnroll = 8;
 
 // ---- sums of all elements
@@ -80,40 +76,15 @@ void sum_together(cudaStream_t stream, std::span<const Tensor> tensors, double* 
 
 // ---- sums of columns
 
-// partials[chunk, column] = sum of a chunk's rows. Block (x, y): columns from x * kColumnTile on, chunk y.
 template <typename T>
-__global__ void __launch_bounds__(kColumnWarps* kWarp)
-    column_sums_kernel(float* partials, VectorView<T, kOctet> in, int64_t rows, int64_t cols, int64_t chunk) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kColumnTile, column = tile + lane * kOctet;
-  const int64_t begin = static_cast<int64_t>(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
-  float sums[kOctet] = {};
-  for (int64_t row = begin + warp; row < end && column < cols; row += kColumnStep) {
-    Vector<T, kOctet> raw[kColumnUnroll];
-#pragma unroll
-    for (int u = 0; u < kColumnUnroll; ++u) {
-      if (row + u * kColumnWarps < end) raw[u] = in.load_again(row + u * kColumnWarps, column);
-    }
-#pragma unroll
-    for (int u = 0; u < kColumnUnroll; ++u) {
-      if (row + u * kColumnWarps >= end) continue;
-      float values[kOctet];
-      unpack(raw[u], values);
-#pragma unroll
-      for (int i = 0; i < kOctet; ++i) sums[i] += values[i];
-    }
-  }
-  float* const shared = shared_memory<float>();  // [kColumnWarps, kColumnTile]
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) shared[warp * kColumnTile + lane * kOctet + i] = sums[i];
-  __syncthreads();
-  for (int j = static_cast<int>(threadIdx.x); j < kColumnTile && tile + j < cols; j += kColumnWarps * kWarp) {
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < kColumnWarps; ++w) sum += shared[w * kColumnTile + j];
-    partials[blockIdx.y * cols + tile + j] = sum;
-  }
-}
+struct StoredRows {
+  using Raw = Vector<T, kOctet>;
+
+  VectorView<T, kOctet> rows;
+
+  __device__ Raw load(int64_t row, int64_t column) const { return rows.load_again(row, column); }
+  __device__ void numbers(const Raw& raw, int64_t, int64_t, float (&values)[kOctet]) const { unpack(raw, values); }
+};
 
 // A warp takes a range of the chunks for 32 columns; the warps' sums are added in order.
 __global__ void __launch_bounds__(kPartialWarps* kWarp)
@@ -180,21 +151,11 @@ void CudaBackend::sum(Tensor out, Tensor x, float factor, bool accumulate) {
 
 void CudaBackend::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
   check_bias_backward(dbias, dout);
-  const int64_t rows = dout.rows(), cols = dout.cols();
   const Timed timed(*this, "bias_backward", 0, static_cast<double>(dout.bytes()));
-  const RowChunks chunks = row_chunks(rows, kMaxBiasChunks, kColumnStep);
-  float* const partials = scratch<float>(static_cast<size_t>(chunks.count * cols) * sizeof(float));
   require_octet_rows(dout);
-  if (rows > 0) {
-    dispatch(dout.dtype, [&]<typename T>() {
-      launch("bias_backward", column_sums_kernel<T>,
-             {.grid = dim3(static_cast<unsigned>((cols + kColumnTile - 1) / kColumnTile),
-                           static_cast<unsigned>(chunks.count)),
-              .block = dim3(kColumnWarps * kWarp),
-              .shared_bytes = kColumnWarps * kColumnTile * sizeof(float),
-              .stream = stream_},
-             partials, vector_view<T, kOctet>(dout), rows, cols, chunks.rows);
-    });
-  }
-  add_column_partials("bias_backward: partials", stream_, dbias, {}, partials, chunks.count, accumulate);
+  float* const partials = scratch<float>(static_cast<size_t>(kMaxBiasChunks * dout.cols()) * sizeof(float));
+  dispatch(dout.dtype, [&]<typename T>() {
+    sum_columns("bias_backward", stream_, dbias, StoredRows<T>{vector_view<T, kOctet>(dout)}, dout.rows(), partials,
+                accumulate);
+  });
 }

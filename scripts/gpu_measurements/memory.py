@@ -35,7 +35,7 @@ def largest(session, name):
         raise ItemFailed("nvidia-smi does not say how much memory is free")
     batch = dict(training.pairs(sizes.memory_batch))
     smaller = ["--dtype", "bf16", "--micro-batch", 1, "--seq-len", batch["--seq-len"], "--no-autotune",
-               *SEARCHES[name], *(["--rank", sizes.rank] if "flora" in name else [])]
+               "--no-update-overlap", *SEARCHES[name], *(["--rank", sizes.rank] if "flora" in name else [])]
 
     def config(heads, layers):
         path = session.folder / f"{layers}x{heads * sizes.head_channels}.json"
