@@ -38,8 +38,9 @@ std::string gemm_description();
 void plain_gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
                 float beta, float* c, int64_t ldc);
 
-// What the library takes for each thread: measured 4 MiB for packing with AVX-512, less with older instructions.
-inline constexpr size_t kGemmBuffers = size_t{5} << 20;
+// What the library takes for each thread: measured 4 MiB for packing with AVX-512, less with older instructions; and
+// twice as much that malloc may keep of it, depending on the order in which threads give memory back.
+inline constexpr size_t kGemmBuffers = size_t{12} << 20;
 
 // Scratch that a matmul with a bf16 operand or result needs on each thread: fixed, whatever the matrices' size.
 inline constexpr int64_t kTileRows = 512, kTileCols = 1024, kTileDepth = 384;
