@@ -39,8 +39,8 @@ void plain_gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda
                 float beta, float* c, int64_t ldc);
 
 // What the library takes for each thread: measured 4 MiB for packing with AVX-512, less with older instructions; and
-// twice as much that malloc may keep of it, depending on the order in which threads give memory back.
-inline constexpr size_t kGemmBuffers = size_t{12} << 20;
+// five times as much that malloc may keep of it, depending on the order in which threads give memory back.
+inline constexpr size_t kGemmBuffers = size_t{24} << 20;
 
 // Scratch that a matmul with a bf16 operand or result needs on each thread: fixed, whatever the matrices' size.
 inline constexpr int64_t kTileRows = 512, kTileCols = 1024, kTileDepth = 384;
