@@ -1,6 +1,6 @@
 // column_sums.cuh: how sums over the rows of a matrix are cut: chunks of rows, one partial sum of every column per
 // chunk, and a second kernel that adds the partials in order. The number of chunks depends on the number of rows alone,
-// so a sum is the same on every device.
+// so a sum is the same on every device. What is summed may be made on the way (gelu.cu).
 #pragma once
 
 #include <algorithm>
