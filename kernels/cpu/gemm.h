@@ -26,9 +26,9 @@ void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, cons
 bool gemm_bf16(const GemmShape& shape, float alpha, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float beta,
                float* c, int64_t ldc, void* scratch, size_t scratch_bytes);
 
-// Whether gemm_bf16() is faster than to widen the operands first: yes with AMX and on AMD's processors with
-// AVX512-BF16, where a core has twice its fp32 rate, no on Intel's with AVX512-BF16 alone, where it has half. Measured
-// once, within milliseconds, as the best of several products.
+// Whether gemm_bf16() is faster than to widen the operands first, and a model in bf16 faster than one in fp32: yes with
+// AMX and on AMD's processors with AVX512-BF16, where a core has twice its fp32 rate, no on Intel's with AVX512-BF16
+// alone, where it has half (docs/performance.md). By the processor's name and instructions, so that two runs agree.
 bool multiplies_bf16_faster();
 
 // For the banner: "oneDNN 2.6.3 with AVX512-BF16".
