@@ -155,7 +155,8 @@ void describe(Options& o, Visitor& v) {
     "default: small on a CPU, d12 on a GPU",
     Text{}, fixed);
   v(o.dtype, "dtype", "",
-    "of weights, activations, gradients and states; default: bf16 where it is faster (a GPU, a CPU with AMX, AMD's with "
+    "of weights, activations, gradients and states; default: bf16 where it is faster (a GPU, a CPU with AMX, AMD's "
+    "with "
     "AVX512-BF16), else fp32",
     kFloatDtypeNames, fixed);
   v(engine.weight_dtype, "weight-dtype", "",

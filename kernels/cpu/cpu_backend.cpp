@@ -34,8 +34,8 @@ constexpr size_t kFileBuffers = size_t{16} << 20;
 // stack, and what the thread that reads data ahead takes.
 constexpr size_t kThreadHeap = size_t{128} << 20, kThreadStack = size_t{8} << 20, kReaderMapping = size_t{72} << 20;
 
-// What malloc keeps of a thread's memory when it is given back, at most; larger blocks it never keeps. glibc would raise
-// both to the sizes it sees, up to 64 MiB a thread. What the library packs operands into (kGemmBuffers) stays below.
+// Of memory given back malloc keeps so much of each thread's, and nothing of larger blocks. glibc would raise both to
+// the sizes it sees, up to 64 MiB a thread. What the library packs operands into (kGemmBuffers) stays below.
 void limit_kept_memory() {
 #ifdef M_TRIM_THRESHOLD
   mallopt(M_TRIM_THRESHOLD, 4 << 20);

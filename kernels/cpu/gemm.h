@@ -15,7 +15,7 @@ struct GemmShape {
 };
 
 // c[M,N] = alpha * op(a)[M,K] op(b)[K,N] + beta * c, row-major with row strides lda, ldb, ldc, sums in fp32. beta = 0
-// overwrites c whatever it holds. The library packs pieces of the operands into memory of its own, a few MiB at most
+// overwrites c whatever it holds. The library packs pieces of the operands into memory of its own, 2 MiB at most
 // however large the product is (kGemmBuffers); where it gets none, the program ends with a line that says so.
 void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb, float beta,
           float* c, int64_t ldc);
@@ -38,9 +38,9 @@ std::string gemm_description();
 void plain_gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb,
                 float beta, float* c, int64_t ldc);
 
-// What the library takes for each thread: measured 4 MiB for packing with AVX-512, less with older instructions; and
-// five times as much that malloc may keep of it, depending on the order in which threads give memory back.
-inline constexpr size_t kGemmBuffers = size_t{24} << 20;
+// What the library takes for each thread: 2 MiB for packing with AVX-512, less with older instructions; twice as much
+// may stay with malloc (limit_kept_memory(), library_settings.h).
+inline constexpr size_t kGemmBuffers = size_t{5} << 20;
 
 // Scratch that a matmul with a bf16 operand or result needs on each thread: fixed, whatever the matrices' size.
 inline constexpr int64_t kTileRows = 512, kTileCols = 1024, kTileDepth = 384;

@@ -110,17 +110,17 @@ bool can_multiply_bf16() {
 
 }  // namespace
 
-// The library packs 384 rows of as many columns as there are, so of a wide matrix up to 30 MiB; it gets fewer at a time.
+// The library packs 384 rows of as many columns as there are, so of a wide matrix up to 30 MiB; it gets fewer at a
+// time.
 void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb, float beta,
           float* c, int64_t ldc) {
   const OneThread one_thread;
   const int64_t pieces = (shape.n + kMostColumns - 1) / kMostColumns;
   const int64_t columns = pieces < 2 ? shape.n : divide_up(divide_up(shape.n, pieces), kColumnsAtOnce) * kColumnsAtOnce;
   for (int64_t j = 0; j < shape.n; j += columns) {
-    const dnnl_status_t status =
-        dnnl_sgemm(transposed(shape.transpose_a), transposed(shape.transpose_b), shape.m,
-                   std::min(columns, shape.n - j), shape.k, alpha, a, lda, shape.transpose_b ? b + j * ldb : b + j, ldb,
-                   beta, c + j, ldc);
+    const dnnl_status_t status = dnnl_sgemm(transposed(shape.transpose_a), transposed(shape.transpose_b), shape.m,
+                                            std::min(columns, shape.n - j), shape.k, alpha, a, lda,
+                                            shape.transpose_b ? b + j * ldb : b + j, ldb, beta, c + j, ldc);
     if (status != dnnl_success) give_up(status == dnnl_out_of_memory ? "out of memory" : "unexpected error");
   }
 }
