@@ -15,9 +15,11 @@ size_t reduction_scratch_bytes(const KernelShapes& shapes) {
   return std::max({layernorm, bias, kMostTogether * static_cast<size_t>(kMaxSumBlocks) * sizeof(double)});
 }
 
-// Of the backward pass: dout . out of each row of each head.
+// Of the backward pass: the sums of each tile's columns, and dout . out of each row of each head.
 size_t attention_scratch_bytes(const KernelShapes& shapes) {
-  return static_cast<size_t>(shapes.batch * shapes.heads * shapes.sequence) * sizeof(float);
+  const int64_t head_dim = shapes.channels / std::max<int64_t>(shapes.heads, 1);
+  const int64_t sums = tile_sum_floats(shapes.batch, shapes.sequence, shapes.channels, head_dim);
+  return static_cast<size_t>(sums + shapes.batch * shapes.heads * shapes.sequence) * sizeof(float);
 }
 
 // Factored statistics of every matrix of a GPT-2 at once; a wider one goes through the same scratch range by range.

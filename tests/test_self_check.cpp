@@ -107,6 +107,7 @@ constexpr std::pair<const char*, const char*> kKernels[] = {{"normals_kernel", "
                                                             {"<Gelu,", "gelu_forward"},
                                                             {"GeluGradient", "gelu_backward"},
                                                             {"StoredRows", "bias_backward"},
+                                                            {"add_partials_kernel", "attention_backward"},
                                                             {"embedding_forward_kernel", "embedding_forward"},
                                                             {"token_gradient_kernel", "embedding_backward"},
                                                             {"position_gradient_kernel", "embedding_backward"},
