@@ -50,8 +50,8 @@ std::string cuda_refuses(int64_t channels, int64_t heads) {
 }
 
 SquaresTiling::SquaresTiling(int64_t rows, int64_t cols) : rows(rows), cols(cols), tiles(divide_up(cols, kCols)) {
-  constexpr int64_t kTiles = 1024;
-  chunk = std::max<int64_t>(1, divide_up(rows * tiles, kTiles * kRowsUnderWay)) * kRowsUnderWay;
+  static_assert(kMostChunks < kArrivalCounters);
+  chunk = std::max<int64_t>(1, divide_up(rows * tiles, kMostChunks * kRowsUnderWay)) * kRowsUnderWay;
   chunks = divide_up(rows, chunk);
 }
 
@@ -60,10 +60,11 @@ int64_t SquaresTiling::range_bytes(int64_t range) const {
 }
 
 int64_t SquaresTiling::finish_bytes() const {
-  return 2 * static_cast<int64_t>(sizeof(double)) * divide_up(rows, kFinishRows);
+  return 2 * static_cast<int64_t>(sizeof(double)) * divide_up(rows, kSumRows);
 }
 
 size_t cuda_workspace_bytes(const KernelShapes& shapes) {
-  return kArrivalBytes + std::max({kCublasWorkspaceBytes, reduction_scratch_bytes(shapes),
+  const size_t scratch = std::max({kCublasWorkspaceBytes, reduction_scratch_bytes(shapes),
                                    attention_scratch_bytes(shapes), optimizer_scratch_bytes(shapes)});
+  return (scratch + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment + kArrivalBytes;
 }

@@ -31,15 +31,19 @@ inline int64_t tile_sum_floats(int64_t batch, int64_t sequence, int64_t channels
   return batch * divide_up(sequence, plain_gradient_rows(head_dim)) * 3 * channels;
 }
 
-// Behind the scratch of every stream: the counter of arrivals.cuh, zero between launches.
-inline constexpr size_t kArrivalBytes = 256;
+// Behind the scratch of every stream, which is of whole kScratchAlignment bytes: the counters of arrivals.cuh, zero
+// between launches.
+inline constexpr size_t kScratchAlignment = 256;
+inline constexpr int64_t kArrivalCounters = 2048;
+inline constexpr size_t kArrivalBytes = static_cast<size_t>(kArrivalCounters) * sizeof(unsigned);
 
 // How the squares of a matrix are added (kernels/cuda/factored_moment.cu): tiles of `chunk` rows and kCols columns,
-// about 1024 of them. Depends on the matrix's size alone.
+// about kMostChunks of them. Depends on the matrix's size alone.
 struct SquaresTiling {
-  static constexpr int kCols = 256;         // of a tile
-  static constexpr int kRowsUnderWay = 32;  // of a thread block; `chunk` is a multiple
-  static constexpr int kFinishRows = 256;   // rows whose states are added by one thread block
+  static constexpr int kCols = 256;             // of a tile
+  static constexpr int kRowsUnderWay = 32;      // of a thread block; `chunk` is a multiple
+  static constexpr int kSumRows = 32;           // rows whose states are added to one double
+  static constexpr int64_t kMostChunks = 1024;  // where a row has one tile
 
   int64_t rows, cols;
   int64_t chunk;   // rows of a tile

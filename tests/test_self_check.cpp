@@ -116,7 +116,6 @@ constexpr std::pair<const char*, const char*> kKernels[] = {{"normals_kernel", "
                                                             {"apply_update_kernel", "apply_update"},
                                                             {"adamw_update_kernel", "adamw_update"},
                                                             {"projection_kernel", "generate_projection"},
-                                                            {"finish_kernel", "factored_second_moment"},
                                                             {"scales_kernel", "factored_second_moment"},
                                                             {"states_kernel", "factored_scales"},
                                                             {"scaled_momentum_kernel", "scaled_momentum_update"},
