@@ -23,6 +23,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,8 @@ def cuda_on_cpu_jobs(arguments):
 
 def ptx_jobs(arguments):
     coverage = BUILD / "ptx/coverage"
+    if not arguments.filter:
+        shutil.rmtree(coverage, ignore_errors=True)
     coverage.mkdir(parents=True, exist_ok=True)
     jobs = []
     for path in binaries_in(BUILD / "ptx/tests"):
