@@ -1,21 +1,21 @@
-// cublaslt.cpp: cuBLASLt on the CPU, as far as kernels/cuda uses it. Descriptors store what they are told and refuse
-// what the library refuses; a product is checked when it is enqueued and computed (cublaslt_product.cpp)
-// when its stream gets there.
+// cublaslt.cpp: cuBLASLt on the CPU, as far as kernels/cuda uses it, for tests/cuda_on_cpu and tests/ptx (device.h).
+// Descriptors store what they are told and refuse what the library refuses; a product is checked when it is enqueued
+// and computed (product.cpp) when its stream gets there.
 //
 // The algorithms offered differ in what they demand (alignment, workspace, a way to add partial sums) and one of them
 // in its last bits, so that a caller who ignores their conditions fails. Choices by time must be repeatable here, so
-// every algorithm but one wastes some: all but the first in the list, or but number CUDA_ON_CPU_ALGORITHM.
-// CUDA_ON_CPU_NO_ALGORITHM=1: the heuristic finds none. CUDA_ON_CPU_WRONG_ALGORITHMS=2: the first two in its list
+// every algorithm but one wastes some: all but the first in the list, or but number FAKE_CUBLASLT_ALGORITHM.
+// FAKE_CUBLASLT_NO_ALGORITHM=1: the heuristic finds none. FAKE_CUBLASLT_WRONG_ALGORITHMS=2: the first two in its list
 // compute one number wrongly.
 #include <cublasLt.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
-#include "tests/cuda_on_cpu/cublaslt_product.h"
-#include "tests/cuda_on_cpu/stream.h"
+#include "tests/cublaslt/device.h"
+#include "tests/cublaslt/product.h"
 
 struct cublasLtContext {
   int unused = 0;
@@ -75,7 +75,7 @@ const Algorithm* decode(const cublasLtMatmulAlgo_t& code, uint64_t kind) {
 
 // Microseconds that an algorithm wastes.
 uint64_t wasted_time(const cublasLtMatmulAlgo_t& code) {
-  const char* const quick = std::getenv("CUDA_ON_CPU_ALGORITHM");
+  const char* const quick = std::getenv("FAKE_CUBLASLT_ALGORITHM");
   return code.data[4] == (quick ? std::strtoull(quick, nullptr, 10) : 0) ? 0 : 500;
 }
 
@@ -83,10 +83,6 @@ uint64_t wasted_time(const cublasLtMatmulAlgo_t& code) {
 
 bool is_layout(const Layout& layout) {
   return layout.rows > 0 && layout.cols > 0 && layout.ld >= static_cast<int64_t>(layout.rows);
-}
-
-bool same(const Layout& c, const Layout& d) {
-  return c.type == d.type && c.rows == d.rows && c.cols == d.cols && c.ld == d.ld;
 }
 
 // The table "supported data types" of cublasLtMatmul for fp32 arithmetic, as far as it concerns fp32 and bf16; a bias
@@ -107,7 +103,7 @@ cublasStatus_t check_types(const Product& p) {
 
 cublasStatus_t check_product(const Product& p, const Layout& c) {
   const Operation& o = p.operation;
-  if (!is_layout(p.a) || !is_layout(p.b) || !is_layout(p.d) || !same(c, p.d)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (!is_layout(p.a) || !is_layout(p.b) || !is_layout(p.d) || !(c == p.d)) return CUBLAS_STATUS_INVALID_VALUE;
   const uint64_t rows = o.transpose_a == CUBLAS_OP_N ? p.a.rows : p.a.cols;
   const uint64_t cols = o.transpose_b == CUBLAS_OP_N ? p.b.cols : p.b.rows;
   const uint64_t depth = o.transpose_b == CUBLAS_OP_N ? p.b.rows : p.b.cols;
@@ -117,25 +113,17 @@ cublasStatus_t check_product(const Product& p, const Layout& c) {
   return check_types(p);
 }
 
-bool multiple(uint64_t value, uint32_t alignment) { return value % alignment == 0; }
-
-bool address_multiple(const void* address, size_t alignment) {
-  return reinterpret_cast<uintptr_t>(address) % alignment == 0;
-}
+bool is_aligned(const void* address, size_t alignment) { return reinterpret_cast<uintptr_t>(address) % alignment == 0; }
 
 // Whether an algorithm can work with these pitches, and with pointers aligned as given.
 bool fits(const Algorithm& algorithm, const Product& p, uint32_t align_a, uint32_t align_b, uint32_t align_d) {
   const uint32_t alignment = algorithm.alignment;
   if (alignment == 1) return true;
   for (const Layout* layout : {&p.a, &p.b, &p.d}) {
-    if (!multiple(static_cast<uint64_t>(layout->ld) * size_of(layout->type), alignment)) return false;
+    if (static_cast<uint64_t>(layout->ld) * layout->element_bytes() % alignment != 0) return false;
   }
-  return multiple(align_a, alignment) && multiple(align_b, alignment) && multiple(align_d, alignment) &&
-         address_multiple(p.operation.bias, alignment);
-}
-
-size_t span(const Layout& layout) {
-  return ((layout.cols - 1) * static_cast<size_t>(layout.ld) + layout.rows) * size_of(layout.type);
+  return align_a % alignment == 0 && align_b % alignment == 0 && align_d % alignment == 0 &&
+         is_aligned(p.operation.bias, alignment);
 }
 
 bool overlap(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
@@ -143,45 +131,33 @@ bool overlap(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
   return first < second + b_bytes && second < first + a_bytes;
 }
 
-// A caller's mistake that a GPU would answer with garbage or a crash.
 cublasStatus_t mistake(const char* what) {
-  std::fprintf(stderr, "cublasLtMatmul: %s\n", what);
+  report(what);
   return CUBLAS_STATUS_INVALID_VALUE;
 }
 
 // What `Call` points to is device memory, and large enough.
 cublasStatus_t check_memory(const Call& call) {
   const Product& p = call.product;
-  const Operation& o = p.operation;
-  if (!cuda_on_cpu::is_device_range(call.a, span(p.a)) || !cuda_on_cpu::is_device_range(call.b, span(p.b)) ||
-      !cuda_on_cpu::is_device_range(call.d, span(p.d))) {
-    return mistake("a matrix is not inside device memory");
-  }
-  if (!address_multiple(call.a, size_of(p.a.type)) || !address_multiple(call.b, size_of(p.b.type)) ||
-      !address_multiple(call.d, size_of(p.d.type))) {
-    return mistake("a matrix is not aligned to its elements");
-  }
   const size_t workspace = call.algorithm.workspace;
-  if (workspace > 0 &&
-      (!cuda_on_cpu::is_device_range(call.workspace, workspace) || !address_multiple(call.workspace, 256))) {
+  const std::pair<const void*, const Layout*> matrices[] = {{call.a, &p.a}, {call.b, &p.b}, {call.d, &p.d}};
+  for (const auto& [matrix, layout] : matrices) {
+    if (!is_device_range(matrix, layout->bytes())) return mistake("a matrix is not inside device memory");
+    if (!is_aligned(matrix, layout->element_bytes())) return mistake("a matrix is not aligned to its elements");
+    if (overlap(matrix, layout->bytes(), call.workspace, workspace)) return mistake("the workspace overlaps a matrix");
+    if (layout != &p.d && overlap(matrix, layout->bytes(), call.d, p.d.bytes()))
+      return mistake("the result overlaps an operand");
+  }
+  if (workspace > 0 && !(is_device_range(call.workspace, workspace) && is_aligned(call.workspace, 256)))
     return mistake("the workspace is not inside device memory, or not aligned to 256 bytes");
-  }
-  if (overlap(call.d, span(p.d), call.a, span(p.a)) || overlap(call.d, span(p.d), call.b, span(p.b))) {
-    return mistake("the result overlaps an operand");
-  }
-  if (overlap(call.d, span(p.d), call.workspace, workspace) || overlap(call.a, span(p.a), call.workspace, workspace) ||
-      overlap(call.b, span(p.b), call.workspace, workspace)) {
-    return mistake("the workspace overlaps a matrix");
-  }
-  if (o.epilogue == CUBLASLT_EPILOGUE_BIAS && !cuda_on_cpu::is_device_range(o.bias, p.d.rows * size_of(p.d.type))) {
+  if (p.bias_bytes() > 0 && !is_device_range(p.operation.bias, p.bias_bytes()))
     return mistake("the bias is not inside device memory");
-  }
   return CUBLAS_STATUS_SUCCESS;
 }
 
 uint32_t alignment_of(const void* address) {
   uint32_t alignment = 256;
-  while (!address_multiple(address, alignment)) alignment /= 2;
+  while (!is_aligned(address, alignment)) alignment /= 2;
   return alignment;
 }
 
@@ -254,8 +230,8 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t matmulDesc, c
     case CUBLASLT_MATMUL_DESC_EPILOGUE: return set(operation.epilogue, buf, sizeInBytes);
     case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return set(operation.bias, buf, sizeInBytes);
     case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return set(operation.bias_type, buf, sizeInBytes);
+    default: return CUBLAS_STATUS_INVALID_VALUE;
   }
-  return CUBLAS_STATUS_INVALID_VALUE;
 }
 
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* pref) {
@@ -281,8 +257,8 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES: return set(preference.align_b, buf, sizeInBytes);
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: return set(preference.align_c, buf, sizeInBytes);
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES: return set(preference.align_d, buf, sizeInBytes);
+    default: return CUBLAS_STATUS_INVALID_VALUE;
   }
-  return CUBLAS_STATUS_INVALID_VALUE;
 }
 
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t operationDesc,
@@ -297,7 +273,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t lightHandle, cubl
     return CUBLAS_STATUS_INVALID_VALUE;
   }
   *returnAlgoCount = 0;
-  if (std::getenv("CUDA_ON_CPU_NO_ALGORITHM")) return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (std::getenv("FAKE_CUBLASLT_NO_ALGORITHM")) return CUBLAS_STATUS_NOT_SUPPORTED;
   const Product product = {of(operationDesc), of(Adesc), of(Bdesc), of(Ddesc)};
   const cublasStatus_t status = check_product(product, of(Cdesc));
   if (status != CUBLAS_STATUS_SUCCESS) return status;
@@ -351,7 +327,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t
                .b = B,
                .d = D,
                .workspace = workspace,
-               .wasted_microseconds = 0};
+               .wasted_microseconds = wasted_time(*algo),
+               .is_wrong = false};
   if (C != D) return mistake("only in place (C == D) on the CPU");
   const Product& product = call.product;
   const cublasStatus_t status = check_product(product, of(Cdesc));
@@ -363,11 +340,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t lightHandle, cublasLtMatmulDesc_t
   }
   if (algorithm->workspace > workspaceSizeInBytes) return CUBLAS_STATUS_INVALID_VALUE;
   call.algorithm = *algorithm;
-  call.wasted_microseconds = wasted_time(*algo);
-  const char* const wrong = std::getenv("CUDA_ON_CPU_WRONG_ALGORITHMS");
+  const char* const wrong = std::getenv("FAKE_CUBLASLT_WRONG_ALGORITHMS");
   call.is_wrong = wrong && algo->data[4] < std::strtoull(wrong, nullptr, 10);
   const cublasStatus_t memory = check_memory(call);
   if (memory != CUBLAS_STATUS_SUCCESS) return memory;
-  const cudaError_t enqueued = cuda_on_cpu::enqueue(stream, "cublasLtMatmul", [call] { call.run(); });
-  return enqueued == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+  return enqueue(stream, [call] { call.run(); }) == cudaSuccess ? CUBLAS_STATUS_SUCCESS
+                                                                : CUBLAS_STATUS_EXECUTION_FAILED;
 }

@@ -7,7 +7,7 @@
 SHIM         := $(BUILD)/cuda_on_cpu
 SANITIZED    := $(BUILD)/cuda_on_cpu_sanitized
 SHIM_KERNELS := $(filter-out kernels/cuda/cublaslt_library.cu,$(wildcard kernels/cuda/*.cu))
-SHIM_OBJECTS := $(SHIM_KERNELS:%.cu=%.o) $(patsubst %.cpp,%.o,$(filter-out tests/cuda_on_cpu/test_%,$(wildcard tests/cuda_on_cpu/*.cpp)))
+SHIM_OBJECTS := $(SHIM_KERNELS:%.cu=%.o) $(patsubst %.cpp,%.o,$(filter-out tests/cuda_on_cpu/test_%,$(wildcard tests/cuda_on_cpu/*.cpp tests/cublaslt/*.cpp)))
 
 matching      = $(if $(2),$(shell grep -lE '$(1)' $(2)))
 ON_BACKENDS  := $(call matching,"tests/(backends|fake_model|gpt2_bench|training_run)\.h",$(TEST_SOURCES))
