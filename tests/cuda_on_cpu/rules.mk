@@ -24,7 +24,9 @@ SHIM_FLAGS  := $(filter-out -O3 -I.,$(CXXFLAGS)) -Wno-unknown-pragmas $(if $(fin
                -Itests/cuda_on_cpu/include -I.
 SHIM_LDLIBS := -lboost_context $(GTEST) $(LDLIBS)
 $(SHIM)/%.o: OPTIMIZE := -O2
-$(SANITIZED)/%.o: OPTIMIZE := -Og -fsanitize=address,undefined -fno-omit-frame-pointer
+SANITIZE_SHIM := -fsanitize=address,undefined -fno-omit-frame-pointer
+$(SANITIZED)/%.o: OPTIMIZE := -Og $(SANITIZE_SHIM)
+$(SANITIZED)/tests/%.o: OPTIMIZE := -O2 $(SANITIZE_SHIM)
 
 # Both trees of objects, from .cu and .cpp alike.
 define COMPILE_FOR_SHIM

@@ -59,32 +59,6 @@ TEST_F(ShimMistakes, MissingBlockBarrier) {
   EXPECT_GE(wrong(reverse_kernel<true, false>), 10);
 }
 
-// Two reductions that use the same shared memory; block_sum() without its first barrier.
-template <bool kBarrier>
-__global__ void two_sums_kernel(int* out) {
-  int* const shared = shared_memory<int>();
-  int total = 0;
-  for (int round = 0; round < 2; ++round) {
-    const int sum = warp_sum(round + 1);
-    if (kBarrier) __syncthreads();
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
-    __syncthreads();
-    for (int i = 0; i < 4; ++i) total += shared[i];
-  }
-  out[threadIdx.x] = total;
-}
-
-TEST_F(ShimMistakes, SharedMemoryReusedTooEarly) {
-  DeviceBuffer<int> out(128);
-  const std::vector<int> expected(128, 128 + 256);
-  const auto wrong = [&](void (*kernel)(int*)) {
-    return wrong_results(out, expected,
-                         [&] { launch("two_sums", kernel, {.block = 128, .shared_bytes = 16}, out.data()); });
-  };
-  EXPECT_EQ(wrong(two_sums_kernel<true>), 0);
-  EXPECT_GE(wrong(two_sums_kernel<false>), 10);
-}
-
 template <bool kSync>
 __global__ void neighbour_kernel(int* out) {
   int* const shared = shared_memory<int>();

@@ -6,8 +6,6 @@
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
-#include "tests/cuda_on_cpu/report.h"
-#include "tests/cuda_on_cpu/stream.h"
 #include "tests/cuda_on_cpu/test_buffer.h"
 
 namespace {
@@ -145,18 +143,6 @@ TEST_F(ShimStreams, EventsMeasureTime) {
   cudaStreamSynchronize(compute_);
   EXPECT_EQ(cudaEventElapsedTime(&milliseconds, event_, event2_), cudaSuccess);
   EXPECT_GE(milliseconds, 0);
-}
-
-TEST_F(ShimStreams, LibrariesEnqueueWorkOfTheirOwn) {
-  DeviceBuffer<int> x(std::vector<int>(8, 3));
-  int* const memory = x.data();
-  add(memory, memory, 4, compute_);
-  EXPECT_EQ(cuda_on_cpu::enqueue(compute_, "twice", [memory] { memory[5] *= 2; }), cudaSuccess);
-  EXPECT_EQ(x.read(), (std::vector<int>{7, 7, 7, 7, 7, 14, 7, 7}));
-  EXPECT_TRUE(cuda_on_cpu::is_device_range(memory + 7, 4));
-  EXPECT_FALSE(cuda_on_cpu::is_device_range(memory + 7, 5));
-  EXPECT_TRUE(cuda_on_cpu::is_pinned(pinned_));
-  EXPECT_FALSE(cuda_on_cpu::is_pinned(this));
 }
 
 // ---- copies
@@ -380,17 +366,6 @@ TEST_F(ShimStreams, NoDevice) {
               "no CUDA-capable device is detected");
   EXPECT_EXIT(check_missing_device("CUDA_ON_CPU_DRIVER_TOO_OLD", "1", cudaErrorInsufficientDriver),
               testing::ExitedWithCode(0), "driver version is insufficient");
-}
-
-TEST_F(ShimStreams, TheDevice) {
-  int device = -1;
-  cudaDeviceProp properties;
-  ASSERT_EQ(cudaGetDevice(&device), cudaSuccess);
-  ASSERT_EQ(cudaGetDeviceProperties(&properties, device), cudaSuccess);
-  EXPECT_STREQ(properties.name, "CUDA on CPU");
-  EXPECT_EQ(properties.major * 10 + properties.minor, static_cast<int>(cuda_on_cpu::setting("CUDA_ON_CPU_ARCH", 90)));
-  EXPECT_EQ(cudaSetDevice(1), cudaErrorInvalidDevice);
-  EXPECT_EQ(cudaGetLastError(), cudaErrorInvalidDevice);
 }
 
 }  // namespace
