@@ -104,9 +104,9 @@ class ModelCases : CaseList {
         add("attention_backward", shape, [=](Inputs& in) {
           const Tensor out = in.empty(kBF16, {B, T, width}), lse = in.empty(kF32, {B, heads, T});
           const Tensor qkv = in.normal(kBF16, {B, T, 3 * width}), dqkv = in.empty(kBF16, {B, T, 3 * width});
-          const Tensor dout = in.normal(kBF16, {B, T, width});
+          const Tensor dout = in.normal(kBF16, {B, T, width}), dbias = in.empty(kF32, {3 * width});
           in.backend.attention_forward(out, lse, qkv, NH);
-          return Call{[=, &in] { in.backend.attention_backward(dqkv, dout, out, lse, qkv, NH); }};
+          return Call{[=, &in] { in.backend.attention_backward(dqkv, dbias, dout, out, lse, qkv, NH, false); }};
         });
       }
     }

@@ -120,9 +120,9 @@ void add_model() {
     const Tensor out = b.tensor({kBatch, kSequence, kChannels}), lse = b.tensor({kBatch, kHeads, kSequence});
     const Tensor qkv = b.tensor({kBatch, kSequence, 3 * kChannels}),
                  dqkv = b.tensor({kBatch, kSequence, 3 * kChannels});
-    const Tensor dout = b.tensor({kBatch, kSequence, kChannels});
+    const Tensor dout = b.tensor({kBatch, kSequence, kChannels}), dbias = b.tensor({3 * kChannels});
     b.backend.attention_forward(out, lse, qkv, kHeads);
-    return [=, &b] { b.backend.attention_backward(dqkv, dout, out, lse, qkv, kHeads); };
+    return [=, &b] { b.backend.attention_backward(dqkv, dbias, dout, out, lse, qkv, kHeads, false); };
   });
   add("layernorm/residual_forward", [=](Bench& b) {
     const Tensor r = b.tensor({T, C}), out = b.tensor({T, C}), x = b.tensor({T, C}), y = b.tensor({T, C});

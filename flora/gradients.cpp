@@ -1,20 +1,55 @@
-// gradients.cpp: see gradients.h. First what a step does with a gradient, then sums and their memory.
+// gradients.cpp: what a step does with a gradient; see gradients.h. What is kept of it, and where, is in
+// gradient_sums.cpp.
 #include "flora/gradients.h"
 
 #include <algorithm>
-#include <map>
 #include <stdexcept>
 
-namespace {
-
-// Where a parameter's gradient is alive within a micro-batch: a block's in the backward pass, those outside the blocks
-// from the head on, but for an embedding that has no part in the head.
-uint32_t gradient_phases(const Parameter& parameter) {
-  if (parameter.layer >= 0 || (parameter.embedding && !parameter.long_lived)) return kPhaseBackward;
-  return kPhaseHead | kPhaseBackward;
+Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, ParameterStore& store, Backend& backend,
+                     Communicator& communicator)
+    : config_(config),
+      optimizer_(optimizer),
+      store_(store),
+      backend_(backend),
+      communicator_(communicator),
+      matrices_{{"gradient.matrix", config.gradient_dtype, 0, Category::kGradients},
+                {"gradient.second_matrix", config.gradient_dtype, 0, Category::kGradients}},
+      vectors_{{"gradient.vectors", config.gradient_dtype, 0, Category::kGradients},
+               {"gradient.second_vectors", config.gradient_dtype, 0, Category::kGradients}},
+      top_vectors_("gradient.top_vectors", config.gradient_dtype, 0, Category::kGradients),
+      rows_("gradient.rows", DType::kF32, kPhaseBackward, Category::kGradients),
+      projection_("gradient.projection", config.projection_dtype.value_or(config.gradient_dtype), 0),
+      projected_("gradient.projected", DType::kF32, 0) {
+  const bool fused = config.kind == GradientMode::kFused;
+  if (config.micro_batches < 1) throw std::invalid_argument("a step has at least one micro-batch");
+  if (config.blocks != GradientBlocks::kWhole && (!fused || config.micro_batches > 1))
+    throw std::invalid_argument("gradients in blocks need fused updates and one micro-batch");
+  if (config.beside && (!fused || config.blocks != GradientBlocks::kWhole || config.layer_by_layer || shared()))
+    throw std::invalid_argument("updates beside the backward pass are fused, of whole gradients, and of one rank");
+  if (config.beside) {
+    for (auto& turns : in_use_)
+      for (InUse& buffer : turns) buffer.done_event = backend.create_event();
+    given_event_ = backend.create_event();
+    updated_event_ = backend.create_event();
+  }
+  if (config.kind == GradientMode::kCompressed && config.accumulation_rank <= 0)
+    throw std::invalid_argument("compressed gradients need an accumulation rank");
+  require_indexed(store.parameters());
+  for (const Parameter& parameter : store.parameters()) {
+    Entry e;
+    e.parameter = parameter;
+    e.keep = keep(parameter);
+    // A long-lived gradient is summed in fp32 in place, so only others need a buffer in front of a bf16 sum.
+    const bool rounded_sum = config.micro_batches > 1 && sum_dtype(parameter) == DType::kBF16;
+    e.buffered = e.keep != Keep::kSum || rounded_sum;
+    entries_.push_back(e);
+    const size_t layer = static_cast<size_t>(parameter.layer + 1);
+    if (layers_.size() <= layer) layers_.resize(layer + 1);
+    layers_[layer].parameters += wants_blocks(parameter) ? 0 : 1;
+    layers_[layer].vectors += parameter.matrix ? 0 : 1;
+  }
+  reserve_buffers();
 }
-
-}  // namespace
 
 // ---- a step
 
@@ -335,215 +370,4 @@ void Gradients::clip(std::span<const Tensor> gradients) {
 void Gradients::gate_on_sums() {
   for (const Entry& e : entries_) backend_.sum_squares(sum_squares_, sum_of(e), &e != entries_.data());
   backend_.gate_on_finite(scalars_, sum_squares_);
-}
-
-// ---- sums over micro-batches
-
-// The gradient of this micro-batch is complete: it is added to the sum, unless it was written in its place.
-void Gradients::add_to_sum(Entry& e) {
-  if (e.keep == Keep::kProjectedSum) {
-    const Compression shape = compression(e);
-    const Tensor p = projection(e);
-    if (e.sum.dtype == DType::kF32) {
-      project_down(backend_, e.sum, buffer_of(e), p, shape, e.sum_written);
-    } else {
-      const Tensor projected = projected_.tensor({shape.compressed_rows(), shape.compressed_cols()});
-      project_down(backend_, projected, buffer_of(e), p, shape, false);
-      add_rounded(e, projected);
-    }
-  } else if (e.buffered) {
-    add_rounded(e, buffer_of(e));
-  }
-  e.sum_written = true;
-  e.buffer_written = false;
-}
-
-// sum (+)= added, rounded stochastically in bf16.
-void Gradients::add_rounded(Entry& e, Tensor added) {
-  const Tensor sum = sum_of(e);
-  if (!e.sum_written) backend_.fill(sum.data, 0, sum.bytes());
-  backend_.accumulate(sum, added,
-                      {.seed = config_.seed, .purpose = RandomPurpose::kGradientRounding, .tensor = e.parameter.hash()},
-                      &scalars_->rounding_counter);
-}
-
-// In the last micro-batch, where the gradient is used at once: the whole gradient of the step, which is the full sum,
-// or the buffer, to which a projected sum of those before is added.
-Tensor Gradients::complete(Entry& e) {
-  if (e.keep == Keep::kSum) {
-    add_to_sum(e);
-    return sum_of(e);
-  }
-  const Tensor buffer = buffer_of(e);
-  e.buffer_written = false;
-  if (e.keep == Keep::kProjectedSum && e.sum_written) decode_sum(e, buffer, true);
-  return buffer;
-}
-
-// After the last micro-batch: the whole gradient of the step; a projected sum is decompressed into the buffer and valid
-// until the next call.
-Tensor Gradients::whole(Entry& e) {
-  if (e.keep == Keep::kSum) return sum_of(e);
-  const Tensor buffer = buffer_of(e);
-  decode_sum(e, buffer, false);
-  return buffer;
-}
-
-// A projected sum back to the size it had: the sum, on average, because it is added to what was never projected and has
-// the scale of a gradient for optimizers and for clipping.
-void Gradients::decode_sum(const Entry& e, Tensor out, bool accumulate) {
-  const Compression shape = compression(e);
-  const Tensor p = projection(e);
-  Tensor sum = e.sum;
-  if (p.dtype == DType::kF32 && sum.dtype != DType::kF32) {  // else both would meet in bf16: another projection
-    sum = projected_.tensor({shape.compressed_rows(), shape.compressed_cols()});
-    backend_.convert(sum, e.sum);
-  }
-  project_up(backend_, out, sum, p, shape, unbiased_factor(config_.projection, shape), accumulate);
-}
-
-// The accumulation projection of step t, into the scratch: purpose 3, index t.
-Tensor Gradients::projection(const Entry& e) {
-  const Compression shape = compression(e);
-  const Tensor p = projection_.tensor({shape.rank, shape.dimension()});
-  const RandomKey key{
-      .seed = config_.seed, .purpose = RandomPurpose::kAccumulationProjection, .tensor = e.parameter.hash()};
-  backend_.generate_projection(p, config_.projection, key, &scalars_->step);
-  return p;
-}
-
-// ---- memory
-
-Gradients::Gradients(const GradientConfig& config, Optimizer& optimizer, ParameterStore& store, Backend& backend,
-                     Communicator& communicator)
-    : config_(config),
-      optimizer_(optimizer),
-      store_(store),
-      backend_(backend),
-      communicator_(communicator),
-      matrices_{{"gradient.matrix", config.gradient_dtype, 0, Category::kGradients},
-                {"gradient.second_matrix", config.gradient_dtype, 0, Category::kGradients}},
-      vectors_{{"gradient.vectors", config.gradient_dtype, 0, Category::kGradients},
-               {"gradient.second_vectors", config.gradient_dtype, 0, Category::kGradients}},
-      top_vectors_("gradient.top_vectors", config.gradient_dtype, 0, Category::kGradients),
-      rows_("gradient.rows", DType::kF32, kPhaseBackward, Category::kGradients),
-      projection_("gradient.projection", config.projection_dtype.value_or(config.gradient_dtype), 0),
-      projected_("gradient.projected", DType::kF32, 0) {
-  const bool fused = config.kind == GradientMode::kFused;
-  if (config.micro_batches < 1) throw std::invalid_argument("a step has at least one micro-batch");
-  if (config.blocks != GradientBlocks::kWhole && (!fused || config.micro_batches > 1))
-    throw std::invalid_argument("gradients in blocks need fused updates and one micro-batch");
-  if (config.beside && (!fused || config.blocks != GradientBlocks::kWhole || config.layer_by_layer || shared()))
-    throw std::invalid_argument("updates beside the backward pass are fused, of whole gradients, and of one rank");
-  if (config.beside) {
-    for (auto& turns : in_use_)
-      for (InUse& buffer : turns) buffer.done_event = backend.create_event();
-    given_event_ = backend.create_event();
-    updated_event_ = backend.create_event();
-  }
-  if (config.kind == GradientMode::kCompressed && config.accumulation_rank <= 0)
-    throw std::invalid_argument("compressed gradients need an accumulation rank");
-  require_indexed(store.parameters());
-  for (const Parameter& parameter : store.parameters()) {
-    Entry e;
-    e.parameter = parameter;
-    e.keep = keep(parameter);
-    // A long-lived gradient is summed in fp32 in place, so only others need a buffer in front of a bf16 sum.
-    const bool rounded_sum = config.micro_batches > 1 && sum_dtype(parameter) == DType::kBF16;
-    e.buffered = e.keep != Keep::kSum || rounded_sum;
-    entries_.push_back(e);
-    const size_t layer = static_cast<size_t>(parameter.layer + 1);
-    if (layers_.size() <= layer) layers_.resize(layer + 1);
-    layers_[layer].parameters += wants_blocks(parameter) ? 0 : 1;
-    layers_[layer].vectors += parameter.matrix ? 0 : 1;
-  }
-  reserve_buffers();
-}
-
-Gradients::Keep Gradients::keep(const Parameter& parameter) const {
-  if (config_.kind == GradientMode::kFused && config_.micro_batches == 1) return Keep::kNothing;
-  const bool projected =
-      config_.kind != GradientMode::kDense &&
-      is_compressed(parameter, config_.accumulation_rank, config_.compress_embeddings, config_.projection);
-  return projected ? Keep::kProjectedSum : Keep::kSum;
-}
-
-// Of a full sum.
-DType Gradients::sum_dtype(const Parameter& parameter) const {
-  if (parameter.long_lived) return DType::kF32;
-  return config_.micro_batches > 1 ? config_.accumulation_dtype : config_.gradient_dtype;
-}
-
-// Sums of several micro-batches live through the next forward pass; of a single one, until the update.
-uint32_t Gradients::sum_phases(const Parameter& parameter) const {
-  return config_.micro_batches > 1 ? static_cast<uint32_t>(kPhaseAlways) : gradient_phases(parameter) | kPhaseUpdate;
-}
-
-// Buffers are used by the backward pass, and again where the updates come later: they decompress, or what is in them
-// has been under way.
-uint32_t Gradients::buffer_phases(const Parameter& parameter) const {
-  const bool later = config_.kind == GradientMode::kCompressed || (config_.kind == GradientMode::kFused && shared());
-  return gradient_phases(parameter) | (later ? static_cast<uint32_t>(kPhaseUpdate) : 0);
-}
-
-void Gradients::reserve_buffers() {
-  constexpr int64_t kVectorAlignment = 64;  // elements
-  const int turns = two_buffers() ? 2 : 1;
-  std::map<int, int64_t> vectors;  // elements by layer
-  for (Entry& e : entries_) {
-    const Parameter& p = e.parameter;
-    const uint32_t phases = buffer_phases(p);
-    if (e.keep == Keep::kProjectedSum) {
-      const Compression shape = compression(e);
-      projection_.reserve(shape.projection_elements(), phases);
-      if (config_.accumulation_dtype != DType::kF32) projected_.reserve(shape.compressed_elements(), phases);
-    }
-    if (!e.buffered) continue;
-    const int64_t block = block_rows(p) * p.cols;
-    if (p.long_lived) {
-      rows_.reserve(block);
-    } else if (p.matrix) {
-      for (int turn = 0; turn < (turns > 1 && block == 0 ? 2 : 1); ++turn)
-        matrices_[turn].reserve(block > 0 ? block : p.padded_elements(), phases);
-    } else {
-      int64_t& used = vectors[p.layer];
-      e.vector_offset = used;
-      used += (p.elements() + kVectorAlignment - 1) / kVectorAlignment * kVectorAlignment;
-      if (p.layer < 0) top_vectors_.reserve(used, phases);
-      for (int turn = 0; p.layer >= 0 && turn < turns; ++turn) vectors_[turn].reserve(used, phases);
-    }
-  }
-}
-
-void Gradients::declare(MemoryPlan& plan) {
-  constexpr Category kGradients = Category::kGradients;
-  for (Entry& e : entries_) {
-    const Parameter& p = e.parameter;
-    if (e.keep == Keep::kSum)
-      plan.add(&e.sum, p.name + ".gradient", kGradients, sum_dtype(p), {p.padded_rows, p.cols}, sum_phases(p));
-    if (e.keep == Keep::kProjectedSum)
-      plan.add(&e.sum, p.name + ".accumulator", kGradients, config_.accumulation_dtype,
-               {compression(e).compressed_rows(), compression(e).compressed_cols()}, sum_phases(p));
-    if (e.buffered && p.long_lived && !wants_blocks(p))
-      plan.add(&e.buffer, p.name + ".gradient", kGradients, DType::kF32, {p.padded_rows, p.cols}, buffer_phases(p));
-  }
-  for (Scratch* shared :
-       {&matrices_[0], &matrices_[1], &rows_, &vectors_[0], &vectors_[1], &top_vectors_, &projection_, &projected_})
-    shared->declare(plan);
-  plan.add(&squares_, "gradient.squares", Category::kWorkspace, DType::kF32, {1});
-  if (config_.kind == GradientMode::kCompressed)
-    plan.add(&sum_squares_, "gradient.sum_squares", Category::kWorkspace, DType::kF32, {1});
-}
-
-Tensor Gradients::buffer_of(const Entry& e) const {
-  const Parameter& p = e.parameter;
-  const DType dtype = config_.gradient_dtype;
-  if (p.long_lived) return wants_blocks(p) ? p.tensor(rows_.data(), DType::kF32) : p.tensor(e.buffer);
-  if (p.matrix) return p.tensor(matrices_[e.turn].data(), dtype);
-  char* const vectors = static_cast<char*>((p.layer < 0 ? top_vectors_ : vectors_[e.turn]).data());
-  return p.tensor(vectors + static_cast<size_t>(e.vector_offset) * dtype_size(dtype), dtype);
-}
-
-Tensor Gradients::sum_of(const Entry& e) const {
-  return e.keep == Keep::kProjectedSum ? e.sum : e.parameter.tensor(e.sum);
 }

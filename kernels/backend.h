@@ -262,8 +262,9 @@ class Backend {
   virtual void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) = 0;
   // The last token's row of it alone, for one sequence whose projections are kept: out [C], qkv [T,3C].
   virtual void attention_decode(Tensor out, Tensor qkv, int heads) = 0;
-  // dqkv [B,T,3C] is overwritten.
-  virtual void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) = 0;
+  // dqkv [B,T,3C] is overwritten, dbias[3C] (+)= its sums over the tokens, as it is stored.
+  virtual void attention_backward(Tensor dqkv, Tensor dbias, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads,
+                                  bool accumulate) = 0;
 
   // One chunk of tokens through softmax and cross-entropy. logits [n, Vp], only the first `vocabulary` columns count;
   // targets [n] int32, losses [n] fp32: losses[i] = -log softmax(logits[i])[targets[i]]. With write_gradient the logits

@@ -87,11 +87,11 @@ class CheckBench {
     return static_cast<StepScalars*>(memory);
   }
 
-  // One row of a result.
-  std::vector<double> read(const Tensor& t, int64_t row) const {
-    const size_t count = static_cast<size_t>(t.cols()), size = dtype_size(t.dtype);
+  // One row of a result, or several, one after another.
+  std::vector<double> read(const Tensor& t, int64_t row, int64_t rows = 1) const {
+    const size_t count = static_cast<size_t>(rows * t.cols()), size = dtype_size(t.dtype);
     std::vector<char> bytes(count * size);
-    backend_.copy(bytes.data(), static_cast<char*>(t.data) + static_cast<size_t>(row) * bytes.size(), bytes.size());
+    backend_.copy(bytes.data(), static_cast<char*>(t.data) + static_cast<size_t>(row * t.cols()) * size, bytes.size());
     backend_.synchronize();
     std::vector<double> out(count);
     for (size_t i = 0; i < count; ++i) {

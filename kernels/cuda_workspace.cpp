@@ -15,9 +15,11 @@ size_t reduction_scratch_bytes(const KernelShapes& shapes) {
   return std::max({layernorm, bias, kMostTogether * static_cast<size_t>(kMaxSumBlocks) * sizeof(double)});
 }
 
-// Of the backward pass: dout . out of each row of each head.
+// Of the backward pass: the sums of each tile's columns, and dout . out of each row of each head.
 size_t attention_scratch_bytes(const KernelShapes& shapes) {
-  return static_cast<size_t>(shapes.batch * shapes.heads * shapes.sequence) * sizeof(float);
+  const int64_t head_dim = shapes.channels / std::max<int64_t>(shapes.heads, 1);
+  const int64_t sums = tile_sum_floats(shapes.batch, shapes.sequence, shapes.channels, head_dim);
+  return static_cast<size_t>(sums + shapes.batch * shapes.heads * shapes.sequence) * sizeof(float);
 }
 
 // Factored statistics of every matrix of a GPT-2 at once; a wider one goes through the same scratch range by range.
@@ -48,8 +50,8 @@ std::string cuda_refuses(int64_t channels, int64_t heads) {
 }
 
 SquaresTiling::SquaresTiling(int64_t rows, int64_t cols) : rows(rows), cols(cols), tiles(divide_up(cols, kCols)) {
-  constexpr int64_t kTiles = 1024;
-  chunk = std::max<int64_t>(1, divide_up(rows * tiles, kTiles * kRowsUnderWay)) * kRowsUnderWay;
+  static_assert(kMostChunks < kArrivalCounters);
+  chunk = std::max<int64_t>(1, divide_up(rows * tiles, kMostChunks * kRowsUnderWay)) * kRowsUnderWay;
   chunks = divide_up(rows, chunk);
 }
 
@@ -58,10 +60,11 @@ int64_t SquaresTiling::range_bytes(int64_t range) const {
 }
 
 int64_t SquaresTiling::finish_bytes() const {
-  return 2 * static_cast<int64_t>(sizeof(double)) * divide_up(rows, kFinishRows);
+  return 2 * static_cast<int64_t>(sizeof(double)) * divide_up(rows, kSumRows);
 }
 
 size_t cuda_workspace_bytes(const KernelShapes& shapes) {
-  return kArrivalBytes + std::max({kCublasWorkspaceBytes, reduction_scratch_bytes(shapes),
+  const size_t scratch = std::max({kCublasWorkspaceBytes, reduction_scratch_bytes(shapes),
                                    attention_scratch_bytes(shapes), optimizer_scratch_bytes(shapes)});
+  return (scratch + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment + kArrivalBytes;
 }

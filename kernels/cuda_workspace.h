@@ -23,15 +23,27 @@ inline constexpr int64_t kMaxBiasChunks = 128;  // chunks of rows; cols is up to
 // read once: each time 3% of what the pass over 16K rows in bf16 moves.
 inline constexpr int64_t kMaxLayerNormChunks = 512;
 
-// Behind the scratch of every stream: the counter of arrivals.cuh, zero between launches.
-inline constexpr size_t kArrivalBytes = 256;
+// Rows of a tile of dQ, dK or dV in attention's plain kernels; the tensor-core ones have no smaller tiles.
+constexpr int plain_gradient_rows(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 32 : 16; }
+// Sums of the columns of each tile, [B, tiles, 3 C] fp32, whichever kernels leave them: at a head of 64 written once
+// and read once, each time 3% of dQ, dK and dV in bf16.
+inline int64_t tile_sum_floats(int64_t batch, int64_t sequence, int64_t channels, int64_t head_dim) {
+  return batch * divide_up(sequence, plain_gradient_rows(head_dim)) * 3 * channels;
+}
+
+// Behind the scratch of every stream, which is of whole kScratchAlignment bytes: the counters of arrivals.cuh, zero
+// between launches.
+inline constexpr size_t kScratchAlignment = 256;
+inline constexpr int64_t kArrivalCounters = 2048;
+inline constexpr size_t kArrivalBytes = static_cast<size_t>(kArrivalCounters) * sizeof(unsigned);
 
 // How the squares of a matrix are added (kernels/cuda/factored_moment.cu): tiles of `chunk` rows and kCols columns,
-// about 1024 of them. Depends on the matrix's size alone.
+// about kMostChunks of them. Depends on the matrix's size alone.
 struct SquaresTiling {
-  static constexpr int kCols = 256;         // of a tile
-  static constexpr int kRowsUnderWay = 32;  // of a thread block; `chunk` is a multiple
-  static constexpr int kFinishRows = 256;   // rows whose states are added by one thread block
+  static constexpr int kCols = 256;             // of a tile
+  static constexpr int kRowsUnderWay = 32;      // of a thread block; `chunk` is a multiple
+  static constexpr int kSumRows = 32;           // rows whose states are added to one double
+  static constexpr int64_t kMostChunks = 1024;  // where a row has one tile
 
   int64_t rows, cols;
   int64_t chunk;   // rows of a tile

@@ -44,12 +44,14 @@ double last_query_bytes(const Tensor& out, const Tensor& qkv) {
   return static_cast<double>(read + out.bytes());
 }
 
-AttentionShape check_attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
-                                        const Tensor& qkv, int heads) {
+AttentionShape check_attention_backward(const Tensor& dqkv, const Tensor& dbias, const Tensor& dout, const Tensor& out,
+                                        const Tensor& lse, const Tensor& qkv, int heads) {
   const AttentionShape s = check_attention_forward(out, lse, qkv, heads);
   require_elements(dqkv, qkv.elements(), "attention: dqkv");
   require_elements(dout, out.elements(), "attention: dout");
   require(dqkv.dtype == dout.dtype, "attention: dqkv and dout have one dtype");
+  require_elements(dbias, 3 * s.channels, "attention: dbias [3C]");
+  require(is_floating(dbias), "attention: dbias is fp32 or bf16");
   return s;
 }
 

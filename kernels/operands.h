@@ -33,8 +33,8 @@ AttentionShape check_attention_forward(const Tensor& out, const Tensor& lse, con
 AttentionShape check_attention_decode(const Tensor& out, const Tensor& qkv, int heads);
 // Bytes that attention_decode() must move: all keys and values, one query, one row of the result.
 double last_query_bytes(const Tensor& out, const Tensor& qkv);
-AttentionShape check_attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
-                                        const Tensor& qkv, int heads);
+AttentionShape check_attention_backward(const Tensor& dqkv, const Tensor& dbias, const Tensor& dout, const Tensor& out,
+                                        const Tensor& lse, const Tensor& qkv, int heads);
 
 void check_classifier(const Tensor& losses, const Tensor& logits, const Tensor& targets, int64_t vocabulary,
                       const Tensor& lse = {});

@@ -88,6 +88,25 @@ struct HeadFormula {
   }
 };
 
+// Some columns of a contiguous matrix on the device, against the sums of them that it should have come with.
+void compare_sums(Comparison& comparison, const CheckBench& bench, const Tensor& matrix, const Tensor& sums) {
+  constexpr int64_t kRowsAtOnce = 64;
+  const std::vector<int64_t> columns = spread(matrix.cols(), 64);
+  std::vector<double> expected(columns.size()), squares(columns.size());
+  for (int64_t row = 0; row < matrix.rows(); row += kRowsAtOnce) {
+    const std::vector<double> some = bench.read(matrix, row, std::min(kRowsAtOnce, matrix.rows() - row));
+    for (size_t first = 0; first < some.size(); first += static_cast<size_t>(matrix.cols())) {
+      for (size_t j = 0; j < columns.size(); ++j) {
+        const double x = some[first + static_cast<size_t>(columns[j])];
+        expected[j] += x, squares[j] += x * x;
+      }
+    }
+  }
+  const std::vector<double> result = bench.read(sums, 0);
+  for (size_t j = 0; j < columns.size(); ++j)
+    comparison.add(result[static_cast<size_t>(columns[j])], expected[j], std::sqrt(squares[j]));
+}
+
 }  // namespace
 
 // What whole heads come to. P and dS are kept, [T,T] in fp32, so that rows and columns can be added up in parallel.
@@ -100,9 +119,14 @@ Difference attention_difference(Backend& backend, const CheckShapes& s, bool bac
   backend.attention_forward(out, lse, qkv.tensor.view({B, T, 3 * C}), heads);
   const RandomMatrix dout = bench.normal(s.activations, backward ? B * T : 1, C);
   const Tensor result = backward ? bench.poisoned(s.activations, {B, T, 3 * C}) : out;
-  if (backward)
-    backend.attention_backward(result, dout.tensor.view({B, T, C}), out, lse, qkv.tensor.view({B, T, 3 * C}), heads);
   Comparison comparison;
+  if (backward) {
+    const Tensor dbias = bench.poisoned(s.gradients, {3 * C});
+    backend.attention_backward(result, dbias, dout.tensor.view({B, T, C}), out, lse, qkv.tensor.view({B, T, 3 * C}),
+                               heads, false);
+    compare_sums(comparison, bench, result, dbias);
+    comparison.require(bench.all_finite(dbias));
+  }
   for (const Head& head : some_heads(s)) {
     const int64_t column = head.index * HD, first = head.batch * T;
     const HeadFormula formula(tokens_of(qkv, s, head, column, HD), tokens_of(qkv, s, head, C + column, HD),

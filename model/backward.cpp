@@ -64,8 +64,11 @@ void Gpt2::backward_block(int64_t index, GradientSink& sink) {
   norm_backward(sink, layer.ln2_weight, layer.ln2_bias, d_branch, a.x2, a.mean2, a.rstd2);
 
   linear_backward(sink, layer.proj_weight, layer.proj_bias, d_branch, a.att, d_residual);
-  backend_.attention_backward(d_qkv, d_branch, a.att, a.lse, a.qkv, static_cast<int>(config_.heads));
-  linear_backward(sink, layer.qkv_weight, layer.qkv_bias, d_branch, a.ln1, d_qkv);
+  const GradientSink::Target d_qkv_bias = sink.target(layer.qkv_bias);
+  backend_.attention_backward(d_qkv, d_qkv_bias.tensor, d_branch, a.att, a.lse, a.qkv, static_cast<int>(config_.heads),
+                              d_qkv_bias.accumulate);
+  product_backward(sink, layer.qkv_weight, d_branch, a.ln1, d_qkv);
+  sink.ready(layer.qkv_bias);
   norm_backward(sink, layer.ln1_weight, layer.ln1_bias, d_branch, a.x, a.mean1, a.rstd1);
 }
 

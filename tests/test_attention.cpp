@@ -110,7 +110,7 @@ class Attention : public OperationTest {};
 INSTANTIATE_OPERATION_TESTS(Attention);
 
 struct AttentionTensors {
-  Tensor qkv, dout, out, lse, dqkv;
+  Tensor qkv, dout, out, lse, dqkv, dbias;
 };
 
 AttentionTensors make_tensors(TestDevice& device, const Shape& s, DType activation, DType output, DType gradient,
@@ -119,15 +119,30 @@ AttentionTensors make_tensors(TestDevice& device, const Shape& s, DType activati
           .dout = device.random(2, gradient, {s.batch, s.sequence, s.channels()}),
           .out = device.poisoned(output, {s.batch, s.sequence, s.channels()}),
           .lse = device.poisoned(DType::kF32, {s.batch, s.heads, s.sequence}),
-          .dqkv = device.poisoned(gradient, {s.batch, s.sequence, 3 * s.channels()})};
+          .dqkv = device.poisoned(gradient, {s.batch, s.sequence, 3 * s.channels()}),
+          .dbias = device.poisoned(gradient, {3 * s.channels()})};
 }
 
 void run_forward(TestDevice& device, const Shape& s, const AttentionTensors& x) {
   device->attention_forward(x.out, x.lse, x.qkv, static_cast<int>(s.heads));
 }
 
-void run_backward(TestDevice& device, const Shape& s, const AttentionTensors& x) {
-  device->attention_backward(x.dqkv, x.dout, x.out, x.lse, x.qkv, static_cast<int>(s.heads));
+void run_backward(TestDevice& device, const Shape& s, const AttentionTensors& x, bool accumulate = false) {
+  device->attention_backward(x.dqkv, x.dbias, x.dout, x.out, x.lse, x.qkv, static_cast<int>(s.heads), accumulate);
+}
+
+// The bias's gradient is `before` and the sums of the columns of dqkv as it is stored, each by itself: those of K are
+// small, because what softmax gives to one key it takes from the others.
+void expect_sums(TestDevice& device, const AttentionTensors& x, Values before = {}) {
+  const Values result = device.read(x.dbias), gradient = device.read(x.dqkv);
+  Values sums = before.empty() ? Values(result.size()) : std::move(before), squares = sums;
+  for (double& square : squares) square *= square;
+  for (size_t i = 0; i < gradient.size(); ++i) {
+    sums[i % sums.size()] += gradient[i];
+    squares[i % sums.size()] += gradient[i] * gradient[i];
+  }
+  for (size_t j = 0; j < sums.size(); ++j)
+    EXPECT_NEAR(result[j], sums[j], tolerance(x.dbias.dtype) * (std::abs(sums[j]) + std::sqrt(squares[j]))) << j;
 }
 
 void expect_right(TestDevice& device, const Shape& s, const AttentionTensors& x, double allowed) {
@@ -137,6 +152,7 @@ void expect_right(TestDevice& device, const Shape& s, const AttentionTensors& x,
   EXPECT_LE(relative_error(device.read(x.lse), expected.lse), 1e-5);
   const Values gradient = device.read(x.dqkv), expected_gradient = reference_backward(s, device.read(x.dout), qkv);
   EXPECT_LE(relative_error(gradient, expected_gradient), allowed);
+  expect_sums(device, x);
   if (s.sequence == 1) return;               // dQ and dK of a softmax over one key are 0 but for rounding
   for (int which = 0; which < 3; ++which) {  // dV is large and would hide an error in dQ or dK
     Values part, expected_part;
@@ -159,6 +175,25 @@ TEST_P(Attention, ForwardAndBackward) {
     run_forward(device, s, x);
     run_backward(device, s, x);
     expect_right(device, s, x, tolerance(dtype()));
+  }
+}
+
+// Added to what is there, in the other dtype; tiles of several sequences.
+TEST_P(Attention, BiasGradientIsAdded) {
+  std::vector<Shape> shapes(std::begin(kShapes), std::end(kShapes));
+  shapes.push_back({3, 150, 2, 64});
+  shapes.push_back({3, 70, 1, 128});
+  const DType other = dtype() == DType::kF32 ? DType::kBF16 : DType::kF32;
+  for (const Shape& any : shapes) {
+    const Shape s = taken_by(backend(), any);
+    SCOPED_TRACE(describe(s));
+    TestDevice device(backend());
+    AttentionTensors x = make_tensors(device, s, dtype(), dtype(), dtype(), 1.3);
+    x.dbias = device.random(3, other, {3 * s.channels()}, 2);
+    const Values before = device.read(x.dbias);
+    run_forward(device, s, x);
+    run_backward(device, s, x, true);
+    expect_sums(device, x, before);
   }
 }
 
@@ -326,8 +361,9 @@ TEST_P(Attention, WrongShapes) {
   EXPECT_THROW(device->attention_decode(row, rows, 0), std::logic_error);
   EXPECT_THROW(device->attention_decode(row, x.out, 2), std::logic_error);
   EXPECT_THROW(device->attention_decode(x.out, rows, 2), std::logic_error);
-  EXPECT_THROW(device->attention_backward(x.out, x.dout, x.out, x.lse, x.qkv, 2), std::logic_error);
-  EXPECT_THROW(device->attention_backward(x.dqkv, x.dqkv, x.out, x.lse, x.qkv, 2), std::logic_error);
+  EXPECT_THROW(device->attention_backward(x.out, x.dbias, x.dout, x.out, x.lse, x.qkv, 2, false), std::logic_error);
+  EXPECT_THROW(device->attention_backward(x.dqkv, x.dbias, x.dqkv, x.out, x.lse, x.qkv, 2, false), std::logic_error);
+  EXPECT_THROW(device->attention_backward(x.dqkv, row, x.dout, x.out, x.lse, x.qkv, 2, false), std::logic_error);
 }
 
 // Every tile of every head has one block; longer ones come first within a group of heads.
@@ -348,6 +384,7 @@ TEST(AttentionTiles, OneBlockEach) {
         EXPECT_EQ(at.packed(sizes, 2), (at.head / 4 * 300 + 2) * 60 + at.head % 4 * 5);
         EXPECT_EQ(at.channel(sizes, 2), (at.head / 4 * 300 + 2) * 20 + at.head % 4 * 5);
         EXPECT_EQ(at.row(sizes, 2), at.head * 300 + 2);
+        EXPECT_EQ(at.tile_sums(sizes, tiles), (at.head / 4 * tiles + at.tile) * 60 + at.head % 4 * 5);
       }
       for (int count : blocks) EXPECT_EQ(count, 1);
     }
@@ -372,7 +409,7 @@ TEST_P(Attention, SameBitsTwice) {
       run_forward(device, s, x);
       run_backward(device, s, x);
       std::vector<uint8_t> all = device.bits(x.out);
-      for (const Tensor& t : {x.lse, x.dqkv}) {
+      for (const Tensor& t : {x.lse, x.dqkv, x.dbias}) {
         const std::vector<uint8_t> bits = device.bits(t);
         all.insert(all.end(), bits.begin(), bits.end());
       }

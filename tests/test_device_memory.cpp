@@ -2,6 +2,7 @@
 // memory that the device cannot pin.
 #include <numeric>
 
+#include "kernels/cuda_workspace.h"
 #include "tests/backends.h"
 
 namespace {
@@ -15,8 +16,11 @@ TEST(PlanningBackend, NeedsTheWorkspaceOfACudaDevice) {
   for (const KernelShapes& shapes :
        {KernelShapes{}, KernelShapes{1, 1, 1, 1, 1, false}, KernelShapes{4, 64, 384, 6, 257, false},
         KernelShapes{8, 1024, 768, 12, 50257, true}, KernelShapes{3, 77, 1600, 25, 50304, true},
-        KernelShapes{1, 2048, 12288, 96, 50257, true}, KernelShapes{64, 4096, 20480, 160, 50257, true}})
+        KernelShapes{1, 2048, 12288, 96, 50257, true}, KernelShapes{64, 4096, 20480, 160, 50257, true},
+        KernelShapes{1000001, 1, 8, 1, 8, true}}) {
     EXPECT_EQ(planned->workspace_bytes(shapes), real->workspace_bytes(shapes));
+    EXPECT_EQ(planned->workspace_bytes(shapes) % kScratchAlignment, 0u) << "a backend leaves the rest unused";
+  }
   EXPECT_EQ(planned->name(), real->name());
 }
 

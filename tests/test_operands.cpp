@@ -64,10 +64,13 @@ TEST(Operands, Attention) {
   EXPECT_REFUSED(check_attention_decode(tensor({6}), tensor({5, 6}), 3));
   EXPECT_REFUSED(check_attention_decode(tensor({6}), strided({5, 18}), 3));
 
-  EXPECT_EQ(check_attention_backward(qkv, out, out, lse, qkv, 3).heads, 3);
-  EXPECT_REFUSED(check_attention_backward(out, out, out, lse, qkv, 3));
-  EXPECT_REFUSED(check_attention_backward(qkv, qkv, out, lse, qkv, 3));
-  EXPECT_REFUSED(check_attention_backward(qkv, tensor({2, 5, 12}, kBF16), out, lse, qkv, 3));
+  const Tensor bias = tensor({36}, kBF16);
+  EXPECT_EQ(check_attention_backward(qkv, bias, out, out, lse, qkv, 3).heads, 3);
+  EXPECT_REFUSED(check_attention_backward(out, bias, out, out, lse, qkv, 3));
+  EXPECT_REFUSED(check_attention_backward(qkv, bias, qkv, out, lse, qkv, 3));
+  EXPECT_REFUSED(check_attention_backward(qkv, bias, tensor({2, 5, 12}, kBF16), out, lse, qkv, 3));
+  EXPECT_REFUSED(check_attention_backward(qkv, tensor({12}), out, out, lse, qkv, 3));
+  EXPECT_REFUSED(check_attention_backward(qkv, tensor({36}, kI32), out, out, lse, qkv, 3));
 }
 
 TEST(Operands, Classifier) {

@@ -467,7 +467,7 @@ class GpuOptimizerOps : public OperationTest {};
 INSTANTIATE_GPU_TESTS(GpuOptimizerOps, DType::kF32, DType::kBF16);
 
 // A workspace too small for a whole matrix changes nothing: its columns are done in several ranges. (The CPU needs as
-// many columns as its workspace is made for.)
+// many columns as its workspace is made for.) Nor does it change the squares behind a closed gate, or the states there.
 TEST_P(GpuOptimizerOps, FactoredSecondMomentInRanges) {
   const int64_t n = 300, m = 2000;
   std::vector<uint8_t> expected;
@@ -476,7 +476,14 @@ TEST_P(GpuOptimizerOps, FactoredSecondMomentInRanges) {
     const Tensor workspace = device.poisoned(DType::kF32, {8192});
     if (small) device->set_workspace(workspace.data, workspace.bytes());
     const Tensor g = device.random(1, dtype(), {n, m});
-    const std::vector<uint8_t> bits = second_moment_bits(device, g);
+    std::vector<uint8_t> bits = second_moment_bits(device, g);
+    const DeviceValue<StepScalars> s(device, closed(scalars_of()));
+    const Tensor state[] = {device.random(2, DType::kF32, {n}), device.random(3, DType::kF32, {m})};
+    const Tensor scale[] = {device.poisoned(DType::kF32, {n}), device.poisoned(DType::kF32, {m})};
+    const Tensor squares = device.poisoned(DType::kF32, {1});
+    device->factored_second_moment(state[0], state[1], scale[0], scale[1], g, 1e-30f, s.data(),
+                                   {squares.as<float>(), false});
+    for (const Tensor& t : {state[0], state[1], squares}) append_bits(device, bits, t);
     if (!small) expected = bits;
     EXPECT_TRUE(bits == expected);
     device->fill(workspace.data, 0xff, workspace.bytes());

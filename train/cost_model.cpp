@@ -49,7 +49,9 @@ struct Operations {
   Work attention_backward() const { return {.flops = 5 * C * T * tokens / 0.4, .calls = 1}; }
   Work norms() const { return {.bytes = 8 * C * size * tokens, .calls = 2}; }  // with the residual sums
   Work gelu() const { return {.bytes = 8 * C * size * tokens, .calls = 1}; }
-  Work norms_backward() const { return {.bytes = 17 * C * size * tokens, .calls = 6}; }  // and the biases' gradients
+  // With the gradients of the biases of two products; those of the others come out of what is written before them.
+  Work norms_backward() const { return {.bytes = 10 * C * size * tokens, .calls = 4}; }
+  Work gelu_backward() const { return {.bytes = 12 * C * size * tokens, .calls = 1}; }
   Work forward() const { return products() + attention() + norms() + gelu(); }
 
   Work recompute() const {
@@ -66,7 +68,8 @@ struct Operations {
   Work backward() const {
     const bool blocks = config.gradients.blocks == GradientBlocks::kAll;
     const double matrix_gradients = blocks ? gradient_passes(config.optimizer) : 1;
-    return recompute() + (1 + matrix_gradients) * products() + attention_backward() + norms_backward();
+    return recompute() + (1 + matrix_gradients) * products() + attention_backward() + norms_backward() +
+           gelu_backward();
   }
 
   // Chunk by chunk: a product over few tokens waits for the table, or for the fp32 gradient that it is added to. The

@@ -239,22 +239,26 @@ void CpuBackend::attention_decode(Tensor out, Tensor qkv, int heads) {
   });
 }
 
-void CpuBackend::attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) {
-  const AttentionShape s = check_attention_backward(dqkv, dout, out, lse, qkv, heads);
-  const Profiler::Scope scope(profiler, "attention_backward", 5 * s.score_flops(),
-                              static_cast<double>(qkv.bytes() + dqkv.bytes() + out.bytes() + dout.bytes()));
-  const size_t bytes = static_cast<size_t>(attention_scratch_floats(s.sequence, s.channels, heads)) * sizeof(float);
-  thread_scratch(bytes);  // an error must not be thrown inside the parallel loop
-  dispatch(dqkv.dtype, [&]<typename Grad>() {
-    dispatch(out.dtype, qkv.dtype, [&]<typename Out, typename In>() {
+void CpuBackend::attention_backward(Tensor dqkv, Tensor dbias, Tensor dout, Tensor out, Tensor lse, Tensor qkv,
+                                    int heads, bool accumulate) {
+  const AttentionShape s = check_attention_backward(dqkv, dbias, dout, out, lse, qkv, heads);
+  {
+    const Profiler::Scope scope(profiler, "attention_backward", 5 * s.score_flops(),
+                                static_cast<double>(qkv.bytes() + dqkv.bytes() + out.bytes() + dout.bytes()));
+    const size_t bytes = static_cast<size_t>(attention_scratch_floats(s.sequence, s.channels, heads)) * sizeof(float);
+    thread_scratch(bytes);  // an error must not be thrown inside the parallel loop
+    dispatch(dqkv.dtype, [&]<typename Grad>() {
+      dispatch(out.dtype, qkv.dtype, [&]<typename Out, typename In>() {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads_)
-      for (int64_t i = 0; i < s.batch * heads; ++i) {
-        const int64_t token = i / heads * s.sequence, channel = i % heads * s.head_dim;
-        head_backward(s, dqkv.as<Grad>() + token * 3 * s.channels + channel,
-                      dout.as<const Grad>() + token * s.channels + channel,
-                      out.as<const Out>() + token * s.channels + channel, lse.as<const float>() + i * s.sequence,
-                      qkv.as<const In>() + token * 3 * s.channels + channel, thread_scratch(bytes));
-      }
+        for (int64_t i = 0; i < s.batch * heads; ++i) {
+          const int64_t token = i / heads * s.sequence, channel = i % heads * s.head_dim;
+          head_backward(s, dqkv.as<Grad>() + token * 3 * s.channels + channel,
+                        dout.as<const Grad>() + token * s.channels + channel,
+                        out.as<const Out>() + token * s.channels + channel, lse.as<const float>() + i * s.sequence,
+                        qkv.as<const In>() + token * 3 * s.channels + channel, thread_scratch(bytes));
+        }
+      });
     });
-  });
+  }
+  bias_backward(dbias, dqkv, accumulate);
 }

@@ -59,7 +59,8 @@ class CpuBackend : public Backend {
   void gelu_backward(Tensor d, Tensor dbias, Tensor in, bool accumulate) override;
   void attention_forward(Tensor out, Tensor lse, Tensor qkv, int heads) override;
   void attention_decode(Tensor out, Tensor qkv, int heads) override;
-  void attention_backward(Tensor dqkv, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads) override;
+  void attention_backward(Tensor dqkv, Tensor dbias, Tensor dout, Tensor out, Tensor lse, Tensor qkv, int heads,
+                          bool accumulate) override;
   void classifier(Tensor losses, Tensor logits, Tensor targets, int64_t vocabulary, float gradient_scale,
                   bool write_gradient, Tensor lse) override;
   void classifier_gradient(Tensor logits, Tensor targets, Tensor lse, int64_t first, int64_t vocabulary,

@@ -16,6 +16,9 @@
 // variant with 32 keys and K, V read again saves a quarter of the reads, and a third of the warps). At three blocks of
 // four warps the limit of both together is 390 TFLOP/s counted as 5 products at T = 1024, if all overlaps; 130 are a
 // third of it.
+//
+// The gradient of the projection's bias is the sum over all tokens of what is stored. A tile of 64 rows is still in
+// shared memory then, and its sums are 32 mma and 16 ldmatrix of one warp: nothing beside the tile's gradients.
 #pragma once
 
 #include "kernels/cuda/attention_fragments.cuh"
@@ -75,16 +78,17 @@ struct QueryGradientTiles<96> : QueryGradientTilesOf<96, 16, 4, 32, 16, true, 3>
 template <>
 struct QueryGradientTiles<128> : QueryGradientTilesOf<128, 16, 4, 32, 32, true, 2> {};
 
-// dK and dV of a tile of keys, summed over the tiles of queries from the diagonal on.
+// dK and dV of a tile of keys, summed over the tiles of queries from the diagonal on, and the sums of their columns.
 template <typename Tiles>
 __global__ __launch_bounds__(Tiles::kWarps* kWarp, Tiles::kBlocks) void attention_backward_keys_mma_kernel(
-    bf16* dqkv, const bf16* dout, const float* lse, const float* delta, const bf16* qkv, AttentionSizes sizes) {
+    bf16* dqkv, float* tile_sums, const bf16* dout, const float* lse, const float* delta, const bf16* qkv,
+    AttentionSizes sizes) {
   constexpr int kHeadDim = Tiles::kHeadDim, kRowTiles = Tiles::kRowTiles, kKeys = Tiles::kKeys;
   constexpr int kQueries = Tiles::kQueries, kChunk = Tiles::kChunk, kThreads = Tiles::kWarps * kWarp;
   constexpr int kTileElements = kQueries * kPitch<kHeadDim>;
   static_assert(kThreads >= 2 * kQueries);
-  const AttentionTile at =
-      attention_tile(sizes, static_cast<int>(blockIdx.x), attention_tiles(sizes.sequence, kKeys), false);
+  const int key_tiles = attention_tiles(sizes.sequence, kKeys);
+  const AttentionTile at = attention_tile(sizes, static_cast<int>(blockIdx.x), key_tiles, false);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int first_key = at.tile * kKeys, warp_row = warp * 16 * kRowTiles, warp_key = first_key + warp_row;
   const int stride = 3 * sizes.channels;
@@ -183,17 +187,23 @@ __global__ __launch_bounds__(Tiles::kWarps* kWarp, Tiles::kBlocks) void attentio
   const int rows = sizes.sequence - warp_key, warp_offset = warp_row * kPitch<kHeadDim>;
   store_rows<16 * kRowTiles, kHeadDim>(target, stride, keys + warp_offset, rows, lane);
   store_rows<16 * kRowTiles, kHeadDim>(target + sizes.channels, stride, values + warp_offset, rows, lane);
+  __syncthreads();
+  if (warp < 2) {  // rows past the end are zeros
+    store_column_sums<kKeys, kHeadDim>(tile_sums + at.tile_sums(sizes, key_tiles) + (1 + warp) * sizes.channels,
+                                       warp == 0 ? keys : values, lane);
+  }
 }
 
-// dQ of a tile of queries, summed over the tiles of keys up to the diagonal.
+// dQ of a tile of queries, summed over the tiles of keys up to the diagonal, and the sums of its columns.
 template <typename Tiles>
 __global__ __launch_bounds__(Tiles::kWarps* kWarp, Tiles::kBlocks) void attention_backward_queries_mma_kernel(
-    bf16* dqkv, const bf16* dout, const float* lse, const float* delta, const bf16* qkv, AttentionSizes sizes) {
+    bf16* dqkv, float* tile_sums, const bf16* dout, const float* lse, const float* delta, const bf16* qkv,
+    AttentionSizes sizes) {
   constexpr int kHeadDim = Tiles::kHeadDim, kRowTiles = Tiles::kRowTiles, kQueries = Tiles::kQueries;
   constexpr int kKeys = Tiles::kKeys, kChunk = Tiles::kChunk, kThreads = Tiles::kWarps * kWarp;
   constexpr int kTileElements = kKeys * kPitch<kHeadDim>;
-  const AttentionTile at =
-      attention_tile(sizes, static_cast<int>(blockIdx.x), attention_tiles(sizes.sequence, kQueries), true);
+  const int query_tiles = attention_tiles(sizes.sequence, kQueries);
+  const AttentionTile at = attention_tile(sizes, static_cast<int>(blockIdx.x), query_tiles, true);
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int first_query = at.tile * kQueries, warp_row = warp * 16 * kRowTiles, first_row = first_query + warp_row;
   const int stride = 3 * sizes.channels;
@@ -274,4 +284,6 @@ __global__ __launch_bounds__(Tiles::kWarps* kWarp, Tiles::kBlocks) void attentio
   __syncwarp();
   store_rows<16 * kRowTiles, kHeadDim>(dqkv + at.packed(sizes, first_row), stride,
                                        queries + warp_row * kPitch<kHeadDim>, sizes.sequence - first_row, lane);
+  __syncthreads();
+  if (warp == 0) store_column_sums<kQueries, kHeadDim>(tile_sums + at.tile_sums(sizes, query_tiles), queries, lane);
 }

@@ -189,6 +189,24 @@ __device__ inline void store_rows(bf16* target, int stride, const bf16* tile, in
   }
 }
 
+// One warp adds the columns of kRows rows of a head in shared memory: products with ones, which are exact.
+template <int kRows, int kHeadDim>
+__device__ inline void store_column_sums(float* column_sums, const bf16* tile, int lane) {
+  float sums[1][kHeadDim / 8][4] = {}, ones[1][kRows / 8][4];
+#pragma unroll
+  for (int n = 0; n < kRows / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) ones[0][n][e] = 1.0f;
+  }
+  add_weighted_rows<kHeadDim, kRows>(sums, ones, tile, lane);
+  if (lane >= 4) return;  // all rows of the product are the same
+#pragma unroll
+  for (int n = 0; n < kHeadDim / 8; ++n) {
+    column_sums[8 * n + 2 * lane] = sums[0][n][0];
+    column_sums[8 * n + 2 * lane + 1] = sums[0][n][1];
+  }
+}
+
 // A lane's two columns of a per-column quantity in shared memory.
 __device__ inline float2 load_pair(const float* pair) {
   float2 values;

@@ -36,6 +36,10 @@ struct AttentionTile {
   HOST_DEVICE int64_t channel(const AttentionSizes& sizes, int t) const {
     return static_cast<int64_t>(first_token + t) * sizes.channels + first_channel;
   }
+  // Position of the head's first column of Q in the sums of the columns of every tile [B,tiles,3C]; K and V as above.
+  HOST_DEVICE int64_t tile_sums(const AttentionSizes& sizes, int tiles) const {
+    return (static_cast<int64_t>(first_token / sizes.sequence) * tiles + tile) * (3 * sizes.channels) + first_channel;
+  }
   // Position of query t in lse [B,NH,T].
   HOST_DEVICE int64_t row(const AttentionSizes& sizes, int t) const {
     return static_cast<int64_t>(head) * sizes.sequence + t;

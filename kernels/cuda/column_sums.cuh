@@ -26,9 +26,15 @@ inline RowChunks row_chunks(int64_t rows, int64_t limit, int64_t smallest) {
   return {chunk, (rows + chunk - 1) / chunk};
 }
 
-// Output k of one or two, C columns each: output[j] (+)= sum over the chunks of partials[chunk, k, j], rounded once.
-void add_column_partials(const char* name, cudaStream_t stream, const Tensor& first, const Tensor& second,
-                         const float* partials, int64_t chunks, bool accumulate);
+// Of a matrix of partial sums: the next columns, as many as `out` has, in its first `chunks` rows.
+struct PartialColumns {
+  Tensor out;
+  int64_t chunks = 0;
+};
+
+// out[j] (+)= the sum over its chunks of the partial sums of column j, rounded once. `second` may have no tensor.
+void add_column_partials(const char* name, cudaStream_t stream, const PartialColumns& first,
+                         const PartialColumns& second, const float* partials, bool accumulate);
 
 // partials[chunk, column] = sum of a chunk's rows. Block (x, y): columns from x * kColumnTile on, chunk y. The numbers
 // are those of `source`: what it loads, raw, it makes into an octet of them, and may store that, too.
@@ -82,5 +88,5 @@ void sum_columns(const char* name, cudaStream_t stream, const Tensor& dbias, con
             .stream = stream},
            partials, source, rows, cols, chunks.rows);
   }
-  add_column_partials("column_partials", stream, dbias, {}, partials, chunks.count, accumulate);
+  add_column_partials("column_partials", stream, {dbias, chunks.count}, {}, partials, accumulate);
 }

@@ -241,14 +241,13 @@ size_t CudaBackend::allocated_bytes() const { return allocated_; }
 
 size_t CudaBackend::workspace_bytes(const KernelShapes& shapes) const { return cuda_workspace_bytes(shapes); }
 
-// The counter takes the last bytes; what is not a multiple of its size stays unused.
+// The counters take the last bytes.
 void CudaBackend::set_workspace(void* memory, size_t bytes, Stream stream) {
   Lane& lane = lanes_[stream == Stream::kUpdate ? 1 : 0];
-  const size_t usable = bytes / kArrivalBytes * kArrivalBytes;
   lane.workspace = memory;
-  lane.workspace_bytes = usable > 0 ? usable - kArrivalBytes : 0;
+  lane.workspace_bytes = bytes > kArrivalBytes ? (bytes - kArrivalBytes) / kScratchAlignment * kScratchAlignment : 0;
   lane.arrivals = nullptr;
-  if (usable > 0) {
+  if (lane.workspace_bytes > 0) {
     lane.arrivals = reinterpret_cast<unsigned*>(static_cast<char*>(memory) + lane.workspace_bytes);
     check_cuda(cudaMemsetAsync(lane.arrivals, 0, kArrivalBytes, lane.stream), "filling memory");
   }

@@ -348,6 +348,6 @@ void CudaBackend::layernorm_backward(Tensor din, Tensor dweight, Tensor dbias, b
                       rstd.as<const float>(), partials,       in.rows(),    in.cols(),        chunks.rows};
   require_octet_rows(din, dout, in, weight);
   if (in.rows() > 0) launch_backward(stream_, p, static_cast<unsigned>(chunks.count));
-  add_column_partials("layernorm_backward: parameters", stream_, dweight, dbias, partials, chunks.count,
-                      accumulate_parameters);
+  add_column_partials("layernorm_backward: parameters", stream_, {dweight, chunks.count}, {dbias, chunks.count},
+                      partials, accumulate_parameters);
 }

@@ -86,12 +86,19 @@ struct StoredRows {
   __device__ void numbers(const Raw& raw, int64_t, int64_t, float (&values)[kOctet]) const { unpack(raw, values); }
 };
 
+// Column by column, of the one or the other output.
+struct PartialOutput {
+  AnyView out;
+  int chunks = 0;
+};
+
 // A warp takes a range of the chunks for 32 columns; the warps' sums are added in order.
 __global__ void __launch_bounds__(kPartialWarps* kWarp)
-    add_partials_kernel(AnyView first, AnyView second, const float* partials, int chunks, int64_t cols,
+    add_partials_kernel(PartialOutput first, PartialOutput second, const float* partials, int64_t cols,
                         int64_t all_cols, bool accumulate) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const int chunks = column < cols ? first.chunks : second.chunks;
   const int range = (chunks + kPartialWarps - 1) / kPartialWarps;
   const int end = chunks < (warp + 1) * range ? chunks : (warp + 1) * range;
   float sum = 0;
@@ -109,23 +116,25 @@ __global__ void __launch_bounds__(kPartialWarps* kWarp)
   __syncthreads();
   if (warp != 0 || column >= all_cols) return;
   for (int w = 1; w < kPartialWarps; ++w) sum += shared[w * kWarp + lane];
-  const AnyView out = column < cols ? first : second;
+  const AnyView out = column < cols ? first.out : second.out;
   const int64_t at = column < cols ? column : column - cols;
   out.store_one(0, at, accumulate ? sum + out.load_one(0, at) : sum);
 }
 
 }  // namespace
 
-void add_column_partials(const char* name, cudaStream_t stream, const Tensor& first, const Tensor& second,
-                         const float* partials, int64_t chunks, bool accumulate) {
-  const int64_t cols = first.elements(), all_cols = cols + (second.empty() ? 0 : second.elements());
+void add_column_partials(const char* name, cudaStream_t stream, const PartialColumns& first,
+                         const PartialColumns& second, const float* partials, bool accumulate) {
+  const auto output = [](const PartialColumns& columns) {
+    return PartialOutput{any_view(columns.out), static_cast<int>(columns.chunks)};
+  };
+  const int64_t cols = first.out.elements(), all_cols = cols + second.out.elements();
   launch(name, add_partials_kernel,
          {.grid = dim3(static_cast<unsigned>((all_cols + kWarp - 1) / kWarp)),
           .block = dim3(kPartialWarps * kWarp),
           .shared_bytes = kPartialWarps * kWarp * sizeof(float),
           .stream = stream},
-         any_view(first), any_view(second.empty() ? first : second), partials, static_cast<int>(chunks), cols, all_cols,
-         accumulate);
+         output(first), output(second.out.empty() ? first : second), partials, cols, all_cols, accumulate);
 }
 
 void CudaBackend::sum_squares(Tensor out, std::span<const Tensor> tensors, bool accumulate) {

@@ -51,11 +51,11 @@ FakeOptions options_of(OptimizerKind kind, GradientMode mode, DType dtype) {
 
 TEST(Launches, FloraFused) {
   for (DType dtype : {DType::kF32, DType::kBF16})
-    expect_launches_of_a_layer(options_of(OptimizerKind::kFlora, GradientMode::kFused, dtype), 33);
+    expect_launches_of_a_layer(options_of(OptimizerKind::kFlora, GradientMode::kFused, dtype), 29);
 }
 
 TEST(Launches, AdafactorFused) {
-  expect_launches_of_a_layer(options_of(OptimizerKind::kAdafactor, GradientMode::kFused, DType::kBF16), 21);
+  expect_launches_of_a_layer(options_of(OptimizerKind::kAdafactor, GradientMode::kFused, DType::kBF16), 17);
 }
 
 TEST(Launches, AdamWFused) {

@@ -22,7 +22,7 @@ class Environment {
 };
 
 struct Result {
-  Values out, gradient;
+  Values out, gradient, bias_gradient;
   std::map<std::string, uint64_t> kernels;
 };
 
@@ -34,17 +34,19 @@ Result attend(const char* architecture, int64_t sequence, int head_dim) {
                dout = device.random(2, DType::kBF16, {batch, sequence, channels}),
                out = device.poisoned(DType::kBF16, {batch, sequence, channels}),
                lse = device.poisoned(DType::kF32, {batch, heads, sequence}),
-               dqkv = device.poisoned(DType::kBF16, {batch, sequence, 3 * channels});
+               dqkv = device.poisoned(DType::kBF16, {batch, sequence, 3 * channels}),
+               dbias = device.poisoned(DType::kF32, {3 * channels});
   Result result;
   const std::map<std::string, uint64_t> before = cuda_on_cpu::launches();
   device->attention_forward(out, lse, qkv, static_cast<int>(heads));
-  device->attention_backward(dqkv, dout, out, lse, qkv, static_cast<int>(heads));
+  device->attention_backward(dqkv, dbias, dout, out, lse, qkv, static_cast<int>(heads), false);
   for (const auto& [name, count] : cuda_on_cpu::launches()) {
     const auto old = before.find(name);
     if (old == before.end() || old->second != count) result.kernels[name] = 1;
   }
   result.out = device.read(out);
   result.gradient = device.read(dqkv);
+  result.bias_gradient = device.read(dbias);
   return result;
 }
 
@@ -53,6 +55,7 @@ TEST(SmallTiles, GiveTheSameNumbers) {
     const Result large = attend("90", sequence, 64), small = attend("120", sequence, 64);
     EXPECT_LE(relative_error(small.out, large.out), tolerance(DType::kBF16)) << sequence;
     EXPECT_LE(relative_error(small.gradient, large.gradient), tolerance(DType::kBF16)) << sequence;
+    EXPECT_LE(relative_error(small.bias_gradient, large.bias_gradient), tolerance(DType::kBF16)) << sequence;
     EXPECT_NE(small.kernels, large.kernels);
   }
 }
