@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "data/json_text.h"
-#include "kernels/cpu/openmp_settings.h"
+#include "kernels/cpu/library_settings.h"
 #include "parallel/communicator.h"
 #include "parallel/job.h"
 #include "parallel/launch.h"
@@ -158,7 +158,7 @@ int run(Command command, const Options& options, char** argv, std::unique_ptr<Jo
 int main(int argc, char** argv) {
   prepare_standard_streams();
   explain_mapping_faults();
-  choose_openmp_settings(argv);
+  choose_library_settings(argv);
   std::unique_ptr<Job> job = std::make_unique<Job>();
   // Said once, whichever processes of the job end with it.
   const auto report = [&](const std::string& message, int code) {

@@ -21,7 +21,7 @@
 
 #include "bench/kernel_cases.h"
 #include "kernels/backend.h"
-#include "kernels/cpu/openmp_settings.h"
+#include "kernels/cpu/library_settings.h"
 #include "kernels/graph_cache.h"
 
 namespace {
@@ -379,7 +379,7 @@ bool parse(int argc, char** argv, BenchOptions& options) {
 
 int main(int argc, char** argv) {
   const Clock::time_point began = Clock::now();
-  choose_openmp_settings(argv);
+  choose_library_settings(argv);
   try {
     BenchOptions options;
     return parse(argc, argv, options) ? bench(options, began) : 0;

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels/backend.h"
-#include "kernels/cpu/openmp_settings.h"
+#include "kernels/cpu/library_settings.h"
 
 namespace {
 
@@ -187,7 +187,7 @@ void add_optimizers() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  choose_openmp_settings(argv);
+  choose_library_settings(argv);
   {
     const std::unique_ptr<Backend> backend = make_cpu_backend();
     peak_flops = backend->measure_peak_flops();

@@ -79,6 +79,7 @@ void check_embedding_forward(const Tensor& out, const Tensor& tokens, const Tens
   const int64_t sequence = tokens.shape[1], channels = wte.cols();
   require(out.rows() == tokens.elements() && out.cols() == channels && wpe.cols() == channels, "embedding: shapes");
   require(wpe.rows() >= sequence, "embedding: fewer positions than the sequence has");
+  require(wte.dtype == wpe.dtype, "embedding: both tables have one dtype");
   require(has_uniform_rows(out) && tokens.contiguous(), "embedding: rows of a view must have one stride");
 }
 
@@ -95,7 +96,7 @@ void check_embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tens
 
 void check_layernorm_forward(const Tensor& out, const Tensor& mean, const Tensor& rstd, const Tensor& in,
                              const Tensor& weight, const Tensor& bias) {
-  require(same_rows(out, in), "layernorm: in and out differ");
+  require(same_rows(out, in) && out.dtype == in.dtype, "layernorm: in and out differ");
   require_elements(weight, in.cols(), "layernorm: length of the weight");
   require_elements(bias, in.cols(), "layernorm: length of the bias");
   require(weight.dtype == bias.dtype, "layernorm: weight and bias have one dtype");
@@ -106,16 +107,15 @@ void check_layernorm_forward(const Tensor& out, const Tensor& mean, const Tensor
 
 void check_layernorm_summands(const Tensor& residual, const Tensor& a, const Tensor& b) {
   for (const Tensor& t : {a, b}) {
-    require(same_rows(t, residual), "layernorm: summands differ");
+    require(same_rows(t, residual) && t.dtype == residual.dtype, "layernorm: summands differ");
     require(has_uniform_rows(t), "layernorm: rows of a view must have one stride");
-    require(is_floating(t), "layernorm: fp32 or bf16");
   }
 }
 
 void check_layernorm_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
                               const Tensor& in, const Tensor& mean, const Tensor& rstd, const Tensor& weight) {
   check_layernorm_forward(dout, mean, rstd, in, weight, weight);
-  require(same_rows(din, in) && has_uniform_rows(din), "layernorm: din");
+  require(same_rows(din, in) && din.dtype == in.dtype && has_uniform_rows(din), "layernorm: din");
   require_elements(dweight, in.cols(), "layernorm: length of dweight");
   require_elements(dbias, in.cols(), "layernorm: length of dbias");
   require(dweight.dtype == dbias.dtype, "layernorm: dweight and dbias have one dtype");

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -64,6 +65,11 @@ inline std::unique_ptr<Backend> make_test_backend(const std::string& name = test
   throw std::runtime_error("unknown backend " + name);
 }
 
+// Of a GPU's workspace. Products take 32 MB of it, which other tests need not poison again and again: a file that tests
+// products raises it (const bool, initialised by with_products()).
+inline size_t most_workspace = size_t{8} << 20;
+inline bool with_products() { return (most_workspace = SIZE_MAX) != 0; }
+
 // A backend with a (poisoned) workspace, and tensors in its memory. Every byte that belongs to no tensor, around a
 // buffer and between the rows of a strided view, is 0xff and must stay so: check_guards(), also called by the
 // destructor. So is every element of a tensor made by poisoned(): a NaN in fp32 and bf16.
@@ -72,7 +78,8 @@ class TestDevice {
   explicit TestDevice(const std::string& name, int threads = 2) : backend_(make_test_backend(name, threads, true)) {
     const KernelShapes shapes = {
         .batch = 4, .sequence = 512, .channels = 1024, .heads = 4, .vocabulary = 2048, .any_bf16 = true};
-    const size_t bytes = backend_->workspace_bytes(shapes);
+    size_t bytes = backend_->workspace_bytes(shapes);
+    if (name == "cuda") bytes = std::min(bytes, most_workspace);
     workspace_ = backend_->allocate(bytes);
     backend_->fill(workspace_, 0xff, bytes);
     backend_->set_workspace(workspace_, bytes);

@@ -23,6 +23,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,8 +39,8 @@ REPORTS = BUILD / "tests"
 
 SHIM_SEEDS = (2,)  # of the tests of operations, beside 1 under the sanitizers
 
-# On a GPU with 100 KB of shared memory in a multiprocessor, attention has other tiles.
-PTX_SETTINGS = {"test_attention": [(", 99 KB", {"PTXSIM_SHARED_KIB": "99"})]}
+# On a GPU with 100 KB of shared memory in a multiprocessor, attention in bf16 has other tiles.
+PTX_SETTINGS = {"test_attention": [(", 99 KB", {"PTXSIM_SHARED_KIB": "99"}, "*bf16")]}
 
 GTEST_EVENT = re.compile(r"\[( RUN      |       OK |  FAILED  |  SKIPPED )\] ([^\s,(]+)")
 
@@ -120,11 +121,11 @@ def skip_reason(block):
     return " ".join(lines[1:]) or "no reason given"
 
 
-def job_of_binary(path, arguments, environment=None, note="", prefix=()):
-    """A function that runs a GoogleTest binary and returns its counts."""
+def job_of_binary(path, arguments, environment=None, note="", prefix=(), tests="*"):
+    """A function that runs a GoogleTest binary, or those of its tests that match, and returns its counts."""
     name = f"{path.name}{note}"
     command = [*prefix, str(path), "--gtest_color=no"]
-    wanted = "*"
+    wanted = tests
     if arguments.filter and arguments.filter not in path.name:
         wanted = f"*{arguments.filter}*"
     command.append(f"--gtest_filter={wanted}" + ("-*Slow*" if arguments.fast else ""))
@@ -247,12 +248,14 @@ def cuda_on_cpu_jobs(arguments):
 
 def ptx_jobs(arguments):
     coverage = BUILD / "ptx/coverage"
+    if not arguments.filter:
+        shutil.rmtree(coverage, ignore_errors=True)
     coverage.mkdir(parents=True, exist_ok=True)
     jobs = []
     for path in binaries_in(BUILD / "ptx/tests"):
-        for note, settings in [("", {}), *PTX_SETTINGS.get(path.name, ())]:
+        for note, settings, tests in [("", {}, "*"), *PTX_SETTINGS.get(path.name, ())]:
             environment = {"TEST_BACKENDS": "cuda", "PTXSIM_COVERAGE": str(coverage / f"{path.name}{note}"), **settings}
-            jobs.append(job_of_binary(path, arguments, environment, f" (PTX{note})"))
+            jobs.append(job_of_binary(path, arguments, environment, f" (PTX{note})", tests=tests))
     return jobs
 
 

@@ -37,22 +37,24 @@ class Embedding : public OperationTest {};
 INSTANTIATE_OPERATION_TESTS(Embedding);
 
 TEST_P(Embedding, Forward) {
-  for (const int64_t channels : row_lengths(backend(), {1, 80, 387})) {
-    TestDevice device(backend());
-    const Values tokens = tokens_with_repeats();
-    const Tensor wte = device.random(1, dtype(), {kVocabulary, channels});
-    const Tensor wpe = device.random(2, dtype(), {kPositions, channels});
-    const Tensor out = device.poisoned(dtype(), {kBatch, kSequence, channels});
-    device->embedding_forward(out, device.upload(tokens, DType::kI32, {kBatch, kSequence}), wte, wpe);
-    const Values token_rows = device.read(wte), position_rows = device.read(wpe);
-    Values expected;
-    for (size_t i = 0; i < tokens.size(); ++i) {
-      for (size_t j = 0; j < static_cast<size_t>(channels); ++j) {
-        expected.push_back(token_rows[static_cast<size_t>(tokens[i]) * static_cast<size_t>(channels) + j] +
-                           position_rows[i % kSequence * static_cast<size_t>(channels) + j]);
+  for (const DType weights : {DType::kF32, DType::kBF16}) {
+    for (const int64_t channels : row_lengths(backend(), {1, 80, 387})) {
+      TestDevice device(backend());
+      const Values tokens = tokens_with_repeats();
+      const Tensor wte = device.random(1, weights, {kVocabulary, channels});
+      const Tensor wpe = device.random(2, weights, {kPositions, channels});
+      const Tensor out = device.poisoned(dtype(), {kBatch, kSequence, channels});
+      device->embedding_forward(out, device.upload(tokens, DType::kI32, {kBatch, kSequence}), wte, wpe);
+      const Values token_rows = device.read(wte), position_rows = device.read(wpe);
+      Values expected;
+      for (size_t i = 0; i < tokens.size(); ++i) {
+        for (size_t j = 0; j < static_cast<size_t>(channels); ++j) {
+          expected.push_back(token_rows[static_cast<size_t>(tokens[i]) * static_cast<size_t>(channels) + j] +
+                             position_rows[i % kSequence * static_cast<size_t>(channels) + j]);
+        }
       }
+      EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype()));
     }
-    EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype()));
   }
 }
 

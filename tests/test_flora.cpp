@@ -11,6 +11,8 @@
 
 namespace {
 
+const bool kProducts = with_products();
+
 constexpr float kBeta1 = 0.9f;
 
 double norm(const Values& x) {

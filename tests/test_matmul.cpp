@@ -6,6 +6,8 @@
 
 namespace {
 
+const bool kProducts = with_products();
+
 struct Case {
   int64_t m, n, k;
   bool transpose_a = false, transpose_b = false, accumulate = false, bias = false;
@@ -41,12 +43,11 @@ Values operand(TestDevice& device, const Tensor& t, DType other) {
 }
 
 // `gap` extra elements between the rows of every matrix.
-void check(const std::string& backend, const Case& c, DTypes dtypes, int64_t gap = 0) {
+void check(TestDevice& device, const Case& c, DTypes dtypes, int64_t gap = 0) {
   SCOPED_TRACE("m " + std::to_string(c.m) + " n " + std::to_string(c.n) + " k " + std::to_string(c.k) + " transposed " +
                std::to_string(c.transpose_a) + std::to_string(c.transpose_b) + " accumulate " +
                std::to_string(c.accumulate) + " bias " + std::to_string(c.bias) + " out " + dtype_name(dtypes.out) +
                " a " + dtype_name(dtypes.a) + " b " + dtype_name(dtypes.b));
-  TestDevice device(backend);
   auto pitch = [&](int64_t cols) { return gap > 0 ? cols + gap : 0; };
   const Tensor a = c.transpose_a ? device.random(1, dtypes.a, {c.k, c.m}, 1, pitch(c.m))
                                  : device.random(1, dtypes.a, {c.m, c.k}, 1, pitch(c.k));
@@ -80,6 +81,7 @@ INSTANTIATE_TEST_SUITE_P(Instructions, Matmul,
                          operation_test_name);
 
 TEST_P(Matmul, OddSizesInEveryTransposition) {
+  TestDevice device(backend());
   const DTypes same = {dtype(), dtype(), dtype()};
   for (int transposes = 0; transposes < 4; ++transposes) {
     for (const bool accumulate : {false, true}) {
@@ -87,17 +89,18 @@ TEST_P(Matmul, OddSizesInEveryTransposition) {
         c.transpose_a = transposes & 1;
         c.transpose_b = transposes & 2;
         c.accumulate = accumulate;
-        check(backend(), c, same);
+        check(device, c, same);
       }
     }
   }
 }
 
 TEST_P(Matmul, BiasAndAlpha) {
+  TestDevice device(backend());
   const DTypes same = {dtype(), dtype(), dtype()};
   for (const int64_t m : {1, 3, 130}) {
     for (const bool accumulate : {false, true}) {
-      check(backend(),
+      check(device,
             {.m = m, .n = 67, .k = 41, .transpose_b = true, .accumulate = accumulate, .bias = true, .alpha = -0.75f},
             same);
     }
@@ -105,10 +108,11 @@ TEST_P(Matmul, BiasAndAlpha) {
 }
 
 TEST_P(Matmul, StridedRows) {
+  TestDevice device(backend());
   const DTypes same = {dtype(), dtype(), dtype()};
   for (int transposes = 0; transposes < 4; ++transposes) {
     for (const int64_t m : {1, 45}) {
-      check(backend(),
+      check(device,
             {.m = m,
              .n = 37,
              .k = 29,
@@ -123,11 +127,12 @@ TEST_P(Matmul, StridedRows) {
 
 // Larger than one tile of rows, columns and depth, so that partial tiles and sums over several panels occur.
 TEST_P(Matmul, SeveralTiles) {
+  TestDevice device(backend());
   const DTypes same = {dtype(), dtype(), dtype()};
-  check(backend(), {.m = 521, .n = 60, .k = 401, .bias = true}, same);
-  check(backend(), {.m = 40, .n = 1031, .k = 390, .transpose_b = true, .accumulate = true}, same);
-  check(backend(), {.m = 530, .n = 1030, .k = 5, .transpose_a = true}, same);
-  check(backend(), {.m = 17, .n = 19, .k = 2050, .transpose_a = true, .transpose_b = true, .alpha = 0.5f}, same);
+  check(device, {.m = 521, .n = 60, .k = 401, .bias = true}, same);
+  check(device, {.m = 40, .n = 1031, .k = 390, .transpose_b = true, .accumulate = true}, same);
+  check(device, {.m = 530, .n = 1030, .k = 5, .transpose_a = true}, same);
+  check(device, {.m = 17, .n = 19, .k = 2050, .transpose_a = true, .transpose_b = true, .alpha = 0.5f}, same);
 }
 
 TEST_P(Matmul, SameBitsTwice) {
@@ -154,9 +159,9 @@ Tensor shifted(TestDevice& device, uint32_t seed, DType dtype, int64_t rows, int
 
 // Slices of tensors start anywhere: no load may be wider than the address allows.
 TEST_P(Matmul, MisalignedAddresses) {
+  TestDevice device(backend());
   for (int which = 1; which < 16; ++which) {
     SCOPED_TRACE(which);
-    TestDevice device(backend());
     const Case c = {
         .m = 24, .n = 40, .k = 32, .transpose_b = which % 2 == 0, .accumulate = which % 3 == 0, .bias = true};
     const Tensor a = shifted(device, 1, dtype(), c.m, c.k, which & 1);
@@ -180,7 +185,7 @@ TEST_P(Matmul, BiasOfAnotherDType) {
   EXPECT_LE(relative_error(device.read(out), expected), tolerance(dtype()));
 }
 
-// The fake cuBLASLt of tests/cuda_on_cpu looks at an environment variable while this lives.
+// The fake cuBLASLt of tests/cublaslt looks at an environment variable while this lives.
 class Setting {
  public:
   Setting(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
@@ -192,7 +197,10 @@ class Setting {
   const char* name_;
 };
 
-bool has_fake_cublaslt(TestDevice& device) { return device->description().find("CUDA on CPU") != std::string::npos; }
+bool has_fake_cublaslt(TestDevice& device) {
+  const std::string device_name = device->description();
+  return device_name.starts_with("CUDA on CPU") || device_name.starts_with("PTX interpreter");
+}
 
 // The bits of products of several kinds, some added to what is there.
 std::vector<std::vector<uint8_t>> several_products(TestDevice& device, DType dtype) {
@@ -212,7 +220,7 @@ TEST_P(Matmul, TuningCarriesTheChoices) {
   std::string tuning;
   std::vector<std::vector<uint8_t>> expected;
   {
-    const Setting other_algorithm("CUDA_ON_CPU_ALGORITHM", "2");
+    const Setting other_algorithm("FAKE_CUBLASLT_ALGORITHM", "2");
     TestDevice first(backend());
     EXPECT_EQ(first->tuning(), "");
     expected = several_products(first, dtype());
@@ -238,7 +246,7 @@ TEST_P(Matmul, TuningCarriesTheChoices) {
 TEST_P(Matmul, ForeignTuningIsIgnored) {
   std::string tuning;
   {
-    const Setting other_algorithm("CUDA_ON_CPU_ALGORITHM", "2");
+    const Setting other_algorithm("FAKE_CUBLASLT_ALGORITHM", "2");
     TestDevice measured(backend());
     several_products(measured, dtype());
     tuning = measured->tuning();
@@ -257,11 +265,6 @@ TEST_P(Matmul, ForeignTuningIsIgnored) {
   for (const std::string& longer : {tuning + "; ", tuning + "; x"}) EXPECT_EQ(products_with(longer), tuned) << longer;
   const auto half = products_with(tuning.substr(0, tuning.size() / 2));
   for (size_t i = 0; i < half.size(); ++i) EXPECT_TRUE(half[i] == tuned[i] || half[i] == untuned[i]) << i;
-}
-
-TEST_P(Matmul, MeasuresItsPeak) {
-  TestDevice device(backend());
-  EXPECT_GT(device->measure_peak_flops(), 1e8);
 }
 
 // ---- what only a GPU has: graphs, and a library with a choice of algorithms
@@ -296,7 +299,7 @@ TEST_P(GpuMatmul, DamagedTuningIsIgnored) {
   TestDevice measured(backend()), damaged(backend()), untuned(backend());
   if (!has_fake_cublaslt(measured)) GTEST_SKIP() << "needs the fake cuBLASLt";
   {
-    const Setting other_algorithm("CUDA_ON_CPU_ALGORITHM", "2");
+    const Setting other_algorithm("FAKE_CUBLASLT_ALGORITHM", "2");
     several_products(measured, dtype());
   }
   std::string tuning = measured->tuning();
@@ -310,7 +313,7 @@ TEST_P(GpuMatmul, DamagedTuningIsIgnored) {
 TEST_P(GpuMatmul, NoAlgorithm) {
   TestDevice device(backend());
   if (!has_fake_cublaslt(device)) GTEST_SKIP() << "needs the fake cuBLASLt";
-  const Setting none("CUDA_ON_CPU_NO_ALGORITHM", "1");
+  const Setting none("FAKE_CUBLASLT_NO_ALGORITHM", "1");
   const Tensor a = device.random(1, dtype(), {16, 32}), b = device.random(2, dtype(), {32, 64});
   const Tensor out = device.poisoned(dtype(), {16, 64});
   try {
@@ -364,21 +367,29 @@ class MixedMatmul : public ::testing::TestWithParam<std::string> {};
 INSTANTIATE_TEST_SUITE_P(All, MixedMatmul, ::testing::ValuesIn(backend_names()));
 
 TEST_P(MixedMatmul, EveryMixOfDTypes) {
+  TestDevice device(GetParam());
   for (int mix = 1; mix < 7; ++mix) {
     auto pick = [&](int bit) { return (mix >> bit) & 1 ? DType::kBF16 : DType::kF32; };
     const DTypes dtypes = {pick(0), pick(1), pick(2)};
     for (const bool accumulate : {false, true}) {
-      check(GetParam(), {.m = 35, .n = 43, .k = 395, .accumulate = accumulate, .bias = true}, dtypes);
-      check(GetParam(), {.m = 1, .n = 43, .k = 31, .transpose_b = true, .accumulate = accumulate}, dtypes, 3);
-      check(GetParam(), {.m = 21, .n = 5, .k = 31, .transpose_a = true, .accumulate = accumulate}, dtypes, 2);
+      check(device, {.m = 35, .n = 43, .k = 395, .accumulate = accumulate, .bias = true}, dtypes);
+      check(device, {.m = 1, .n = 43, .k = 31, .transpose_b = true, .accumulate = accumulate}, dtypes, 3);
+      check(device, {.m = 21, .n = 5, .k = 31, .transpose_a = true, .accumulate = accumulate}, dtypes, 2);
     }
   }
 }
 
 // Copies that do not fit the workspace at once: of an operand, then of the result.
 TEST_P(MixedMatmul, InPieces) {
-  check(GetParam(), {.m = 8, .n = 8192, .k = 1600, .bias = true}, {DType::kF32, DType::kBF16, DType::kF32});
-  check(GetParam(), {.m = 2568, .n = 2504, .k = 8, .accumulate = true}, {DType::kBF16, DType::kF32, DType::kF32});
+  TestDevice device(GetParam());
+  check(device, {.m = 8, .n = 8192, .k = 1600, .bias = true}, {DType::kF32, DType::kBF16, DType::kF32});
+  check(device, {.m = 2568, .n = 2504, .k = 8, .accumulate = true}, {DType::kBF16, DType::kF32, DType::kF32});
+}
+
+// Of bf16 operands, whatever else is tested.
+TEST_P(MixedMatmul, MeasuresItsPeak) {
+  TestDevice device(GetParam());
+  EXPECT_GT(device->measure_peak_flops(), 1e8);
 }
 
 // ---- bias_backward
@@ -387,10 +398,10 @@ class BiasBackward : public OperationTest {};
 INSTANTIATE_OPERATION_TESTS(BiasBackward);
 
 TEST_P(BiasBackward, SumsOverRows) {
+  TestDevice device(backend());
   for (const bool accumulate : {false, true}) {
     for (const int64_t rows : {1, 2, 19, 1100}) {
       for (const int64_t cols : row_lengths(backend(), {1, 80, 301})) {
-        TestDevice device(backend());
         const Tensor dout =
             device.random(1, dtype(), {rows, cols}, 1, rows == 19 ? row_length(backend(), cols + 5) : 0);
         const Tensor dbias = accumulate ? device.random(2, dtype(), {cols}, 4) : device.poisoned(dtype(), {cols});

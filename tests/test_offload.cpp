@@ -38,6 +38,8 @@ TEST_P(OffloadDtype, EveryPartChangesNoBit) {
   for (const Offload offload : {Offload{.activations = true}, Offload{.state = true}, Offload{.weights = true},
                                 Offload{.activations = true, .state = true, .weights = true, .layers_in_flight = 3},
                                 Offload{.activations = true, .weights = true, .layers_in_flight = 7}}) {
+    const bool one_part = offload.activations + offload.state + offload.weights == 1;
+    if (takes_long() && GetParam() == DType::kF32 && one_part) continue;  // the same moves as in bf16
     config.offload = offload;
     expect_same_bits(config, resident,
                      std::to_string(offload.activations) + std::to_string(offload.state) +
@@ -66,6 +68,7 @@ TEST_P(OffloadDtype, EveryOptimizerAndModeChangesNoBit) {
 // Several micro-batches, two passes for clipping, 8-bit states, other recompute levels.
 TEST_P(OffloadDtype, RarerSettingsChangeNoBit) {
   for (const Recompute level : {Recompute::kNone, Recompute::kAttention}) {
+    if (takes_long() && (GetParam() == DType::kF32) != (level == Recompute::kNone)) continue;
     EngineConfig config = deep_config(5, GetParam());
     config.model.layers = 3;
     config.shapes.recompute = level;
@@ -250,13 +253,16 @@ TEST_P(EightBitWeights, LearnAlmostLikeBf16) {
   const float lr = GetParam() == OptimizerKind::kSgd ? 0.05f : 2e-3f;
   EngineConfig config = deep_config(5, DType::kBF16, GetParam());
   config.model.layers = 2;
-  const Outcome plain = train(test_backend_name(), config, lr);
+  const uint32_t steps = takes_long() ? 5 : kSteps;
+  const Outcome plain = train(test_backend_name(), config, lr, steps);
   config.weight_dtype = DType::kI8;
   config.optimizer.scale_parameter = false;
-  const Outcome coded = train(test_backend_name(), config, lr);
+  const Outcome coded = train(test_backend_name(), config, lr, steps);
   EXPECT_EQ(coded.allocated, coded.planned);
-  EXPECT_LT(coded.losses.back(), coded.losses.front() - 0.02f);
-  for (uint32_t t = 0; t < kSteps; ++t) EXPECT_NEAR(coded.losses[t], plain.losses[t], 0.02 * plain.losses[t]);
+  if (steps == kSteps) {
+    EXPECT_LT(coded.losses.back(), coded.losses.front() - 0.02f);
+  }
+  for (uint32_t t = 0; t < steps; ++t) EXPECT_NEAR(coded.losses[t], plain.losses[t], 0.02 * plain.losses[t]);
   EXPECT_TRUE(coded.bits != plain.bits);
 }
 

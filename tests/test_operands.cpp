@@ -101,6 +101,8 @@ TEST(Operands, Embedding) {
   EXPECT_NO_THROW(check_embedding_forward(out, tokens, wte, wpe));
   EXPECT_REFUSED(check_embedding_forward(out, tensor({2, 5}), wte, wpe));
   EXPECT_REFUSED(check_embedding_forward(out, tensor({10}, kI32), wte, wpe));
+  EXPECT_NO_THROW(check_embedding_forward(out, tokens, tensor({100, 8}, kBF16), tensor({5, 8}, kBF16)));
+  EXPECT_REFUSED(check_embedding_forward(out, tokens, wte, tensor({5, 8}, kBF16)));
   EXPECT_REFUSED(check_embedding_forward(out, tokens, wte, tensor({4, 8})));
   EXPECT_REFUSED(check_embedding_forward(out, tokens, tensor({100, 9}), wpe));
   EXPECT_REFUSED(check_embedding_forward(tensor({2, 4, 8}), tokens, wte, wpe));
@@ -126,13 +128,17 @@ TEST(Operands, LayerNorm) {
   EXPECT_REFUSED(check_layernorm_forward(x, rows, rows, x, tensor({10}), weight));
   EXPECT_REFUSED(check_layernorm_forward(x, rows, rows, x, weight, tensor({10})));
   EXPECT_REFUSED(check_layernorm_forward(x, rows, rows, x, weight, tensor({8}, kBF16)));
+  EXPECT_NO_THROW(check_layernorm_forward(x, rows, rows, x, tensor({8}, kBF16), tensor({8}, kBF16)));
+  EXPECT_REFUSED(check_layernorm_forward(tensor({10, 8}, kBF16), rows, rows, x, weight, weight));
 
-  EXPECT_NO_THROW(check_layernorm_summands(x, x, tensor({10, 8}, kBF16)));
+  EXPECT_NO_THROW(check_layernorm_summands(x, x, tensor({10, 8})));
   EXPECT_REFUSED(check_layernorm_summands(x, tensor({8, 10}), x));
-  EXPECT_REFUSED(check_layernorm_summands(x, x, tensor({10, 8}, kI32)));
+  EXPECT_REFUSED(check_layernorm_summands(x, x, tensor({10, 8}, kBF16)));
 
   EXPECT_NO_THROW(check_layernorm_backward(x, weight, weight, x, x, rows, rows, weight));
   EXPECT_REFUSED(check_layernorm_backward(tensor({2, 5, 7}), weight, weight, x, x, rows, rows, weight));
+  EXPECT_REFUSED(check_layernorm_backward(tensor({10, 8}, kBF16), weight, weight, x, x, rows, rows, weight));
+  EXPECT_REFUSED(check_layernorm_backward(x, weight, weight, tensor({10, 8}, kBF16), x, rows, rows, weight));
   EXPECT_REFUSED(check_layernorm_backward(x, tensor({10}), weight, x, x, rows, rows, weight));
   EXPECT_REFUSED(check_layernorm_backward(x, weight, tensor({10}), x, x, rows, rows, weight));
   EXPECT_REFUSED(check_layernorm_backward(x, weight, tensor({8}, kBF16), x, x, rows, rows, weight));

@@ -27,10 +27,13 @@ void expect_same(const std::string& backend, EngineConfig config, const char* wh
 }
 
 TEST_P(Overlap, ChangesNoBit) {
-  for (DType dtype : {DType::kF32, DType::kBF16})
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
     for (OptimizerKind kind :
-         {OptimizerKind::kFlora, OptimizerKind::kAdafactor, OptimizerKind::kAdamW, OptimizerKind::kSgd})
+         {OptimizerKind::kFlora, OptimizerKind::kAdafactor, OptimizerKind::kAdamW, OptimizerKind::kSgd}) {
+      if (takes_long() && dtype == DType::kF32 && kind != OptimizerKind::kFlora) continue;  // the same moves
       expect_same(GetParam(), deep_config(3, dtype, kind), "optimizer");
+    }
+  }
 }
 
 TEST_P(Overlap, ChangesNoBitOfSums) {

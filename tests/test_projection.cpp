@@ -11,6 +11,8 @@
 
 namespace {
 
+const bool kProducts = with_products();
+
 constexpr RandomKey kKey{.seed = 21, .purpose = RandomPurpose::kProjection, .tensor = 77};
 
 // [rows_a, cols_a] times [cols_a, cols_b] in float64; `transpose` for b given as [cols_b, cols_a].

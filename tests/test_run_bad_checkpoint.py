@@ -10,7 +10,7 @@ from program import call, fail, language, listing, same_state, write_shard, writ
 
 @pytest.fixture
 def run(train):
-    return train("run", "--rank", 16, "--checkpoint-every", 6)
+    return train("run", "--rank", 16, "--dtype", "fp32", "--checkpoint-every", 6)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ USAGE = [
     (["--cooldown-steps", 5], ["--cooldown-steps", "cosine"]),
     (["--json"], ["--json", "--plan"]),
     (["--plan", "--resume", "x"], ["--plan", "--resume"]),
-    (["--master-weights", "fp32"], ["--master-weights", "fp32 weights"]),
+    (["--dtype", "fp32", "--master-weights", "fp32"], ["--master-weights", "fp32 weights"]),
     (["--tokens-per-step", 100], ["--tokens-per-step 100", "64"]),
     (["--device", "cuda"], ["--device cuda"]),
     (["--steps", 10**30], ["--steps"]),
@@ -293,7 +293,7 @@ def small_disk(tmp_path):
 def test_a_full_disk(data, small_disk):
     """Room for one checkpoint of 2.1 MB, not for two: the first one stays whole and can be resumed elsewhere."""
     disk = small_disk("3m")
-    line = fail("--data", data / "text_train_*.bin", *TINY, "--rank", 16, "--steps", 6, "--checkpoint-every", 3,
+    line = fail("--data", data / "text_train_*.bin", *TINY, "--dtype", "fp32", "--rank", 16, "--steps", 6, "--checkpoint-every", 3,
                 "--eval-every", 0, "--out", disk / "run", code=1)
     assert "No space left" in line and str(disk) in line
     assert [path.name for path in disk.glob("run/step_*")] == ["step_00000003"]

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from program import ROOT, TINY, losses, metrics, same_state, samples, steps_saved, succeed, tensors
+from program import ROOT, TINY, losses, metrics, same_state, samples, start, steps_saved, succeed, tensors
 
 METRIC_KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "step_ms", "tokens_per_second", "mfu", "device_bytes"}
 
@@ -165,6 +165,25 @@ def test_a_profile_names_the_operations(data, tmp_path):
     text = succeed("--data", data / "text_train_*.bin", *TINY, "--steps", 2, "--profile", "--out", tmp_path / "run")
     for operation in ("matmul", "attention_backward", "layernorm_backward"):
         assert operation in text
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, {"GOMP_SPINCOUNT=1000", "GLIBC_TUNABLES=glibc.malloc.tcache_count=0"}),
+    ({"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": "glibc.malloc.perturb=1"},
+     {"OMP_WAIT_POLICY=passive", "GLIBC_TUNABLES=glibc.malloc.perturb=1:glibc.malloc.tcache_count=0"}),
+    ({"GOMP_SPINCOUNT": "5", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=2"},
+     {"GOMP_SPINCOUNT=5", "GLIBC_TUNABLES=glibc.malloc.tcache_count=2"}),
+])
+def test_libraries_get_the_settings_that_the_user_has_not_made(data, tmp_path, given, expected):
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GLIBC_TUNABLES")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    process = start("--data", data / "text_train_*.bin", *TINY, "--steps", 100000, "--eval-every", 0, "--out", tmp_path / "run",
+                    until="step 1/", env={**environment, **given})
+    text = Path(f"/proc/{process.pid}/environ").read_text()
+    settings = text.replace("\0glibc.", ":glibc.").split("\0")  # glibc ends every value where it stands
+    process.kill()
+    process.communicate()
+    assert {line for line in settings if line.startswith(names)} == expected
 
 
 def device_line(data, out, **environment):

@@ -299,7 +299,7 @@ def test_an_error_in_the_middle_of_a_step(data, tmp_path, blocking, offload):
 
 @on_shim
 def test_a_matmul_without_an_algorithm(data, tmp_path):
-    message = refused(data, tmp_path, "--device", "cuda", "--rank", 16, code=1, CUDA_ON_CPU_NO_ALGORITHM=1)
+    message = refused(data, tmp_path, "--device", "cuda", "--rank", 16, code=1, FAKE_CUBLASLT_NO_ALGORITHM=1)
     assert "cuBLASLt" in message and "no algorithm" in message
 
 
@@ -397,7 +397,7 @@ def test_products_without_tensor_cores_are_said_after_the_first_step(tmp_path, s
     said = "matrix products that the plain kernel computed, which is slow: "
     assert said not in checked(tmp_path, "--tokens-per-step", 128, "--rank", 16).stdout
     # Found wrong, because a check of a product comes within the first starts.
-    text = checked_until(said, tmp_path, cache="a", CUDA_ON_CPU_WRONG_ALGORITHMS=99).stdout
+    text = checked_until(said, tmp_path, cache="a", FAKE_CUBLASLT_WRONG_ALGORITHMS=99).stdout
     lines = [line for line in text.splitlines() if said in line]
     assert len(lines) == 1 and "cuBLASLt's results are wrong" in lines[0]
 

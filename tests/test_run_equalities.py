@@ -50,7 +50,7 @@ def close(run_a, run_b, tolerance):
 
 def test_clipping_by_a_second_pass_is_that_of_kept_gradients(train):
     """Both clip by the exact global norm, summed in another order."""
-    flags = ["--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 0.5, "--tokens-per-step", 128]
+    flags = ["--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 0.5, "--tokens-per-step", 128, "--dtype", "fp32"]
     dense = train("dense", *flags, "--gradients", "dense")
     fused = train("fused", *flags, "--gradients", "fused")
     assert close(dense, fused, 1e-4)
@@ -81,7 +81,7 @@ def test_accumulation_at_nearly_full_rank_loses_little(train, optimizer):
 
 def test_bf16_learns_like_fp32(train):
     flags = ["--rank", 16, "--lr", 2e-3]
-    single, half = train("single", *flags, steps=100), train("half", *flags, "--dtype", "bf16", steps=100)
+    single, half = train("single", *flags, "--dtype", "fp32", steps=100), train("half", *flags, "--dtype", "bf16", steps=100)
     assert losses(half)[100] == pytest.approx(losses(single)[100], rel=0.1)
     assert len(tensors(half / "latest")) < 0.6 * len(tensors(single / "latest"))
 

@@ -10,7 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from program import ROOT, TINY, VOCABULARY, call, fail, language, metrics, succeed, validation_loss, write_shard
+from program import (ROOT, TINY, VOCABULARY, call, fail, language, metrics, succeed, validation_loss, with_defaults,
+                     write_shard)
 
 sys.path.insert(0, str(ROOT / "tests/reference"))
 
@@ -171,7 +172,7 @@ def check_against_reference(tmp_path, *flags, batches, count):
         file = prepare(tmp_path, label(examples, labels), name)
         for batch in batches:
             output = succeed("eval", "--model", tmp_path / "model", "--hellaswag", file, "--micro-batch", batch,
-                             "--seq-len", POSITIONS, "--threads", 1, *flags)
+                             "--seq-len", POSITIONS, "--threads", 1, *with_defaults(flags, ["--dtype", "fp32"]))
             assert accuracies(output) == (*expected, count), (name, batch)
             assert "validation loss" not in output
 
@@ -192,7 +193,8 @@ def test_contexts_that_are_too_long_lose_their_front(tmp_path):
     cut = sum(len(e["ctx"].encode()) + max(len(x.encode()) for x in e["endings"]) > 28 for e in examples)
     assert 0 < cut < 20 and by_sum != whole  # the front matters
     file = prepare(tmp_path, label(examples, by_sum))
-    flags = ["eval", "--model", tmp_path / "model", "--hellaswag", file, "--micro-batch", 4, "--threads", 1]
+    flags = ["eval", "--model", tmp_path / "model", "--hellaswag", file, "--micro-batch", 4, "--threads", 1,
+             "--dtype", "fp32"]
     result = call(*flags, "--seq-len", 28)
     assert accuracies(result.stdout) == (20, sum(a == b for a, b in zip(by_sum, by_mean)), 20)
     assert f"warning: the contexts of {cut} of 20 questions are longer than --seq-len 28 leaves room for" in result.stderr

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from program import VOCABULARY, fail, language, succeed, validation_loss, write_shard
+from program import VOCABULARY, fail, language, succeed, validation_loss, with_defaults, write_shard
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (python3-torch)")
 transformers = pytest.importorskip("transformers")
@@ -23,7 +23,7 @@ def evaluate(data, tmp_path):
 
     def call(model, *flags):
         text = succeed("eval", "--model", model, "--val-data", shard, "--seq-len", SEQUENCE, "--micro-batch", BATCH,
-                       "--threads", 1, *flags)
+                       "--threads", 1, *with_defaults(flags, ["--dtype", "fp32"]))
         loss, tokens = validation_loss(text)
         assert tokens == SEQUENCE * WINDOWS, text
         return loss

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from program import PROGRAM, ROOT, TINY, losses, steps_saved
 
-SETTINGS = [*TINY, "--rank", 8, "--eval-every", 0, "--tokens-per-step", 768]
+SETTINGS = [*TINY, "--dtype", "fp32", "--rank", 8, "--eval-every", 0, "--tokens-per-step", 768]
 VARIABLES = re.compile(r"RANK$|^WORLD_SIZE|^LOCAL_|^MASTER_|^OMPI_|^PMI|^MPI_|^SLURM_|^TORCHELASTIC_|^TRAIN_GPT2_")
 CLEAN = {name: value for name, value in os.environ.items() if not VARIABLES.search(name)}
 

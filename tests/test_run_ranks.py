@@ -14,7 +14,7 @@ from program import (PROGRAM, ROOT, TINY, call, language, losses, metrics, same_
                      write_shard)
 
 # Twelve micro-batches of 64 tokens a step, whatever the ranks.
-SHARED = ["--tokens-per-step", 768, "--rank", 8, "--kappa", 3]
+SHARED = ["--dtype", "fp32", "--tokens-per-step", 768, "--rank", 8, "--kappa", 3]
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@
 
 namespace {
 
+const bool kProducts = with_products();
+
 EngineConfig config_of(DType dtype) {
   EngineConfig config = small_config(dtype);
   config.model.heads = 2, config.model.channels = 128;
@@ -28,7 +30,7 @@ class Fault {
  private:
   const char* variable_;
 };
-constexpr char kLoseBlock[] = "CUDA_ON_CPU_LOSE_BLOCK", kWrong[] = "CUDA_ON_CPU_WRONG_ALGORITHMS";
+constexpr char kLoseBlock[] = "CUDA_ON_CPU_LOSE_BLOCK", kWrong[] = "FAKE_CUBLASLT_WRONG_ALGORITHMS";
 
 constexpr double kNoLimit = 1e9;  // seconds
 

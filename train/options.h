@@ -154,7 +154,10 @@ void describe(Options& o, Visitor& v) {
     "preset (tiny mini small d12 d24 d36 d48 gpt2:dN gpt3:cN), Hugging Face directory, config.json, or llm.c .bin; "
     "default: small on a CPU, d12 on a GPU",
     Text{}, fixed);
-  v(o.dtype, "dtype", "", "of weights, activations, gradients and states; default: fp32 on a CPU, bf16 on a GPU",
+  v(o.dtype, "dtype", "",
+    "of weights, activations, gradients and states; default: bf16 where it is faster (a GPU, a CPU with AMX, AMD's "
+    "with "
+    "AVX512-BF16), else fp32",
     kFloatDtypeNames, fixed);
   v(engine.weight_dtype, "weight-dtype", "",
     "of the weights; int8: matrices of the blocks in 8-bit blocks, the rest as the activations; default: dtype",

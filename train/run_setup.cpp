@@ -8,6 +8,7 @@
 #include "data/token_loader.h"
 #include "data/unicode_classes.h"
 #include "flora/flora.h"
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/machine.h"
 #include "train/trainer_state.h"
 
@@ -67,7 +68,7 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
   GradientConfig& gradients = o.engine.gradients;
   const bool flora = optimizer.kind == OptimizerKind::kFlora, sgd = optimizer.kind == OptimizerKind::kSgd;
   const bool adaptive = flora || optimizer.kind == OptimizerKind::kAdafactor;
-  o.choose("dtype", o.dtype, cpu ? DType::kF32 : DType::kBF16);
+  o.choose("dtype", o.dtype, cpu && !multiplies_bf16_faster() ? DType::kF32 : DType::kBF16);
   o.choose("weight-dtype", o.engine.weight_dtype, o.dtype);
   o.choose("activation-dtype", shapes.dtype, o.dtype);
   o.choose("gradient-dtype", gradients.gradient_dtype, o.dtype);

@@ -2,6 +2,7 @@
 // streams are the calling thread, so copies, events and waits are done when the call returns.
 #include "kernels/cpu/cpu_backend.h"
 
+#include <malloc.h>
 #include <omp.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -32,6 +33,15 @@ constexpr size_t kFileBuffers = size_t{16} << 20;
 // Address space, most of which is never used: what the allocator maps for a thread that asks for memory, a thread's
 // stack, and what the thread that reads data ahead takes.
 constexpr size_t kThreadHeap = size_t{128} << 20, kThreadStack = size_t{8} << 20, kReaderMapping = size_t{72} << 20;
+
+// Of memory given back malloc keeps so much of each thread's, and nothing of larger blocks. glibc would raise both to
+// the sizes it sees, up to 64 MiB a thread. What the library packs operands into (kGemmBuffers) stays below.
+void limit_kept_memory() {
+#ifdef M_TRIM_THRESHOLD
+  mallopt(M_TRIM_THRESHOLD, 4 << 20);
+  mallopt(M_MMAP_THRESHOLD, 4 << 20);
+#endif
+}
 
 size_t round_up(size_t bytes, size_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
 
@@ -92,6 +102,7 @@ void try_threads(int count) {
 
 CpuBackend::CpuBackend(const CpuOptions& options)
     : threads_(options.threads), multiply_in_bf16_(options.multiply_in_bf16) {
+  limit_kept_memory();
   if (threads_ < 0) throw std::runtime_error("the number of threads must be 0 (all cores) or more");
   if (threads_ == 0) threads_ = usable_cores();
 }

@@ -69,17 +69,14 @@ void CpuBackend::embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tensor
   const int64_t sequence = tokens.shape[1], channels = wte.cols();
   const Profiler::Scope scope(profiler, "embedding_forward", 0, 2.0 * static_cast<double>(out.bytes()));
   const int32_t* ids = tokens.as<const int32_t>();
-  dispatch(out.dtype, [&]<typename Out>() {
-    dispatch(wte.dtype, wpe.dtype, [&]<typename Wte, typename Wpe>() {
-      parallel_blocks(threads_, out.rows(), rows_per_span(channels), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          Out* row = element<Out>(out, i);
-          const Wte* token = element<const Wte>(wte, ids[i]);
-          const Wpe* position = element<const Wpe>(wpe, i % sequence);
+  dispatch(out.dtype, wte.dtype, [&]<typename Out, typename Weight>() {
+    parallel_blocks(threads_, out.rows(), rows_per_span(channels), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Out* row = element<Out>(out, i);
+        const Weight *token = element<const Weight>(wte, ids[i]), *position = element<const Weight>(wpe, i % sequence);
 #pragma omp simd
-          for (int64_t j = 0; j < channels; ++j) row[j] = from_float<Out>(to_float(token[j]) + to_float(position[j]));
-        }
-      });
+        for (int64_t j = 0; j < channels; ++j) row[j] = from_float<Out>(to_float(token[j]) + to_float(position[j]));
+      }
     });
   });
 }

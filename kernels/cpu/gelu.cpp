@@ -10,13 +10,13 @@ namespace {
 constexpr float kTwoSqrt2OverPi = 1.59576912f;  // 2 sqrt(2 / pi)
 constexpr float kCubic = 0.044715f;
 
-template <typename Out, typename In>
-void gelu_span(Out* out, const In* in, int64_t count) {
+template <typename T>
+void gelu_span(T* out, const T* in, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const float x = to_float(in[i]);
     const float twice_u = kTwoSqrt2OverPi * __builtin_fmaf(kCubic * x * x, x, x);
-    out[i] = from_float<Out>(x * simd_logistic(twice_u));
+    out[i] = from_float<T>(x * simd_logistic(twice_u));
   }
 }
 
@@ -37,9 +37,10 @@ void gelu_gradient_span(T* d, const T* in, int64_t count) {
 
 void CpuBackend::gelu_forward(Tensor out, Tensor in) {
   const Profiler::Scope scope(profiler, "gelu_forward", 0, static_cast<double>(in.bytes() + out.bytes()));
-  dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
+  require(out.dtype == in.dtype, "gelu_forward: one dtype");
+  dispatch(out.dtype, [&]<typename T>() {
     parallel_spans(threads_, {out, in}, [&](int64_t row, int64_t column, int64_t count) {
-      gelu_span(element<Out>(out, row, column), element<const In>(in, row, column), count);
+      gelu_span(element<T>(out, row, column), element<const T>(in, row, column), count);
     });
   });
 }

@@ -32,11 +32,11 @@ __attribute__((noinline)) Statistics row_statistics(const In* in, int64_t channe
   return {mean, 1.0f / std::sqrt(squares / static_cast<float>(channels) + kEpsilon)};
 }
 
-template <typename Out, typename In, typename Weight>
-void normalize_row(Out* out, const In* in, Statistics s, const Weight* weight, const Weight* bias, int64_t channels) {
+template <typename T, typename Weight>
+void normalize_row(T* out, const T* in, Statistics s, const Weight* weight, const Weight* bias, int64_t channels) {
 #pragma omp simd
   for (int64_t j = 0; j < channels; ++j) {
-    out[j] = from_float<Out>((to_float(in[j]) - s.mean) * s.rstd * to_float(weight[j]) + to_float(bias[j]));
+    out[j] = from_float<T>((to_float(in[j]) - s.mean) * s.rstd * to_float(weight[j]) + to_float(bias[j]));
   }
 }
 
@@ -48,28 +48,25 @@ struct Forward {
 template <typename F>
 void layernorm_rows(int threads, const Forward& f, F&& before_row) {
   const int64_t channels = f.in.cols();
-  dispatch(f.out.dtype, f.in.dtype, [&]<typename Out, typename In>() {
-    dispatch(f.weight.dtype, [&]<typename Weight>() {
-      parallel_blocks(threads, f.in.rows(), rows_per_span(channels), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          before_row(row);
-          const In* in = element<const In>(f.in, row);
-          const Statistics s = row_statistics(in, channels);
-          f.mean.as<float>()[row] = s.mean;
-          f.rstd.as<float>()[row] = s.rstd;
-          normalize_row(element<Out>(f.out, row), in, s, f.weight.as<const Weight>(), f.bias.as<const Weight>(),
-                        channels);
-        }
-      });
+  dispatch(f.in.dtype, f.weight.dtype, [&]<typename T, typename Weight>() {
+    parallel_blocks(threads, f.in.rows(), rows_per_span(channels), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        before_row(row);
+        const T* in = element<const T>(f.in, row);
+        const Statistics s = row_statistics(in, channels);
+        f.mean.as<float>()[row] = s.mean;
+        f.rstd.as<float>()[row] = s.rstd;
+        normalize_row(element<T>(f.out, row), in, s, f.weight.as<const Weight>(), f.bias.as<const Weight>(), channels);
+      }
     });
   });
 }
 
 // One row of the backward pass, with n = (in - mean) rstd and g = dout weight:
 // din += rstd (g - mean(g) - n mean(g n)), dweight += dout n, dbias += dout.
-template <typename DIn, typename DOut, typename In>
-void backward_row(DIn* din, float* dweight, float* dbias, const DOut* dout, const In* in, Statistics s,
-                  const float* weight, int64_t channels) {
+template <typename T>
+void backward_row(T* din, float* dweight, float* dbias, const T* dout, const T* in, Statistics s, const float* weight,
+                  int64_t channels) {
   float sum = 0, sum_normalized = 0;
 #pragma omp simd reduction(+ : sum, sum_normalized)
   for (int64_t j = 0; j < channels; ++j) {
@@ -85,7 +82,7 @@ void backward_row(DIn* din, float* dweight, float* dbias, const DOut* dout, cons
     const float n = (to_float(in[j]) - s.mean) * s.rstd;
     dweight[j] += d * n;
     dbias[j] += d;
-    din[j] = from_float<DIn>(to_float(din[j]) + s.rstd * ((d * weight[j] - mean_g) - n * mean_gn));
+    din[j] = from_float<T>(to_float(din[j]) + s.rstd * ((d * weight[j] - mean_g) - n * mean_gn));
   }
 }
 
@@ -119,19 +116,17 @@ void CpuBackend::layernorm_backward(Tensor din, Tensor dweight, Tensor dbias, bo
   dispatch(weight.dtype, [&]<typename Weight>() {
     for (int64_t j = 0; j < channels; ++j) weight_fp32[j] = to_float(weight.as<const Weight>()[j]);
   });
-  dispatch(din.dtype, [&]<typename DIn>() {
-    dispatch(dout.dtype, in.dtype, [&]<typename DOut, typename In>() {
-      parallel_blocks(threads_, chunks, 1, [&](int64_t first, int64_t last) {
-        for (int64_t part = first; part < last; ++part) {
-          float* const sums = partials + part * 2 * channels;
-          std::fill_n(sums, 2 * channels, 0.0f);
-          for (int64_t row = part * chunk; row < std::min(rows, (part + 1) * chunk); ++row) {
-            const Statistics s = {mean.as<float>()[row], rstd.as<float>()[row]};
-            backward_row(element<DIn>(din, row), sums, sums + channels, element<const DOut>(dout, row),
-                         element<const In>(in, row), s, weight_fp32, channels);
-          }
+  dispatch(in.dtype, [&]<typename T>() {
+    parallel_blocks(threads_, chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        float* const sums = partials + part * 2 * channels;
+        std::fill_n(sums, 2 * channels, 0.0f);
+        for (int64_t row = part * chunk; row < std::min(rows, (part + 1) * chunk); ++row) {
+          const Statistics s = {mean.as<float>()[row], rstd.as<float>()[row]};
+          backward_row(element<T>(din, row), sums, sums + channels, element<const T>(dout, row),
+                       element<const T>(in, row), s, weight_fp32, channels);
         }
-      });
+      }
     });
   });
   dispatch(dweight.dtype, [&]<typename T>() {

@@ -5,8 +5,6 @@
 #include <dnnl.hpp>
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -37,6 +35,8 @@ class OneThread {
 }
 
 char transposed(bool yes) { return yes ? 'T' : 'N'; }
+
+constexpr int64_t kMostColumns = 1024, kColumnsAtOnce = 48;  // of the result; a kernel works on up to 48
 
 // What a primitive is made for. beta is 0 or 1.
 using Key = std::tuple<int64_t, int64_t, int64_t, bool, bool, int64_t, int64_t, int64_t, float, float>;
@@ -108,46 +108,21 @@ bool can_multiply_bf16() {
 #endif
 }
 
-// Seconds of the best of several products of 256 x 256 matrices, in bf16 or, widened, in fp32.
-double best_time(bool in_bf16) {
-  constexpr int64_t kSize = 256;
-  struct alignas(64) Matrices {
-    bf16 a[kSize * kSize], b[kSize * kSize];
-    float wide_a[kSize * kSize], wide_b[kSize * kSize], c[kSize * kSize], scratch[4 * kSize * kSize];
-  };
-  const auto matrices = std::make_unique<Matrices>();
-  Matrices& m = *matrices;
-  uint32_t state = 1;
-  for (bf16* const matrix : {m.a, m.b}) {
-    for (int64_t i = 0; i < kSize * kSize; ++i) {
-      state = state * 1664525u + 1013904223u;
-      matrix[i] = from_float<bf16>(static_cast<float>(state >> 8) * 0x1p-23f - 1.0f);
-    }
-  }
-  double best = INFINITY;
-  for (int i = 0; i < 8; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    if (in_bf16) {
-      if (!gemm_bf16({kSize, kSize, kSize}, 1.0f, m.a, kSize, m.b, kSize, 0.0f, m.c, kSize, m.scratch,
-                     sizeof m.scratch))
-        return INFINITY;
-    } else {
-      for (int64_t j = 0; j < kSize * kSize; ++j) m.wide_a[j] = to_float(m.a[j]), m.wide_b[j] = to_float(m.b[j]);
-      gemm({kSize, kSize, kSize}, 1.0f, m.wide_a, kSize, m.wide_b, kSize, 0.0f, m.c, kSize);
-    }
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  return best;
-}
-
 }  // namespace
 
+// The library packs 384 rows of as many columns as there are, so of a wide matrix up to 30 MiB; it gets fewer at a
+// time.
 void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb, float beta,
           float* c, int64_t ldc) {
   const OneThread one_thread;
-  const dnnl_status_t status = dnnl_sgemm(transposed(shape.transpose_a), transposed(shape.transpose_b), shape.m,
-                                          shape.n, shape.k, alpha, a, lda, b, ldb, beta, c, ldc);
-  if (status != dnnl_success) give_up(status == dnnl_out_of_memory ? "out of memory" : "unexpected error");
+  const int64_t pieces = (shape.n + kMostColumns - 1) / kMostColumns;
+  const int64_t columns = pieces < 2 ? shape.n : divide_up(divide_up(shape.n, pieces), kColumnsAtOnce) * kColumnsAtOnce;
+  for (int64_t j = 0; j < shape.n; j += columns) {
+    const dnnl_status_t status = dnnl_sgemm(transposed(shape.transpose_a), transposed(shape.transpose_b), shape.m,
+                                            std::min(columns, shape.n - j), shape.k, alpha, a, lda,
+                                            shape.transpose_b ? b + j * ldb : b + j, ldb, beta, c + j, ldc);
+    if (status != dnnl_success) give_up(status == dnnl_out_of_memory ? "out of memory" : "unexpected error");
+  }
 }
 
 bool gemm_bf16(const GemmShape& shape, float alpha, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float beta,
@@ -171,8 +146,11 @@ bool gemm_bf16(const GemmShape& shape, float alpha, const bf16* a, int64_t lda, 
 }
 
 bool multiplies_bf16_faster() {
-  static const bool faster = best_time(true) < 0.8 * best_time(false);
-  return faster;
+#if defined(__x86_64__)
+  return has(dnnl_cpu_isa_avx512_core_amx) || (has(dnnl_cpu_isa_avx512_core_bf16) && __builtin_cpu_is("amd"));
+#else
+  return false;
+#endif
 }
 
 std::string gemm_description() {

@@ -48,7 +48,7 @@ bool is_pageable(const void* memory) {
   return attributes.type == cudaMemoryTypeUnregistered;
 }
 
-__global__ void probe_kernel() {}
+__global__ void increment_kernel(uint32_t* counter) { *counter += 1; }
 
 // Why the device cannot be used, or an empty string.
 std::string device_problem(int ordinal) {
@@ -75,7 +75,7 @@ std::string device_problem(int ordinal) {
   }
   cudaSetDevice(ordinal);
   cudaFuncAttributes attributes;
-  const cudaError_t probed = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel));
+  const cudaError_t probed = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(increment_kernel));
   if (probed == cudaSuccess) return "";
   cudaGetLastError();
   // The first call that needs the device itself: it may also be busy, or its memory full.
@@ -290,6 +290,8 @@ void CudaBackend::copy(void* destination, const void* source, size_t bytes, Stre
   if (reaches_pageable_memory_ && (is_pageable(destination) || is_pageable(source)))
     check_cuda(cudaStreamSynchronize(queue), "copying");
 }
+
+void CudaBackend::increment(uint32_t* counter) { launch("increment", increment_kernel, {.stream = stream_}, counter); }
 
 void CudaBackend::fill(void* destination, int byte, size_t bytes) {
   if (bytes == 0) return;

@@ -84,12 +84,16 @@ __global__ void clip_scale_kernel(StepScalars* scalars, const float* squares, fl
   scalars->gradient_scale = fminf(1.0f, clip_norm / (sqrtf(*squares) + 1e-6f));
 }
 
-__global__ void increment_kernel(uint32_t* counter) { *counter += 1; }
-
 }  // namespace
 
 void convert_elements(const Tensor& out, const Tensor& in, cudaStream_t stream) {
-  map("convert", stream, Convert{}, out, in);
+  const Extent extent = common_extent(out, in);
+  if (extent.rows == 0) return;
+  dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
+    constexpr int kWidth = kVectorWidth<Out, In>;
+    launch_map("convert", stream, Convert{}, vector_view<Out, kWidth>(out), vector_view<In, kWidth>(in), NoView{},
+               extent);
+  });
 }
 
 void CudaBackend::convert(Tensor out, Tensor in) {
@@ -99,7 +103,7 @@ void CudaBackend::convert(Tensor out, Tensor in) {
 
 void CudaBackend::add(Tensor out, Tensor a, Tensor b) {
   const Timed timed(*this, "add", 0, static_cast<double>(out.bytes() + a.bytes() + b.bytes()));
-  require(is_floating(out) && is_floating(a) && is_floating(b), "add: fp32 or bf16");
+  require(a.dtype == out.dtype && b.dtype == out.dtype, "add: one dtype");
   map("add", stream_, Add{}, out, a, b);
 }
 
@@ -116,7 +120,7 @@ void CudaBackend::scale(std::span<const Tensor> tensors, const float* factor) {
 
 void CudaBackend::restore_norm(Tensor x, const float* target_squares, const float* current_squares) {
   const Timed timed(*this, "restore_norm", 0, 2.0 * static_cast<double>(x.bytes()));
-  map_in_place("restore_norm", stream_, RestoreNorm{target_squares, current_squares}, x);
+  map("restore_norm", stream_, RestoreNorm{target_squares, current_squares}, x, x);
 }
 
 void CudaBackend::fill_constant(Tensor x, float value) {
@@ -132,5 +136,3 @@ void CudaBackend::gate_on_finite(StepScalars* scalars, Tensor value) {
 void CudaBackend::clip_scale(StepScalars* scalars, const float* squares, float clip_norm) {
   launch("clip_scale", clip_scale_kernel, {.stream = stream_}, scalars, squares, clip_norm);
 }
-
-void CudaBackend::increment(uint32_t* counter) { launch("increment", increment_kernel, {.stream = stream_}, counter); }

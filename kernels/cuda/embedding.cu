@@ -24,10 +24,10 @@ constexpr int kLongGroup = 32;         // positions that one warp adds up alone,
 // ---- forward
 
 // A thread: an octet of columns of tokens i and i + `half`.
-template <typename Out, typename Wte, typename Wpe>
+template <typename Out, typename Weight>
 __global__ void __launch_bounds__(kThreads)
-    embedding_forward_kernel(VectorView<Out, kOctet> out, const int32_t* tokens, VectorView<Wte, kOctet> wte,
-                             VectorView<Wpe, kOctet> wpe, uint32_t count, uint32_t half, uint32_t sequence,
+    embedding_forward_kernel(VectorView<Out, kOctet> out, const int32_t* tokens, VectorView<Weight, kOctet> wte,
+                             VectorView<Weight, kOctet> wpe, uint32_t count, uint32_t half, uint32_t sequence,
                              uint32_t channels) {
   const uint32_t at = blockIdx.x * kThreads + threadIdx.x, octets = channels / kOctet;
   const uint32_t first = at / octets;
@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   int32_t ids[kTokensAtOnce];
 #pragma unroll
   for (int u = 0; u < kTokensAtOnce; ++u) ids[u] = first + u * half < count ? tokens[first + u * half] : 0;
-  Vector<Wte, kOctet> token[kTokensAtOnce];
-  Vector<Wpe, kOctet> position[kTokensAtOnce];
+  Vector<Weight, kOctet> token[kTokensAtOnce], position[kTokensAtOnce];
 #pragma unroll
   for (int u = 0; u < kTokensAtOnce; ++u) {
     token[u] = wte.load_again(ids[u], column);
@@ -174,15 +173,12 @@ void CudaBackend::embedding_forward(Tensor out, Tensor tokens, Tensor wte, Tenso
   if (count == 0) return;
   const int64_t half = (count + kTokensAtOnce - 1) / kTokensAtOnce;
   require_octet_rows(out, wte, wpe);
-  dispatch(out.dtype, [&]<typename Out>() {
-    dispatch(wte.dtype, wpe.dtype, [&]<typename Wte, typename Wpe>() {
-      launch(
-          "embedding_forward", embedding_forward_kernel<Out, Wte, Wpe>,
-          {.grid = dim3(blocks_for(half * (channels / kOctet), kThreads)), .block = dim3(kThreads), .stream = stream_},
-          vector_view<Out, kOctet>(out), tokens.as<const int32_t>(), vector_view<Wte, kOctet>(wte),
-          vector_view<Wpe, kOctet>(wpe), static_cast<uint32_t>(count), static_cast<uint32_t>(half),
-          static_cast<uint32_t>(sequence), static_cast<uint32_t>(channels));
-    });
+  dispatch(out.dtype, wte.dtype, [&]<typename Out, typename Weight>() {
+    launch("embedding_forward", embedding_forward_kernel<Out, Weight>,
+           {.grid = dim3(blocks_for(half * (channels / kOctet), kThreads)), .block = dim3(kThreads), .stream = stream_},
+           vector_view<Out, kOctet>(out), tokens.as<const int32_t>(), vector_view<Weight, kOctet>(wte),
+           vector_view<Weight, kOctet>(wpe), static_cast<uint32_t>(count), static_cast<uint32_t>(half),
+           static_cast<uint32_t>(sequence), static_cast<uint32_t>(channels));
   });
 }
 

@@ -63,6 +63,7 @@ struct GeluGradient {
 
 void CudaBackend::gelu_forward(Tensor out, Tensor in) {
   const Timed timed(*this, "gelu_forward", 0, static_cast<double>(in.bytes() + out.bytes()));
+  require(out.dtype == in.dtype, "gelu_forward: one dtype");
   map("gelu_forward", stream_, Gelu{}, out, in);
 }
 

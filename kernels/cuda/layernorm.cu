@@ -173,9 +173,10 @@ __device__ inline float add_input_gradient(float din, float n, float g, float rs
   return fmaf(rstd, fmaf(-n, mean_gn, g - mean_g), din);
 }
 
-// kOctets to a thread, kRows at once, kBlocks on a multiprocessor. Two octets a thread are too many to keep between the
-// two passes over a row; they are read again, from a cache. So is the weight without kKeepWeight.
-template <typename DIn, typename DOut, typename In, int kRows, int kThreads, int kBlocks, bool kKeepWeight, int kOctets>
+// din, dout and in have type T. kOctets to a thread, kRows at once, kBlocks on a multiprocessor. Two octets a thread
+// are too many to keep between the two passes over a row; they are read again, from a cache. So is the weight without
+// kKeepWeight.
+template <typename T, int kRows, int kThreads, int kBlocks, bool kKeepWeight, int kOctets>
 __global__ void __launch_bounds__(kThreads, kBlocks) layernorm_backward_kernel(Backward p) {
   constexpr bool kKeep = kOctets == 1;
   constexpr int kSums = 2 * kRows;  // of a block's rows: of g, of g n, row by row
@@ -189,9 +190,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) layernorm_backward_kernel(B
   // Where this thread's octet o of row r of those at hand is: from a position that moves on, or, where that takes too
   // many registers, from the beginning.
   constexpr bool kMoves = kKeepWeight;
-  const DOut* dout_at = static_cast<const DOut*>(p.dout.data) + (kMoves ? begin * p.dout.pitch : 0) + column_of(0);
-  const In* in_at = static_cast<const In*>(p.in.data) + (kMoves ? begin * p.in.pitch : 0) + column_of(0);
-  DIn* din_at = static_cast<DIn*>(p.din.data) + (kMoves ? begin * p.din.pitch : 0) + column_of(0);
+  const T* dout_at = static_cast<const T*>(p.dout.data) + (kMoves ? begin * p.dout.pitch : 0) + column_of(0);
+  const T* in_at = static_cast<const T*>(p.in.data) + (kMoves ? begin * p.in.pitch : 0) + column_of(0);
+  T* din_at = static_cast<T*>(p.din.data) + (kMoves ? begin * p.din.pitch : 0) + column_of(0);
   int64_t row_at = kMoves ? 0 : begin;
   const auto place = [&](auto* at, int64_t pitch, int r, int o) {
     return at + (row_at + r) * pitch + o * static_cast<int>(blockDim.x) * kOctet;
@@ -209,9 +210,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) layernorm_backward_kernel(B
   float* other = shared + warps * kSums;
 
   for (int first = 0; first < rows; first += kRows) {
-    Vector<DOut, kOctet> dout[kRows][kOctets];
-    Vector<In, kOctet> in[kRows][kOctets];
-    Vector<DIn, kOctet> din[kRows][kOctets];
+    Vector<T, kOctet> dout[kRows][kOctets], in[kRows][kOctets], din[kRows][kOctets];
     Statistics s[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -295,27 +294,24 @@ void launch_backward(cudaStream_t stream, const Backward& p, unsigned blocks) {
   require(p.channels <= kMostNormChannels, "layernorm: too many channels");
   const int64_t octets = p.channels / kOctet, warps = (octets + kWarp - 1) / kWarp;
   const unsigned threads = static_cast<unsigned>(std::min<int64_t>(warps * kWarp, kMostThreads));
-  dispatch(p.din.dtype, [&]<typename DIn>() {
-    dispatch(p.dout.dtype, p.in.dtype, [&]<typename DOut, typename In>() {
-      const auto run = [&]<int kRows, int kThreads, int kBlocks, bool kKeepWeight = true, int kOctets = 1>() {
-        launch("layernorm_backward",
-               layernorm_backward_kernel<DIn, DOut, In, kRows, kThreads, kBlocks, kKeepWeight, kOctets>,
-               {.grid = dim3(blocks),
-                .block = dim3(threads),
-                .shared_bytes = size_t{2} * (threads / kWarp) * kRows * 2 * sizeof(float),
-                .stream = stream},
-               p);
-      };
-      // Small blocks have many rows under way; of larger ones several on a multiprocessor, which keep its memory busy
-      // while one waits at its barrier. Rows of four-byte numbers take twice the registers.
-      constexpr bool kHalf = sizeof(DIn) + sizeof(DOut) + sizeof(In) == 6;
-      constexpr int kBlocks = kHalf ? 2 : 1;
-      if (threads <= 128) return run.template operator() < kHalf ? 4 : 2, 128, 4 > ();
-      if (threads <= 256) return run.template operator()<2, 256, kBlocks + 1>();
-      if (threads <= 512) return run.template operator() < kHalf ? 1 : 2, 512, kBlocks > ();
-      if (octets <= kMostThreads) return run.template operator()<1, kMostThreads, 1, kHalf>();
-      run.template operator()<1, kMostThreads, 1, false, 2>();
-    });
+  dispatch(p.in.dtype, [&]<typename T>() {
+    const auto run = [&]<int kRows, int kThreads, int kBlocks, bool kKeepWeight = true, int kOctets = 1>() {
+      launch("layernorm_backward", layernorm_backward_kernel<T, kRows, kThreads, kBlocks, kKeepWeight, kOctets>,
+             {.grid = dim3(blocks),
+              .block = dim3(threads),
+              .shared_bytes = size_t{2} * (threads / kWarp) * kRows * 2 * sizeof(float),
+              .stream = stream},
+             p);
+    };
+    // Small blocks have many rows under way; of larger ones several on a multiprocessor, which keep its memory busy
+    // while one waits at its barrier. Rows of four-byte numbers take twice the registers.
+    constexpr bool kHalf = sizeof(T) == 2;
+    constexpr int kBlocks = kHalf ? 2 : 1;
+    if (threads <= 128) return run.template operator() < kHalf ? 4 : 2, 128, 4 > ();
+    if (threads <= 256) return run.template operator()<2, 256, kBlocks + 1>();
+    if (threads <= 512) return run.template operator() < kHalf ? 1 : 2, 512, kBlocks > ();
+    if (octets <= kMostThreads) return run.template operator()<1, kMostThreads, 1, kHalf>();
+    run.template operator()<1, kMostThreads, 1, false, 2>();
   });
 }
 
@@ -334,11 +330,6 @@ void CudaBackend::residual_layernorm_forward(Tensor residual, Tensor out, Tensor
                                              Tensor weight, Tensor bias) {
   check_layernorm_forward(out, mean, rstd, residual, weight, bias);
   check_layernorm_summands(residual, a, b);
-  if (a.dtype != residual.dtype || b.dtype != residual.dtype) {
-    add(residual, a, b);
-    layernorm_forward(out, mean, rstd, residual, weight, bias);
-    return;
-  }
   const Timed timed(*this, "residual_layernorm_forward", 0,
                     static_cast<double>(a.bytes() + b.bytes() + residual.bytes() + out.bytes()));
   const Forward f = {any_view(out),    any_view(residual), any_view(a),    any_view(b),     mean.as<float>(),

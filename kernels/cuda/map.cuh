@@ -63,39 +63,26 @@ void launch_map(const char* name, cudaStream_t stream, Op op, Out out, A a, B b,
          extent);
 }
 
-// out = op(a, b)
+// out = op(a, b), all of one dtype
 template <typename Op>
 void map(const char* name, cudaStream_t stream, Op op, const Tensor& out, const Tensor& a, const Tensor& b) {
   const Extent extent = common_extent(out, a, b);
   if (extent.rows == 0) return;
-  dispatch(out.dtype, [&]<typename O>() {
-    dispatch(a.dtype, b.dtype, [&]<typename A, typename B>() {
-      constexpr int kWidth = kVectorWidth<O, A, B>;
-      launch_map(name, stream, op, vector_view<O, kWidth>(out), vector_view<A, kWidth>(a), vector_view<B, kWidth>(b),
-                 extent);
-    });
+  dispatch(out.dtype, [&]<typename T>() {
+    constexpr int kWidth = kVectorWidth<T>;
+    launch_map(name, stream, op, vector_view<T, kWidth>(out), vector_view<T, kWidth>(a), vector_view<T, kWidth>(b),
+               extent);
   });
 }
 
-// out = op(a)
+// out = op(a), of one dtype; out may be a
 template <typename Op>
 void map(const char* name, cudaStream_t stream, Op op, const Tensor& out, const Tensor& a) {
   const Extent extent = common_extent(out, a);
   if (extent.rows == 0) return;
-  dispatch(out.dtype, a.dtype, [&]<typename O, typename A>() {
-    constexpr int kWidth = kVectorWidth<O, A>;
-    launch_map(name, stream, op, vector_view<O, kWidth>(out), vector_view<A, kWidth>(a), NoView{}, extent);
-  });
-}
-
-// x = op(x)
-template <typename Op>
-void map_in_place(const char* name, cudaStream_t stream, Op op, const Tensor& x) {
-  const Extent extent = common_extent(x);
-  if (extent.rows == 0) return;
-  dispatch(x.dtype, [&]<typename T>() {
-    const auto view = vector_view<T, kVectorWidth<T>>(x);
-    launch_map(name, stream, op, view, view, NoView{}, extent);
+  dispatch(out.dtype, [&]<typename T>() {
+    constexpr int kWidth = kVectorWidth<T>;
+    launch_map(name, stream, op, vector_view<T, kWidth>(out), vector_view<T, kWidth>(a), NoView{}, extent);
   });
 }
 

@@ -19,13 +19,6 @@ Scheduler& scheduler() {
   return *scheduler_of_thread;
 }
 
-Scheduler& running_scheduler(const char* operation) {
-  if (scheduler_of_thread == nullptr || !scheduler_of_thread->active()) {
-    fail(std::string(operation) + " outside of a kernel");
-  }
-  return *scheduler_of_thread;
-}
-
 }  // namespace
 
 std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
@@ -57,11 +50,8 @@ std::string Scheduler::who_waits_where() const {
       where = "exited";
     } else if (thread.waiting_for == nullptr) {
       where = i == current_ ? "running" : "can run";
-    } else if ((warp.at_barrier & bit) != 0) {
-      where = std::string("wait in ") + thread.waiting_for + " at " + text(thread.site);
     } else {
-      where =
-          std::string("wait in ") + thread.waiting_for + " with mask " + hex(thread.mask) + " at " + text(thread.site);
+      where = std::string("wait in ") + thread.waiting_for + " at " + text(thread.site);
     }
     places[where].push_back(i);
   }
@@ -93,16 +83,6 @@ bool Scheduler::is_stack_overflow(const void* address) const {
 }
 
 void run_block(const Launch& launch, uint3 block_index) { scheduler().run(launch, block_index); }
-
-void block_barrier(Site site) { running_scheduler("__syncthreads").barrier("__syncthreads", site); }
-
-int block_vote(BlockVote vote, bool predicate, Site site) {
-  return running_scheduler("__syncthreads_count").vote(vote, predicate, site);
-}
-
-void warp_rendezvous(const char* operation, unsigned mask, Complete complete, void* arguments, Site site) {
-  running_scheduler(operation).rendezvous(operation, mask, complete, arguments, site);
-}
 
 unsigned lane_index() { return running_scheduler("a warp operation").current_number() % kLanes; }
 

@@ -13,31 +13,20 @@ using namespace cuda_on_cpu;
 
 namespace {
 
-// Whether the two addresses are what `kind` says, and device ranges inside of one buffer.
-bool fits(const void* destination, const void* source, size_t bytes, cudaMemcpyKind kind) {
-  const bool to_device = touches_device_memory(destination), from_device = touches_device_memory(source);
-  if (to_device && !is_device_range(destination, bytes)) return false;
-  if (from_device && !is_device_range(source, bytes)) return false;
-  switch (kind) {
-    case cudaMemcpyHostToHost: return !to_device && !from_device;
-    case cudaMemcpyHostToDevice: return to_device && !from_device;
-    case cudaMemcpyDeviceToHost: return !to_device && from_device;
-    case cudaMemcpyDeviceToDevice: return to_device && from_device;
-    case cudaMemcpyDefault: return true;
-  }
-  return false;
+// Host memory, or all of it inside of one device buffer.
+bool is_one_buffer(const void* address, size_t bytes) {
+  return !touches_device_memory(address) || is_device_range(address, bytes);
 }
 
 }  // namespace
 
-cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes, cudaMemcpyKind kind,
-                            cudaStream_t handle) {
+cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes, cudaMemcpyKind, cudaStream_t handle) {
   const std::lock_guard lock(api_mutex());
   if (device_status() != cudaSuccess) return finish(device_status());
   Stream* stream = find_stream(handle);
   if (stream == nullptr) return finish(cudaErrorInvalidResourceHandle);
   if (bytes == 0) return finish(cudaSuccess);
-  if (!fits(destination, source, bytes, kind)) return finish(cudaErrorInvalidValue);
+  if (!is_one_buffer(destination, bytes) || !is_one_buffer(source, bytes)) return finish(cudaErrorInvalidValue);
   const bool staged = setting("CUDA_ON_CPU_REACHES_HOST", 0) == 0;
   const bool reads_pageable = staged && !touches_device_memory(source) && !is_pinned(source);
   const bool writes_pageable = staged && !touches_device_memory(destination) && !is_pinned(destination);
@@ -57,14 +46,6 @@ cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes,
   return finish(cudaSuccess);
 }
 
-cudaError_t cudaMemcpy(void* destination, const void* source, size_t bytes, cudaMemcpyKind kind) {
-  const std::lock_guard lock(api_mutex());
-  if (const cudaError_t status = forbid_during_capture(); status != cudaSuccess) return finish(status);
-  const cudaError_t status = cudaMemcpyAsync(destination, source, bytes, kind, nullptr);
-  if (status == cudaSuccess) drain(*find_stream(nullptr));
-  return finish(status);
-}
-
 cudaError_t cudaMemsetAsync(void* destination, int byte, size_t bytes, cudaStream_t handle) {
   const std::lock_guard lock(api_mutex());
   if (device_status() != cudaSuccess) return finish(device_status());
@@ -72,8 +53,4 @@ cudaError_t cudaMemsetAsync(void* destination, int byte, size_t bytes, cudaStrea
   if (!is_device_range(destination, bytes) && !is_pinned(destination)) return finish(cudaErrorInvalidValue);
   const auto work = [=] { memset(destination, byte, bytes); };
   return enqueue(handle, Operation{"fill", work, {}, {}, {destination}});
-}
-
-cudaError_t cudaMemset(void* destination, int byte, size_t bytes) {
-  return cudaMemsetAsync(destination, byte, bytes, nullptr);
 }

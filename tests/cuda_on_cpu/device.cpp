@@ -33,7 +33,20 @@ cudaError_t device_status() {
   return setting("CUDA_ON_CPU_DEVICES", 1) == 0 ? cudaErrorNoDevice : cudaSuccess;
 }
 
+namespace {
 int architecture() { return static_cast<int>(setting("CUDA_ON_CPU_ARCH", 90)); }
+}  // namespace
+
+int shared_memory_per_block() {
+  switch (architecture()) {
+    case 80:
+    case 87: return 163 << 10;
+    case 86:
+    case 89:
+    case 120: return 99 << 10;
+    default: return 227 << 10;
+  }
+}
 
 }  // namespace cuda_on_cpu
 
@@ -47,45 +60,12 @@ cudaError_t cudaGetLastError() {
 
 cudaError_t cudaPeekAtLastError() { return has_sticky_error() ? sticky_error : last_error; }
 
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-#define NAME(name) \
-  case name: return #name
-    NAME(cudaSuccess);
-    NAME(cudaErrorInvalidValue);
-    NAME(cudaErrorMemoryAllocation);
-    NAME(cudaErrorInitializationError);
-    NAME(cudaErrorInvalidConfiguration);
-    NAME(cudaErrorInsufficientDriver);
-    NAME(cudaErrorInvalidDeviceFunction);
-    NAME(cudaErrorNoDevice);
-    NAME(cudaErrorInvalidDevice);
-    NAME(cudaErrorNoKernelImageForDevice);
-    NAME(cudaErrorUnsupportedPtxVersion);
-    NAME(cudaErrorInvalidResourceHandle);
-    NAME(cudaErrorNotReady);
-    NAME(cudaErrorIllegalAddress);
-    NAME(cudaErrorLaunchFailure);
-    NAME(cudaErrorNotSupported);
-    NAME(cudaErrorStreamCaptureUnsupported);
-    NAME(cudaErrorStreamCaptureInvalidated);
-    NAME(cudaErrorStreamCaptureUnmatched);
-    NAME(cudaErrorStreamCaptureUnjoined);
-    NAME(cudaErrorStreamCaptureIsolation);
-    NAME(cudaErrorCapturedEvent);
-    NAME(cudaErrorUnknown);
-#undef NAME
-  }
-  return "unrecognized error code";
-}
-
 // The words of the real runtime where programs show them to their users.
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInitializationError: return "initialization error";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
     case cudaErrorInvalidDeviceFunction: return "invalid device function";
@@ -96,7 +76,6 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidResourceHandle: return "invalid resource handle";
     case cudaErrorNotReady: return "device not ready";
     case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
-    case cudaErrorLaunchFailure: return "unspecified launch failure";
     case cudaErrorNotSupported: return "operation not supported";
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
@@ -104,7 +83,6 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorStreamCaptureUnjoined: return "capturing stream has unjoined work";
     case cudaErrorStreamCaptureIsolation: return "dependency created on uncaptured work in another stream";
     case cudaErrorCapturedEvent: return "operation not permitted on an event last recorded in a capturing stream";
-    case cudaErrorUnknown: return "unknown error";
   }
   return "unrecognized error code";
 }
@@ -129,17 +107,6 @@ cudaError_t cudaGetDevice(int* device) {
   return finish(device_status());
 }
 
-static int shared_memory_per_block() {
-  switch (architecture()) {
-    case 80:
-    case 87: return 163 << 10;
-    case 86:
-    case 89:
-    case 120: return 99 << 10;
-    default: return 227 << 10;
-  }
-}
-
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   if (device_status() != cudaSuccess) return finish(device_status());
   if (device < 0 || device >= static_cast<int>(setting("CUDA_ON_CPU_DEVICES", 1)))
@@ -149,36 +116,17 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   properties->uuid.bytes[0] = static_cast<char>(device);
   size_t free = 0;
   cudaMemGetInfo(&free, &properties->totalGlobalMem);
-  properties->sharedMemPerBlock = 48 << 10;
   properties->sharedMemPerBlockOptin = static_cast<size_t>(shared_memory_per_block());
-  properties->sharedMemPerMultiprocessor = properties->sharedMemPerBlockOptin + 1024;
   properties->major = architecture() / 10;
   properties->minor = architecture() % 10;
   properties->multiProcessorCount = 16;
-  properties->warpSize = 32;
-  properties->maxThreadsPerBlock = 1024;
-  properties->maxThreadsPerMultiProcessor = 2048;
-  properties->l2CacheSize = 32 << 20;
   return finish(cudaSuccess);
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  cudaDeviceProp properties;
-  const cudaError_t status = cudaGetDeviceProperties(&properties, device);
-  if (status != cudaSuccess) return status;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (device_status() != cudaSuccess) return finish(device_status());
   switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: *value = properties.maxThreadsPerBlock; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(properties.sharedMemPerBlock); break;
-    case cudaDevAttrWarpSize: *value = properties.warpSize; break;
-    case cudaDevAttrMultiProcessorCount: *value = properties.multiProcessorCount; break;
-    case cudaDevAttrL2CacheSize: *value = properties.l2CacheSize; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = properties.maxThreadsPerMultiProcessor; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = properties.major; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = properties.minor; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = static_cast<int>(properties.sharedMemPerMultiprocessor);
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(properties.sharedMemPerBlockOptin); break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = shared_memory_per_block() + 1024; break;
     case cudaDevAttrPageableMemoryAccess: *value = setting("CUDA_ON_CPU_REACHES_HOST", 0) != 0; break;
   }
   return finish(cudaSuccess);

@@ -81,15 +81,12 @@ std::map<const void*, size_t>& opted_in() {
   return bytes;
 }
 
-// CUDA_ON_CPU_FAIL_LAUNCH: "7" for the seventh kernel that runs, "name" for the first one whose name contains it,
-// "name:3" for the third.
-bool is_made_to_fail(uint64_t number, const std::string& name) {
+// CUDA_ON_CPU_FAIL_LAUNCH: "name" for the first kernel whose name contains it, "name:3" for the third.
+bool is_made_to_fail(const std::string& name) {
   static uint64_t matches = 0;
   const std::string what = setting_text("CUDA_ON_CPU_FAIL_LAUNCH");
-  if (what.empty()) return false;
-  if (what.find_first_not_of("0123456789") == std::string::npos) return std::stoull(what) == number;
   const size_t colon = what.find(':');
-  if (name.find(what.substr(0, colon)) == std::string::npos) return false;
+  if (what.empty() || name.find(what.substr(0, colon)) == std::string::npos) return false;
   return ++matches == (colon == std::string::npos ? 1 : std::stoull(what.substr(colon + 1)));
 }
 
@@ -102,7 +99,7 @@ bool loses_block(const std::string& name) {
 void execute(Launch launch, const std::string& name) {
   static uint64_t launches = 0;
   launch.number = ++launches;
-  if (is_made_to_fail(launch.number, name)) return set_sticky_error(cudaErrorIllegalAddress);
+  if (is_made_to_fail(name)) return set_sticky_error(cudaErrorIllegalAddress);
   const uint64_t plane = uint64_t{launch.grid.x} * launch.grid.y, blocks = plane * launch.grid.z;
   // Block number i of the order is (first + i * stride) mod blocks, with a stride that has no factor in common with it.
   Random random(seed() * 0x9e3779b97f4a7c15u + launch.number);
@@ -153,7 +150,6 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t& config, const void* function
     return finish(cudaErrorInvalidConfiguration);
   }
   if (config.dynamicSmemBytes > shared_memory_limit(function)) return finish(cudaErrorInvalidValue);
-  if (config.numAttrs != 0) return finish(cudaErrorNotSupported);
   watch_for_crashes();
   const std::string name = kernel_name(function);
   Launch launch{function, std::move(kernel), grid, block, config.dynamicSmemBytes, 0};
@@ -172,9 +168,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   const std::lock_guard lock(api_mutex());
   if (device_status() != cudaSuccess) return finish(device_status());
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return finish(cudaSuccess);
-  int most = 0;
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  if (value < 0 || value > most) return finish(cudaErrorInvalidValue);
+  if (value < 0 || value > shared_memory_per_block()) return finish(cudaErrorInvalidValue);
   opted_in()[kernel] = static_cast<size_t>(value);
   return finish(cudaSuccess);
 }
@@ -182,10 +176,5 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   const std::lock_guard lock(api_mutex());
   *attributes = {static_cast<int>(shared_memory_limit(kernel)), 1024};
-  return finish(device_status());
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
-  *blocks = 1;
   return finish(device_status());
 }

@@ -18,11 +18,6 @@ constexpr size_t kPage = 4096;
 // The sanitizers put red zones around every variable.
 constexpr size_t kStackBytes = kAddressSanitizer ? 512 << 10 : 64 << 10;
 
-struct Switch {
-  Fiber* from;
-  Fiber* to;
-};
-
 }  // namespace
 
 Fiber::Fiber() = default;
@@ -51,22 +46,10 @@ bool Fiber::is_guard(const void* address) const {
   return mapping_ != nullptr && address >= mapping_ && address < mapping_ + kPage;
 }
 
-void Fiber::arrive(transfer_t transfer) {
-  const Switch& hop = *static_cast<Switch*>(transfer.data);
-  hop.from->context_ = transfer.fctx;
-  sanitizer_finish_switch(hop.to->fake_stack_, &hop.from->stack_bottom_, &hop.from->stack_bytes_);
-}
-
 void Fiber::start(transfer_t transfer) {
   Fiber* self = static_cast<Switch*>(transfer.data)->to;
   arrive(transfer);
   self->entry_();
-}
-
-void Fiber::switch_to(Fiber& from, Fiber& to) {
-  Switch hop{&from, &to};
-  sanitizer_start_switch(&from.fake_stack_, to.stack_bottom_, to.stack_bytes_);
-  arrive(boost::context::detail::jump_fcontext(to.context_, &hop));
 }
 
 }  // namespace cuda_on_cpu

@@ -1,9 +1,12 @@
-// fiber.h: stacks that an OS thread switches between, on Boost.Context's jump_fcontext. A switch costs some 10 ns.
-// A fiber belongs to the OS thread that created it.
+// fiber.h: stacks that an OS thread switches between, on Boost.Context's jump_fcontext. A switch costs some 10 ns, and
+// every return that follows it: the processor expects it to go elsewhere. A fiber belongs to the OS thread that created
+// it.
 #pragma once
 
 #include <boost/context/detail/fcontext.hpp>
 #include <cstddef>
+
+#include "tests/cuda_on_cpu/sanitizer.h"
 
 namespace cuda_on_cpu {
 
@@ -25,6 +28,10 @@ class Fiber {
   bool is_guard(const void* address) const;
 
  private:
+  struct Switch {
+    Fiber* from;
+    Fiber* to;
+  };
   static void start(boost::context::detail::transfer_t transfer);
   static void arrive(boost::context::detail::transfer_t transfer);
 
@@ -37,5 +44,17 @@ class Fiber {
   size_t stack_bytes_ = 0;
   void* fake_stack_ = nullptr;
 };
+
+inline void Fiber::arrive(boost::context::detail::transfer_t transfer) {
+  const Switch& hop = *static_cast<Switch*>(transfer.data);
+  hop.from->context_ = transfer.fctx;
+  sanitizer_finish_switch(hop.to->fake_stack_, &hop.from->stack_bottom_, &hop.from->stack_bytes_);
+}
+
+inline void Fiber::switch_to(Fiber& from, Fiber& to) {
+  Switch hop{&from, &to};
+  sanitizer_start_switch(&from.fake_stack_, to.stack_bottom_, to.stack_bytes_);
+  arrive(boost::context::detail::jump_fcontext(to.context_, &hop));
+}
 
 }  // namespace cuda_on_cpu

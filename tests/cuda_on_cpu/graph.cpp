@@ -72,8 +72,6 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
   return finish(cudaSuccess);
 }
 
-cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return finish(device_status()); }
-
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t handle) {
   const std::lock_guard lock(api_mutex());
   if (device_status() != cudaSuccess) return finish(device_status());

@@ -57,11 +57,6 @@ std::deque<Buffer> freed;                        // lately
 size_t allocated = 0;
 int access_depth = 0;
 
-bool hides_memory() {
-  static const bool hides = setting("CUDA_ON_CPU_PROTECT", 1) != 0;
-  return hides;
-}
-
 // The buffer that begins last at or before the address.
 Buffer* buffer_before(const void* address) {
   auto it = buffers.upper_bound(static_cast<const unsigned char*>(address));
@@ -95,7 +90,7 @@ std::string describe(const Buffer& buffer, const unsigned char* address) {
 }
 
 void expose(const Buffer& buffer, bool visible) {
-  if (hides_memory()) mprotect(buffer.pages, buffer.page_bytes, visible ? PROT_READ | PROT_WRITE : PROT_NONE);
+  mprotect(buffer.pages, buffer.page_bytes, visible ? PROT_READ | PROT_WRITE : PROT_NONE);
 }
 
 // Turns a crash in a guarded page into a report; any other crash goes on as it would have.
@@ -268,7 +263,7 @@ cudaError_t cudaFree(void* memory) {
   return finish(cudaSuccess);
 }
 
-cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+cudaError_t cudaMallocHost(void** memory, size_t bytes) {
   const std::lock_guard lock(api_mutex());
   *memory = nullptr;
   if (device_status() != cudaSuccess) return finish(device_status());
@@ -282,8 +277,6 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   *memory = block;
   return finish(cudaSuccess);
 }
-
-cudaError_t cudaMallocHost(void** memory, size_t bytes, unsigned flags) { return cudaHostAlloc(memory, bytes, flags); }
 
 cudaError_t cudaFreeHost(void* memory) {
   const std::lock_guard lock(api_mutex());

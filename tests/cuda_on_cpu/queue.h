@@ -49,7 +49,6 @@ struct Capture {
 };
 
 struct Stream {
-  bool with_null_stream;  // takes turns with the null stream: created without cudaStreamNonBlocking
   std::deque<Operation> queue;
   std::shared_ptr<Capture> capture;  // while it is being captured
   std::vector<size_t> last_nodes;    // that the next captured operation comes after

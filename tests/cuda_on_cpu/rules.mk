@@ -7,7 +7,7 @@
 SHIM         := $(BUILD)/cuda_on_cpu
 SANITIZED    := $(BUILD)/cuda_on_cpu_sanitized
 SHIM_KERNELS := $(filter-out kernels/cuda/cublaslt_library.cu,$(wildcard kernels/cuda/*.cu))
-SHIM_OBJECTS := $(SHIM_KERNELS:%.cu=%.o) $(patsubst %.cpp,%.o,$(filter-out tests/cuda_on_cpu/test_%,$(wildcard tests/cuda_on_cpu/*.cpp)))
+SHIM_OBJECTS := $(SHIM_KERNELS:%.cu=%.o) $(patsubst %.cpp,%.o,$(filter-out tests/cuda_on_cpu/test_%,$(wildcard tests/cuda_on_cpu/*.cpp tests/cublaslt/*.cpp)))
 
 matching      = $(if $(2),$(shell grep -lE '$(1)' $(2)))
 ON_BACKENDS  := $(call matching,"tests/(backends|fake_model|gpt2_bench|training_run)\.h",$(TEST_SOURCES))
@@ -24,7 +24,9 @@ SHIM_FLAGS  := $(filter-out -O3 -I.,$(CXXFLAGS)) -Wno-unknown-pragmas $(if $(fin
                -Itests/cuda_on_cpu/include -I.
 SHIM_LDLIBS := -lboost_context $(GTEST) $(LDLIBS)
 $(SHIM)/%.o: OPTIMIZE := -O2
-$(SANITIZED)/%.o: OPTIMIZE := -Og -fsanitize=address,undefined -fno-omit-frame-pointer
+SANITIZE_SHIM := -fsanitize=address,undefined -fno-omit-frame-pointer
+$(SANITIZED)/%.o: OPTIMIZE := -Og $(SANITIZE_SHIM)
+$(SANITIZED)/tests/%.o: OPTIMIZE := -O2 $(SANITIZE_SHIM)
 
 # Both trees of objects, from .cu and .cpp alike.
 define COMPILE_FOR_SHIM

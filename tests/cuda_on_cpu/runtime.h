@@ -25,7 +25,8 @@ bool has_sticky_error();
 // cudaSuccess, or why there is no device to use.
 cudaError_t device_status();
 
-int architecture();  // 90 for compute capability 9.0
+// Bytes that a block of a kernel may have that asks for them.
+int shared_memory_per_block();
 
 // ---- execution: execute.cpp
 

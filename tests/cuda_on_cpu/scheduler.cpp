@@ -7,6 +7,8 @@
 
 #include "tests/cuda_on_cpu/sanitizer.h"
 
+#define AT_A_SWITCH inline __attribute__((always_inline))
+
 constinit thread_local uint3 threadIdx{};
 constinit thread_local uint3 blockIdx{};
 constinit thread_local dim3 blockDim{};
@@ -51,14 +53,13 @@ void Scheduler::start_block(uint3 block_index) {
     const unsigned lanes = std::min(kLanes, count_ - w * kLanes);
     Warp& warp = warps_[w];
     warp.existing = warp.ready = lanes == kLanes ? ~0u : (1u << lanes) - 1;
-    warp.at_barrier = warp.exited = 0;
-    warp.groups = 0;
+    warp.at_barrier = warp.exited = warp.arrived = 0;
   }
   ready_warps_ = warps == 32 ? ~0u : (1u << warps) - 1;
   warp_ = random_.below(warps);
 }
 
-bool Scheduler::pick() {
+AT_A_SWITCH bool Scheduler::pick() {
   if (ready_warps_ == 0) return false;
   const uint32_t random = random_.next();
   // Another warp when this one cannot go on, and now and then although it could.
@@ -77,6 +78,27 @@ bool Scheduler::pick() {
   return true;
 }
 
+AT_A_SWITCH void Scheduler::resume_current() {
+  Fiber* from = running_;
+  Fiber* to = threads_[current_].fiber;
+  if (to == nullptr) {
+    if (idle_.empty()) {
+      fibers_.push_back(std::make_unique<Fiber>(&Scheduler::fiber_main, fibers_.size()));
+      idle_.push_back(fibers_.back().get());
+    }
+    to = idle_.back();
+    idle_.pop_back();
+  }
+  running_ = to;
+  Fiber::switch_to(*from, *to);
+}
+
+AT_A_SWITCH void Scheduler::suspend() {
+  threads_[current_].fiber = running_;
+  if (!pick()) deadlock();
+  if (threads_[current_].fiber != running_) resume_current();
+}
+
 void Scheduler::run(const Launch& launch, uint3 block_index) {
   launch_ = &launch;
   blockDim = launch.block;
@@ -93,27 +115,6 @@ void Scheduler::run(const Launch& launch, uint3 block_index) {
   }
   block_shared_memory = nullptr;
   launch_ = nullptr;
-}
-
-void Scheduler::resume_current() {
-  Fiber* from = running_;
-  Fiber* to = threads_[current_].fiber;
-  if (to == nullptr) {
-    if (idle_.empty()) {
-      fibers_.push_back(std::make_unique<Fiber>(&Scheduler::fiber_main, fibers_.size()));
-      idle_.push_back(fibers_.back().get());
-    }
-    to = idle_.back();
-    idle_.pop_back();
-  }
-  running_ = to;
-  Fiber::switch_to(*from, *to);
-}
-
-void Scheduler::suspend() {
-  threads_[current_].fiber = running_;
-  if (!pick()) deadlock();
-  if (threads_[current_].fiber != running_) resume_current();
 }
 
 void Scheduler::fiber_main() {
@@ -139,15 +140,9 @@ void Scheduler::exit_thread() {
   if (!thread.copies.empty())
     error("a thread ends with asynchronous copies that it never waited for", {"kernel end", 0});
   Warp& warp = warps_[current_ / kLanes];
-  const uint32_t bit = 1u << current_ % kLanes;
-  warp.exited |= bit;
-  for (int g = 0; g < warp.groups; ++g) {
-    if ((warp.group[g].mask & bit) != 0) {
-      error("the thread ends while lanes of its warp wait for it in " + std::string(warp.group[g].operation) +
-                " with mask " + hex(warp.group[g].mask),
-            warp.group[g].site);
-    }
-  }
+  warp.exited |= 1u << current_ % kLanes;
+  if (warp.arrived != 0)
+    error("the thread ends while lanes of its warp wait for it in " + std::string(warp.operation), warp.site);
   --live_;
   if (at_barrier_ != 0) {
     if (thread.barriers_passed != 0) {
@@ -161,15 +156,11 @@ void Scheduler::exit_thread() {
 
 void Scheduler::release_barrier() {
   at_barrier_ = 0;
-  int count = 0;
-  unsigned waiting = 0;
   for (unsigned w = 0; w * kLanes < count_; ++w) {
     Warp& warp = warps_[w];
     if (warp.at_barrier == 0) continue;
     for (uint32_t lanes = warp.at_barrier; lanes != 0; lanes &= lanes - 1) {
       Thread& thread = threads_[w * kLanes + static_cast<unsigned>(std::countr_zero(lanes))];
-      count += thread.predicate ? 1 : 0;
-      ++waiting;
       ++thread.barriers_passed;
       thread.waiting_for = nullptr;
     }
@@ -177,21 +168,16 @@ void Scheduler::release_barrier() {
     warp.at_barrier = 0;
     ready_warps_ |= 1u << w;
   }
-  vote_result_[static_cast<int>(BlockVote::kCount)] = count;
-  vote_result_[static_cast<int>(BlockVote::kAnd)] = count == static_cast<int>(waiting);
-  vote_result_[static_cast<int>(BlockVote::kOr)] = count != 0;
 }
 
-void Scheduler::barrier(const char* operation, Site site) {
+AT_A_SWITCH void Scheduler::barrier(Site site) {
   Thread& thread = threads_[current_];
   if (at_barrier_ == 0) {
     barrier_site_ = site;
   } else if (!same(site, barrier_site_)) {
-    error("a barrier in a divergent branch: this thread is at " + std::string(operation) + " while others wait at " +
-              text(barrier_site_),
-          site);
+    error("a barrier in a divergent branch: this thread is here while others wait at " + text(barrier_site_), site);
   }
-  thread.waiting_for = operation;
+  thread.waiting_for = "__syncthreads";
   thread.site = site;
   warps_[current_ / kLanes].at_barrier |= 1u << current_ % kLanes;
   // The last one waits, too, so that anyone may be first to go on.
@@ -199,68 +185,46 @@ void Scheduler::barrier(const char* operation, Site site) {
   suspend();
 }
 
-int Scheduler::vote(BlockVote vote, bool predicate, Site site) {
-  threads_[current_].predicate = predicate;
-  barrier(vote == BlockVote::kCount ? "__syncthreads_count"
-                                    : (vote == BlockVote::kAnd ? "__syncthreads_and" : "__syncthreads_or"),
-          site);
-  return vote_result_[static_cast<int>(vote)];
-}
-
-void Scheduler::rendezvous(const char* operation, unsigned mask, Complete complete, void* arguments, Site site) {
+AT_A_SWITCH void Scheduler::rendezvous(const char* operation, unsigned mask, Complete complete, void* arguments,
+                                       Site site) {
   Thread& thread = threads_[current_];
   Warp& warp = warps_[current_ / kLanes];
   const unsigned lane = current_ % kLanes;
   const uint32_t bit = 1u << lane;
-  if ((mask & bit) == 0)
-    error(std::string(operation) + " with mask " + hex(mask) + ", which lacks the calling lane", site);
-  if ((mask & ~warp.existing) != 0) {
-    error(std::string(operation) + " with mask " + hex(mask) + " names lanes that the block does not have", site);
-  }
-  if ((mask & warp.exited) != 0) {
-    error(std::string(operation) + " with mask " + hex(mask) +
-              " waits for lanes that have exited: " + hex(mask & warp.exited),
+  if (mask != ~0u) error(std::string(operation) + " with mask " + hex(mask) + ": only whole warps are there", site);
+  if (warp.existing != ~0u) error(std::string(operation) + " in a warp that has not 32 lanes", site);
+  if (warp.exited != 0) error(std::string(operation) + " waits for lanes that have exited: " + hex(warp.exited), site);
+  if (warp.arrived == 0) {
+    warp.operation = operation;
+    warp.site = site;
+  } else if (!same(site, warp.site) || (operation != warp.operation && strcmp(operation, warp.operation) != 0)) {
+    error("lanes of a warp wait for each other in different operations: " + std::string(operation) + " against " +
+              warp.operation + " at " + text(warp.site),
           site);
   }
   warp.arguments[lane] = arguments;
-  int g = 0;
-  for (; g < warp.groups; ++g) {
-    Group& other = warp.group[g];
-    if (other.mask == mask && other.operation == operation && other.complete == complete && same(other.site, site)) {
-      break;
-    }
-    if ((other.mask & bit) != 0 && (mask & other.arrived) != 0) {
-      error("lanes of a warp wait for each other in different operations: " + std::string(operation) + " with mask " +
-                hex(mask) + " against " + other.operation + " with mask " + hex(other.mask) + " at " + text(other.site),
-            site);
-    }
-  }
-  if (g == warp.groups) warp.group[warp.groups++] = {operation, mask, 0, complete, site};
-  Group& group = warp.group[g];
-  group.arrived |= bit;
-  if (group.arrived == mask) {
-    if (complete != nullptr) {
-      void* lanes[kLanes];
-      for (unsigned l = 0; l < kLanes; ++l) lanes[l] = (mask >> l & 1) != 0 ? warp.arguments[l] : nullptr;
-      complete(lanes, mask);
-    }
-    for (uint32_t others = mask & ~bit; others != 0; others &= others - 1) {
-      threads_[current_ - lane + static_cast<unsigned>(std::countr_zero(others))].waiting_for = nullptr;
-    }
-    // The last one to come is not always the first one to go.
-    warp.group[g] = warp.group[--warp.groups];
-    warp.ready |= mask & ~bit;
-    if (warp.ready != 0) ready_warps_ |= 1u << current_ / kLanes;
-    if ((random_.next() & 3) != 0 || mask == bit) return;
-    warp.ready |= bit;
-    ready_warps_ |= 1u << current_ / kLanes;
+  warp.arrived |= bit;
+  if (warp.arrived != ~0u) {
+    thread.waiting_for = operation;
+    thread.site = site;
     suspend();
     return;
   }
-  thread.waiting_for = operation;
-  thread.site = site;
-  thread.mask = mask;
+  warp.arrived = 0;
+  if (complete != nullptr) complete(warp.arguments);
+  for (unsigned l = 0; l < kLanes; ++l) threads_[current_ - lane + l].waiting_for = nullptr;
+  warp.ready |= ~bit;
+  ready_warps_ |= 1u << current_ / kLanes;
+  // The last one to come is not always the first one to go.
+  if ((random_.next() & 3) != 0) return;
+  warp.ready |= bit;
   suspend();
+}
+
+void block_barrier(Site site) { running_scheduler("__syncthreads").barrier(site); }
+
+void warp_rendezvous(const char* operation, unsigned mask, Complete complete, void* arguments, Site site) {
+  running_scheduler(operation).rendezvous(operation, mask, complete, arguments, site);
 }
 
 }  // namespace cuda_on_cpu

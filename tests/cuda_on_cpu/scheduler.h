@@ -21,35 +21,26 @@ struct Thread {
   Fiber* fiber;             // that it is suspended on; null before it started
   const char* waiting_for;  // operation; null while it can run
   Site site;
-  unsigned mask;  // of a warp operation
   unsigned barriers_passed;
-  bool predicate;  // of a block vote
   AsyncCopies copies;
-};
-
-// Lanes that came to one warp operation, so far.
-struct Group {
-  const char* operation;
-  unsigned mask, arrived;
-  Complete complete;
-  Site site;
 };
 
 struct Warp {
   uint32_t existing, ready, at_barrier, exited;  // sets of lanes
-  int groups;
-  Group group[kLanes];
+  uint32_t arrived;                              // at the warp operation that follows, where others wait for the rest
+  const char* operation;
+  Site site;
   void* arguments[kLanes];
 };
 
-// Runs blocks on one OS thread, one after another, and keeps the stacks for the next one.
+// Runs blocks on one OS thread, one after another, and keeps the stacks for the next one. What a thread does where it
+// waits is compiled in one piece, because of the returns after a switch.
 class Scheduler {
  public:
   Scheduler();
 
   void run(const Launch& launch, uint3 block_index);
-  void barrier(const char* operation, Site site);
-  int vote(BlockVote vote, bool predicate, Site site);
+  void barrier(Site site);
   const SharedMemory& shared() const { return shared_; }
   void rendezvous(const char* operation, unsigned mask, Complete complete, void* arguments, Site site);
   [[noreturn]] void error(const std::string& what, Site site);
@@ -81,7 +72,6 @@ class Scheduler {
   uint32_t ready_warps_ = 0;
   unsigned current_ = 0, warp_ = 0, count_ = 0, live_ = 0, at_barrier_ = 0;
   Site barrier_site_{};
-  int vote_result_[3] = {};
   Random random_;
   SharedMemory shared_;
   Fiber main_;
@@ -92,6 +82,13 @@ class Scheduler {
 
 // Of the calling OS thread; null before it has run a block.
 extern constinit thread_local Scheduler* scheduler_of_thread;
+
+// The same; ends the program with a report when no block is running.
+inline Scheduler& running_scheduler(const char* operation) {
+  if (scheduler_of_thread == nullptr || !scheduler_of_thread->active())
+    fail(std::string(operation) + " outside of a kernel");
+  return *scheduler_of_thread;
+}
 
 // "file:line", "(x, y, z)", "0x0000ffff".
 std::string text(Site site);

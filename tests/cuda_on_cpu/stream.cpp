@@ -18,7 +18,7 @@ namespace {
 // A real queue is bounded, too; and captured arguments and staged copies take memory.
 constexpr size_t kMostOperations = 1000;
 
-Stream null_stream{true, {}, nullptr, {}};
+Stream null_stream;
 std::set<Stream*>& streams() {
   static std::set<Stream*> all = {&null_stream};
   return all;
@@ -99,22 +99,7 @@ void drain_all() {
   for (Stream* stream : streams()) drain(*stream);
 }
 
-// One stream's next operation comes after everything that is in the other one now.
-static void order_after(Stream& later, Stream& earlier) {
-  if (earlier.queue.empty()) return;
-  const auto record = std::make_shared<Record>(&earlier);
-  earlier.queue.push_back({"", {}, record, {}});
-  later.queue.push_back({"", {}, {}, record});
-}
-
 void append(Stream& stream, Operation operation) {
-  if (&stream == &null_stream) {
-    for (Stream* other : streams()) {
-      if (other != &stream && other->with_null_stream) order_after(stream, *other);
-    }
-  } else if (stream.with_null_stream) {
-    order_after(stream, null_stream);
-  }
   stream.queue.push_back(std::move(operation));
   if (stream.queue.size() > kMostOperations) {
     const DeviceMemoryAccess access;
@@ -189,12 +174,11 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   const std::lock_guard lock(api_mutex());
   *stream = nullptr;
   if (device_status() != cudaSuccess) return finish(device_status());
-  *stream = new Stream{(flags & cudaStreamNonBlocking) == 0, {}, nullptr, {}};
+  if (flags != cudaStreamNonBlocking) return finish(cudaErrorNotSupported);
+  *stream = new Stream;
   streams().insert(*stream);
   return finish(cudaSuccess);
 }
-
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   const std::lock_guard lock(api_mutex());
@@ -213,19 +197,6 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   if (const cudaError_t status = refuse_in_capture(*stream); status != cudaSuccess) return finish(status);
   drain(*stream);
   return finish(cudaSuccess);
-}
-
-cudaError_t cudaStreamQuery(cudaStream_t handle) {
-  const std::lock_guard lock(api_mutex());
-  if (device_status() != cudaSuccess) return finish(device_status());
-  Stream* stream = find_stream(handle);
-  if (stream == nullptr) return finish(cudaErrorInvalidResourceHandle);
-  if (const cudaError_t status = refuse_in_capture(*stream); status != cudaSuccess) return finish(status);
-  if (stream->queue.empty()) return finish(cudaSuccess);
-  // Asking often enough is waiting.
-  const DeviceMemoryAccess access;
-  advance(*stream);
-  return finish(cudaErrorNotReady);
 }
 
 cudaError_t cudaDeviceSynchronize() {

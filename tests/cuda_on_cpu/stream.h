@@ -23,8 +23,7 @@ const std::map<std::string, uint64_t>& launches();
 // True when [address, address + bytes) lies inside one live device allocation: for checks of a library's arguments.
 bool is_device_range(const void* address, size_t bytes);
 
-// True when the memory came from cudaMallocHost or cudaHostAlloc: a copy reads it when it runs, not when it is
-// enqueued.
+// True when the memory came from cudaMallocHost: a copy reads it when it runs, not when it is enqueued.
 bool is_pinned(const void* address);
 
 }  // namespace cuda_on_cpu

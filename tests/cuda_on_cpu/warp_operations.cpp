@@ -18,67 +18,17 @@ struct ShuffleArguments {
   unsigned source;
 };
 
-void complete_shuffle(void* const (&arguments)[32], unsigned mask) {
-  for (unsigned lane = 0; lane < kLanes; ++lane) {
-    if ((mask >> lane & 1) == 0) continue;
-    auto* own = static_cast<ShuffleArguments*>(arguments[lane]);
+void complete_shuffle(void* const (&arguments)[32]) {
+  for (void* const lane : arguments) {
+    auto* own = static_cast<ShuffleArguments*>(lane);
     own->result = static_cast<ShuffleArguments*>(arguments[own->source])->value;
   }
 }
 
-struct ReduceArguments {
-  Reduce kind;
-  unsigned value, result;
-};
-
-void complete_reduce(void* const (&arguments)[32], unsigned mask) {
-  unsigned result = 0;
-  bool first = true;
-  for (unsigned lane = 0; lane < kLanes; ++lane) {
-    if ((mask >> lane & 1) == 0) continue;
-    const auto& own = *static_cast<const ReduceArguments*>(arguments[lane]);
-    const int a = static_cast<int>(result), b = static_cast<int>(own.value);
-    switch (own.kind) {
-      case Reduce::kBallot: result |= own.value << lane; break;
-      case Reduce::kAdd: result += own.value; break;
-      case Reduce::kMin: result = first ? own.value : std::min(result, own.value); break;
-      case Reduce::kMax: result = first ? own.value : std::max(result, own.value); break;
-      case Reduce::kMinSigned: result = static_cast<unsigned>(first ? b : std::min(a, b)); break;
-      case Reduce::kMaxSigned: result = static_cast<unsigned>(first ? b : std::max(a, b)); break;
-      case Reduce::kAnd: result = first ? own.value : result & own.value; break;
-      case Reduce::kOr: result |= own.value; break;
-      case Reduce::kXor: result ^= own.value; break;
-    }
-    first = false;
-  }
-  for (unsigned lane = 0; lane < kLanes; ++lane) {
-    if ((mask >> lane & 1) != 0) static_cast<ReduceArguments*>(arguments[lane])->result = result;
-  }
-}
-
-const char* name_of(Shuffle kind) {
-  switch (kind) {
-    case Shuffle::kIndex: return "__shfl_sync";
-    case Shuffle::kUp: return "__shfl_up_sync";
-    case Shuffle::kDown: return "__shfl_down_sync";
-    case Shuffle::kXor: return "__shfl_xor_sync";
-  }
-  return "";
-}
-
-const char* name_of(Reduce kind) {
-  switch (kind) {
-    case Reduce::kBallot: return "__ballot_sync, __any_sync or __all_sync";
-    case Reduce::kAdd: return "__reduce_add_sync";
-    case Reduce::kMin:
-    case Reduce::kMinSigned: return "__reduce_min_sync";
-    case Reduce::kMax:
-    case Reduce::kMaxSigned: return "__reduce_max_sync";
-    case Reduce::kAnd: return "__reduce_and_sync";
-    case Reduce::kOr: return "__reduce_or_sync";
-    case Reduce::kXor: return "__reduce_xor_sync";
-  }
-  return "";
+void complete_any(void* const (&arguments)[32]) {
+  bool any = false;
+  for (void* const lane : arguments) any = any || *static_cast<bool*>(lane);
+  for (void* const lane : arguments) *static_cast<bool*>(lane) = any;
 }
 
 struct LdmatrixArguments {
@@ -90,7 +40,7 @@ struct LdmatrixArguments {
 // PTX ISA, "ldmatrix": lanes 8i .. 8i + 7 give the addresses of rows 0 .. 7 of matrix i; lane l receives row l / 4,
 // elements 2 (l % 4) and 2 (l % 4) + 1, the first one in the lower half. With .trans it receives the elements (row,
 // column) = (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
-void complete_ldmatrix(void* const (&arguments)[32], unsigned) {
+void complete_ldmatrix(void* const (&arguments)[32]) {
   uint16_t matrix[4][8][8];
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     memcpy(matrix[lane / 8][lane % 8], static_cast<const LdmatrixArguments*>(arguments[lane])->row, 16);
@@ -117,7 +67,7 @@ float high_half(uint32_t word) { return bits_to_float(word & 0xffff0000u); }
 
 // PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type". Products of bf16 are exact in fp32; they are
 // added to d one after another, k = 0 .. 15, rounding each time. (A tensor core adds several at once and truncates.)
-void complete_mma(void* const (&arguments)[32], unsigned) {
+void complete_mma(void* const (&arguments)[32]) {
   float a[16][16], b[16][8], d[16][8];
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     const auto& own = *static_cast<const MmaArguments*>(arguments[lane]);
@@ -146,33 +96,15 @@ void complete_mma(void* const (&arguments)[32], unsigned) {
 
 }  // namespace
 
-// PTX ISA, "shfl.sync": the width splits the warp into segments; a source outside the segment means the lane itself.
-uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t bits, unsigned argument, int width, Site site) {
-  if (width < 1 || width > 32 || (width & (width - 1)) != 0)
-    kernel_error("the width of a shuffle is a power of two", site);
-  argument &= 31;  // the instruction looks at five bits
-  const unsigned segment = static_cast<unsigned>(width), lane = lane_index(), begin = lane & ~(segment - 1);
-  unsigned source = lane;
-  switch (kind) {
-    case Shuffle::kIndex: source = begin + (argument & (segment - 1)); break;
-    case Shuffle::kUp: source = argument > lane - begin ? lane : lane - argument; break;
-    case Shuffle::kDown: source = argument >= segment - (lane - begin) ? lane : lane + argument; break;
-    case Shuffle::kXor:
-      source = lane ^ argument;
-      // Segments before the own one may be read, those after may not.
-      if (source >= begin + segment) source = lane;
-      break;
-  }
-  if ((mask >> source & 1) == 0) kernel_error("a shuffle reads from a lane that is not in the mask", site);
+uint64_t shuffle(const char* operation, unsigned mask, uint64_t bits, unsigned source, Site site) {
   ShuffleArguments arguments{bits, 0, source};
-  warp_rendezvous(name_of(kind), mask, &complete_shuffle, &arguments, site);
+  warp_rendezvous(operation, mask, &complete_shuffle, &arguments, site);
   return arguments.result;
 }
 
-unsigned warp_reduce(Reduce kind, unsigned mask, unsigned value, Site site) {
-  ReduceArguments arguments{kind, value, 0};
-  warp_rendezvous(name_of(kind), mask, &complete_reduce, &arguments, site);
-  return arguments.result;
+bool any(unsigned mask, bool predicate, Site site) {
+  warp_rendezvous("__any_sync", mask, &complete_any, &predicate, site);
+  return predicate;
 }
 
 void check_aligned16(const void* address, const char* what, Site site) {

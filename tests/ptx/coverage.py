@@ -1,5 +1,6 @@
-"""coverage.py FOLDER: what the tests on the interpreter reached, from the files that PTXSIM_COVERAGE named: kernels that
-no test launched, then a line for each kernel in FOLDER/kernels.txt, the least executed first."""
+"""coverage.py FOLDER: what the tests on the interpreter reached, from the files that PTXSIM_COVERAGE named: a line for each
+kernel in FOLDER/kernels.txt, the least executed first. Fails where no test launched one: it is to be tested, or deleted
+from its dispatch."""
 import subprocess
 import sys
 from pathlib import Path
@@ -25,15 +26,16 @@ def main():
                   for name, (launches, _, executed) in zip(readable.stdout.splitlines(), kernels.values()))
     text = [f"{100 * part:5.1f}% {launches:7} launches  {name}\n" for part, launches, name in rows]
     (folder / "kernels.txt").write_text("".join(text))
-    for _, launches, name in rows:
-        if not launches:
-            print(f"not launched: {name}")
     instructions = sum(len(executed) for _, _, executed in kernels.values())
     reached = sum(executed.count("1") for _, _, executed in kernels.values())
     print(f"{sum(launches > 0 for _, launches, _ in rows)} of {len(rows)} kernels launched, {reached} of {instructions} "
           f"instructions of PTX executed ({100 * reached / instructions:.1f}%), "
           f"{sum(lanes for _, lanes, _ in kernels.values()) / 1e9:.1f} billion by threads; by kernel: {folder}/kernels.txt")
+    missing = [name for _, launches, name in rows if not launches]
+    for name in missing:
+        print(f"no test launches {name}")
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

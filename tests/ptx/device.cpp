@@ -6,7 +6,6 @@
 #include <cstring>
 
 #include "tests/ptx/machine.h"
-#include "tests/ptx/runtime.h"
 #include "tests/ptx/stream.h"
 
 using ptx::machine;
@@ -33,18 +32,6 @@ int most_shared_memory() {
   const int kib = arch == 90 || arch == 100 ? 227 : arch == 80 ? 163 : 99;
   return (machine.shared_kib ? machine.shared_kib : kib) << 10;
 }
-
-bool ptxsim_is_device_range(const void* p, size_t bytes) {
-  const auto lock = lock_device();
-  const ptx::Allocation* const found = machine.find(reinterpret_cast<uint64_t>(p));
-  return found && reinterpret_cast<uint64_t>(p) + bytes <= found->hi;
-}
-void ptxsim_mark_defined(const void* p, size_t bytes, bool defined) { machine.mark_defined(p, bytes, defined); }
-bool ptxsim_is_defined(const void* p, size_t bytes) {
-  const uint8_t* const first = machine.defined + machine.shadow_index(reinterpret_cast<uint64_t>(p));
-  return std::all_of(first, first + bytes, [](uint8_t defined) { return defined != 0; });
-}
-void ptxsim_finding(const char* category, const std::string& text) { ptx::report_host(category, "%s", text.c_str()); }
 
 extern "C" {
 

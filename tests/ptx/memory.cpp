@@ -14,7 +14,7 @@ Machine machine __attribute__((init_priority(101)));
 
 namespace {
 
-constexpr uint64_t kGap = 4096, kAlign = 256;
+constexpr uint64_t kGap = 4096, kAlign = 256, kLarge = uint64_t{64} << 20;
 
 template <typename T>
 T* reserve(uint64_t bytes, void* where = nullptr) {
@@ -80,11 +80,12 @@ bool Machine::release(void* p) {
   if (!a.host) allocated -= a.hi - a.lo;
   ++generation;
   const uint64_t end = at + (a.hi - a.lo + kGap + kAlign - 1) / kAlign * kAlign;
-  // What nobody may read any more costs no memory.
+  // What nobody may read any more costs no memory, where it is much; else the next one, at the same place, has it
+  // again.
   const auto forget = [](const void* base, uint64_t from, uint64_t to) {
     from = (reinterpret_cast<uint64_t>(base) + from + 4095) & ~4095ull;
     to = (reinterpret_cast<uint64_t>(base) + to) & ~4095ull;
-    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+    if (from + kLarge <= to) madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
   };
   forget(nullptr, a.lo, a.hi);
   forget(defined, shadow_index(a.lo), shadow_index(a.hi));

@@ -24,7 +24,7 @@ ptx: $(PTX_KERNELS)
 # ---- the interpreter, in place of the CUDA runtime and of cuBLASLt
 
 # -fwrapv, -fno-strict-aliasing: registers are bits that instructions see as numbers of any type, whose sums wrap.
-PTXSIM_OBJECTS := $(patsubst %.cpp,$(PTXSIM)/%.o,$(filter-out tests/ptx/report_findings.cpp tests/ptx/test_%,$(wildcard tests/ptx/*.cpp)) tests/cuda_on_cpu/cublaslt_library.cpp)
+PTXSIM_OBJECTS := $(patsubst %.cpp,$(PTXSIM)/%.o,$(filter-out tests/ptx/report_findings.cpp tests/ptx/test_%,$(wildcard tests/ptx/*.cpp tests/cublaslt/*.cpp)))
 $(PTXSIM)/%.o: OPTIMIZE := -fwrapv -fno-strict-aliasing -I$(CUDA_ROOT)/include
 $(PTXSIM)/%.o: %.cpp $(BUILD)/.compiled | $(BUILD)/.packages
 	$(COMPILE)

@@ -8,8 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "tests/ptx/runtime.h"
-
 struct CUgraph_st {
   std::vector<std::function<void()>> work;
 };
@@ -67,10 +65,6 @@ cudaError_t enqueue(cudaStream_t stream, std::function<void()> work) {
   else
     work();
   return cudaSuccess;
-}
-
-void ptxsim_enqueue(cudaStream_t stream, void (*run)(void*), void* data) {
-  enqueue(stream, [=] { run(data); });
 }
 
 extern "C" {

@@ -5,19 +5,19 @@
 // Reported: accesses outside of device or shared memory (outside by less than a page: writes only, and only when the
 // operations are over; with AddressSanitizer the 4 KB beside a buffer at once), to freed memory, to device memory by
 // the host, to host memory by pointers given to a kernel; misaligned wide accesses; barriers in divergent branches;
-// lanes that wait in different operations, with different masks or for lanes that have exited; shuffles from outside
-// the mask; deadlocks; asynchronous copies never waited for; stack overflows. Refused as by the real runtime: launches
-// beyond the limits, what a capture does not permit, more memory than the device has. Visible as wrong results, under
-// some seed: missing barriers, missing event waits, host buffers reused too early, blocks that rely on each other's
-// order, unwritten memory (NaN), asynchronous copies read before they are waited for.
+// lanes that wait in different operations or for lanes that have exited; deadlocks; asynchronous copies never waited
+// for; stack overflows. Refused as by the real runtime: launches beyond the limits, what a capture does not permit,
+// more memory than the device has. Visible as wrong results, under some seed: missing barriers, missing event waits,
+// host buffers reused too early, blocks that rely on each other's order, unwritten memory (NaN), asynchronous copies
+// read before they are waited for.
 //
 // Stricter than a GPU: a barrier or warp operation must be the same line of code for all threads that meet there; a
-// mask may not name lanes that have exited or that the block does not have; a thread that passed one barrier passes
-// all.
+// warp operation is one of all 32 lanes; a thread that passed one barrier passes all; streams are non-blocking.
 //
-// What cannot be checked here: memory fences and the order in which other threads see writes; the asynchronous proxy
-// (TMA, wgmma); registers, spills, __launch_bounds__ and occupancy; blocks that run at the same time but for a few, on
-// as many threads as the CPU has; the rounding inside a tensor core (here: one fp32 addition after another) and of the
+// What is not checked here: memory fences and the order in which other threads see writes, races that no order of the
+// threads makes wrong, and unwritten memory whose NaN is lost (tests/ptx does); the asynchronous proxy (TMA, wgmma);
+// registers, spills, __launch_bounds__ and occupancy; blocks that run at the same time but for a few, on as many
+// threads as the CPU has; the rounding inside a tensor core (here: one fp32 addition after another) and of the
 // approximate functions; pointers to host memory inside of structs; bank conflicts and every other question of speed.
 //
 // Environment:
@@ -27,11 +27,10 @@
 //   CUDA_ON_CPU_MEMORY=4294967296 bytes of the device
 //   CUDA_ON_CPU_NO_PINNED=0       1: cudaMallocHost fails
 //   CUDA_ON_CPU_REACHES_HOST=0    1: the device reaches pageable memory by itself: copies of it are asynchronous
-//   CUDA_ON_CPU_PROTECT=1         0: the host can touch device memory (saves time for each synchronisation)
 //   CUDA_ON_CPU_DEVICES=1         0: no device
 //   CUDA_ON_CPU_DRIVER_TOO_OLD=0  1: a driver older than the runtime
-//   CUDA_ON_CPU_FAIL_LAUNCH=      the kernel that ends with an illegal address: "7" for the seventh that runs, "name"
-//                                 for the first one whose name contains it, "name:3" for the third
+//   CUDA_ON_CPU_FAIL_LAUNCH=      the kernel that ends with an illegal address: "name" for the first one whose name
+//                                 contains it, "name:3" for the third
 //   CUDA_ON_CPU_LOSE_BLOCK=       of kernels whose name contains it the last block never runs
 //   CUDA_LAUNCH_BLOCKING=0        1: a launch waits for the kernel and returns its error
 #pragma once
@@ -51,7 +50,6 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
-  cudaErrorInitializationError = 3,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDeviceFunction = 98,
@@ -62,7 +60,6 @@ enum cudaError_t {
   cudaErrorInvalidResourceHandle = 400,
   cudaErrorNotReady = 600,
   cudaErrorIllegalAddress = 700,
-  cudaErrorLaunchFailure = 719,
   cudaErrorNotSupported = 801,
   cudaErrorStreamCaptureUnsupported = 900,
   cudaErrorStreamCaptureInvalidated = 901,
@@ -70,34 +67,19 @@ enum cudaError_t {
   cudaErrorStreamCaptureUnjoined = 904,
   cudaErrorStreamCaptureIsolation = 905,
   cudaErrorCapturedEvent = 907,
-  cudaErrorUnknown = 999,
 };
 
 enum cudaMemcpyKind {
-  cudaMemcpyHostToHost = 0,
-  cudaMemcpyHostToDevice = 1,
-  cudaMemcpyDeviceToHost = 2,
-  cudaMemcpyDeviceToDevice = 3,
   cudaMemcpyDefault = 4,
 };
 
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
-  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
 };
 
 enum cudaDeviceAttr {
-  cudaDevAttrMaxThreadsPerBlock = 1,
-  cudaDevAttrMaxSharedMemoryPerBlock = 8,
-  cudaDevAttrWarpSize = 10,
-  cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrL2CacheSize = 38,
-  cudaDevAttrMaxThreadsPerMultiProcessor = 39,
-  cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrPageableMemoryAccess = 88,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
 enum cudaStreamCaptureMode {
@@ -116,12 +98,10 @@ enum cudaMemoryType {
   cudaMemoryTypeUnregistered = 0,
   cudaMemoryTypeHost = 1,
   cudaMemoryTypeDevice = 2,
-  cudaMemoryTypeManaged = 3,
 };
 
-inline constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
-inline constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2;
-inline constexpr unsigned cudaHostAllocDefault = 0;
+inline constexpr unsigned cudaStreamNonBlocking = 1;
+inline constexpr unsigned cudaEventDefault = 0, cudaEventDisableTiming = 2;
 
 namespace cuda_on_cpu {
 struct Stream;
@@ -142,9 +122,8 @@ struct cudaUUID_t {
 struct cudaDeviceProp {
   cudaUUID_t uuid;
   char name[256];
-  size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
-  int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor, l2CacheSize;
-  int pciBusID, pciDeviceID, pciDomainID;
+  size_t totalGlobalMem, sharedMemPerBlockOptin;
+  int major, minor, multiProcessorCount;
 };
 
 struct cudaPointerAttributes {
@@ -158,24 +137,17 @@ struct cudaFuncAttributes {
   int maxDynamicSharedSizeBytes, maxThreadsPerBlock;
 };
 
-struct cudaLaunchAttribute {
-  int id;
-};
-
 struct cudaLaunchConfig_t {
   dim3 gridDim;
   dim3 blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
 
 // errors and devices: device.cpp
 cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorString(cudaError_t error);
-const char* cudaGetErrorName(cudaError_t error);
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDevice(int* device);
@@ -185,29 +157,22 @@ cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaRuntimeGetVersion(int* version);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int block_size,
-                                                          size_t dynamic_shared_bytes);
 
 // memory: memory.cpp; copies: copy.cpp
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
 cudaError_t cudaMalloc(void** memory, size_t bytes);
 cudaError_t cudaFree(void* memory);
-cudaError_t cudaMallocHost(void** memory, size_t bytes, unsigned flags = cudaHostAllocDefault);
-cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned flags);
+cudaError_t cudaMallocHost(void** memory, size_t bytes);
 cudaError_t cudaFreeHost(void* memory);
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer);
-cudaError_t cudaMemcpy(void* destination, const void* source, size_t bytes, cudaMemcpyKind kind);
 cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream = nullptr);
-cudaError_t cudaMemset(void* destination, int byte, size_t bytes);
 cudaError_t cudaMemsetAsync(void* destination, int byte, size_t bytes, cudaStream_t stream = nullptr);
 
 // streams and events: stream.cpp; graphs: graph.cpp
-cudaError_t cudaStreamCreate(cudaStream_t* stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
-cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaEventCreate(cudaEvent_t* event);
@@ -221,7 +186,6 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags = 0);
-cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t stream);
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);

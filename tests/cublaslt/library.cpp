@@ -1,4 +1,4 @@
-// cublaslt_library.cpp: in place of kernels/cuda/cublaslt_library.cu, the functions of cublaslt.cpp.
+// library.cpp: in place of kernels/cuda/cublaslt_library.cu, the functions of cublaslt.cpp.
 #include "kernels/cuda/matmul.h"
 
 const CublasLt& cublaslt() {

@@ -1,6 +1,6 @@
-// cublaslt_product.cpp: a matrix product as cuBLASLt defines it, column-major, by the CPU backend's gemm(). Sums in
+// product.cpp: a matrix product as cuBLASLt defines it, column-major, by the CPU backend's gemm(). Sums in
 // fp32, one rounding.
-#include "tests/cuda_on_cpu/cublaslt_product.h"
+#include "tests/cublaslt/product.h"
 
 #include <chrono>
 #include <cstring>
@@ -8,6 +8,7 @@
 
 #include "kernels/cpu/gemm.h"
 #include "kernels/tensor.h"
+#include "tests/cublaslt/device.h"
 
 namespace fake_cublaslt {
 
@@ -29,7 +30,25 @@ std::vector<float> widen(const void* matrix, const Layout& layout) {
   return values;
 }
 
+// The columns of a matrix, without what lies between them.
+template <typename F>
+void for_each_column(const void* matrix, const Layout& layout, F&& f) {
+  const size_t pitch = static_cast<size_t>(layout.ld) * layout.element_bytes();
+  for (uint64_t j = 0; j < layout.cols; ++j)
+    f(static_cast<const char*>(matrix) + j * pitch, layout.rows * layout.element_bytes());
+}
+
 }  // namespace
+
+void Call::check_written() const {
+  const Product& p = product;
+  bool written = is_written(p.operation.bias, p.bias_bytes());
+  const auto check = [&](const void* column, size_t bytes) { written = written && is_written(column, bytes); };
+  for_each_column(a, p.a, check);
+  for_each_column(b, p.b, check);
+  if (beta != 0) for_each_column(d, p.d, check);
+  if (!written) report("reads a matrix or a bias that was never written");
+}
 
 // sum = alpha op(a) op(b) over the depths [begin, end).
 void Call::multiply(std::vector<float>& sum, const std::vector<float>& left, const std::vector<float>& right,
@@ -63,9 +82,13 @@ std::vector<float> Call::sums() const {
 void Call::run() const {
   const Product& p = product;
   const Operation& o = p.operation;
+  check_written();
   std::vector<float> sum = sums();
   if (is_wrong) sum.back() = 2 * sum.back() + 100;
-  if (algorithm.workspace > 0) std::memset(workspace, 0xff, algorithm.workspace);  // it is the algorithm's to use
+  if (algorithm.workspace > 0) {  // it is the algorithm's to use
+    std::memset(workspace, 0xff, algorithm.workspace);
+    mark_written(workspace, algorithm.workspace, false);
+  }
   for (uint64_t j = 0; j < p.d.cols; ++j) {
     for (uint64_t i = 0; i < p.d.rows; ++i) {
       const size_t at = j * static_cast<size_t>(p.d.ld) + i;
@@ -79,6 +102,7 @@ void Call::run() const {
       }
     }
   }
+  for_each_column(d, p.d, [](const void* column, size_t bytes) { mark_written(column, bytes, true); });
   if (wasted_microseconds > 0) std::this_thread::sleep_for(std::chrono::microseconds(wasted_microseconds));
 }
 
