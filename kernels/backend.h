@@ -2,12 +2,12 @@
 // implement.
 //
 // Conventions. Tensors are row-major views; letters as everywhere: B batch, T sequence length, C channels, V
-// vocabulary, NH heads, HD = C / NH. Outputs come first. Unless a comment says otherwise every floating tensor may be
-// fp32 or bf16, also mixed; all arithmetic and all accumulation is fp32, and a result is rounded once, to nearest even,
-// when stored. Operations run in order on the compute stream, unless on() says otherwise, and return before they are
-// done (the CPU backend: when they are done). Nothing allocates. Results depend only on the inputs and the backend's
-// options: no scheduling-dependent order of sums. A shape that does not fit throws std::logic_error (a bug of the
-// caller), a failing device throws std::runtime_error.
+// vocabulary, NH heads, HD = C / NH. Outputs come first. Unless a comment says otherwise floating tensors may be fp32
+// or bf16, activations, weights and gradients each their own; arithmetic and sums are fp32, and a result is rounded
+// once, to nearest even, when stored. Operations run in order on the compute stream, unless on() says otherwise, and
+// return before they are done (the CPU backend: when they are). Nothing allocates. Results depend only on inputs and
+// the backend's options: no scheduling-dependent order of sums. A shape that does not fit throws std::logic_error (a
+// bug of the caller), a failing device throws std::runtime_error.
 #pragma once
 
 #include <cstddef>
@@ -202,7 +202,7 @@ class Backend {
   // ---- elementwise and reductions
 
   virtual void convert(Tensor out, Tensor in) = 0;       // out = in, between fp32 and bf16; views may be strided
-  virtual void add(Tensor out, Tensor a, Tensor b) = 0;  // out = a + b; out may be a or b
+  virtual void add(Tensor out, Tensor a, Tensor b) = 0;  // out = a + b, of one dtype; out may be a or b
   // accumulator += in. With a bf16 accumulator the sum is rounded stochastically with the numbers of (key, *counter);
   // counter in device memory.
   virtual void accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) = 0;
@@ -252,7 +252,7 @@ class Backend {
   virtual void matmul(Tensor out, Tensor a, Tensor b, const MatmulOptions& options = {}) = 0;
   virtual void bias_backward(Tensor dbias, Tensor dout, bool accumulate) = 0;  // dbias[j] (+)= sum_i dout[i,j]
 
-  // GELU, tanh form: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+  // GELU, tanh form, of one dtype: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
   virtual void gelu_forward(Tensor out, Tensor in) = 0;
   // d[N, C] *= gelu'(in), in place and rounded, then dbias[C] (+)= its sums over the rows. d and in have one dtype.
   virtual void gelu_backward(Tensor d, Tensor dbias, Tensor in, bool accumulate) = 0;

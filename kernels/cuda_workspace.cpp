@@ -17,8 +17,7 @@ size_t reduction_scratch_bytes(const KernelShapes& shapes) {
 
 // Of the backward pass: the sums of each tile's columns, and dout . out of each row of each head.
 size_t attention_scratch_bytes(const KernelShapes& shapes) {
-  const int64_t head_dim = shapes.channels / std::max<int64_t>(shapes.heads, 1);
-  const int64_t sums = tile_sum_floats(shapes.batch, shapes.sequence, shapes.channels, head_dim);
+  const int64_t sums = tile_sum_floats(shapes.batch, shapes.sequence, shapes.channels);
   return static_cast<size_t>(sums + shapes.batch * shapes.heads * shapes.sequence) * sizeof(float);
 }
 

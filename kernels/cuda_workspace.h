@@ -23,12 +23,11 @@ inline constexpr int64_t kMaxBiasChunks = 128;  // chunks of rows; cols is up to
 // read once: each time 3% of what the pass over 16K rows in bf16 moves.
 inline constexpr int64_t kMaxLayerNormChunks = 512;
 
-// Rows of a tile of dQ, dK or dV in attention's plain kernels; the tensor-core ones have no smaller tiles.
-constexpr int plain_gradient_rows(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 32 : 16; }
-// Sums of the columns of each tile, [B, tiles, 3 C] fp32, whichever kernels leave them: at a head of 64 written once
-// and read once, each time 3% of dQ, dK and dV in bf16.
-inline int64_t tile_sum_floats(int64_t batch, int64_t sequence, int64_t channels, int64_t head_dim) {
-  return batch * divide_up(sequence, plain_gradient_rows(head_dim)) * 3 * channels;
+// Attention's tensor-core kernels leave the sums of the columns of each tile of dQ, dK and dV, [B, tiles, 3 C] fp32. A
+// tile has so many rows at least: the sums are written once and read once, each time 3% of dQ, dK and dV in bf16.
+inline constexpr int kGradientTileRows = 64;
+inline int64_t tile_sum_floats(int64_t batch, int64_t sequence, int64_t channels) {
+  return batch * divide_up(sequence, kGradientTileRows) * 3 * channels;
 }
 
 // Behind the scratch of every stream, which is of whole kScratchAlignment bytes: the counters of arrivals.cuh, zero

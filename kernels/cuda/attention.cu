@@ -6,8 +6,9 @@
 // store only the output and the log-sum-exp of each row, and compute probabilities again in the backward pass. That is
 // three kernels: delta = dO . out of each row; dQ, by blocks that own queries; dK and dV, by blocks that own keys. No
 // number has two writers, so there are no atomics and no order that depends on scheduling; the price is that scores and
-// dP are computed twice, 7 matrix products instead of 5. Each block leaves the sums of its columns, and a fourth kernel
-// adds them in order: the gradient of the projection's bias, for which nothing is read again.
+// dP are computed twice, 7 matrix products instead of 5. On the tensor cores each block leaves the sums of its columns,
+// and a fourth kernel adds them in order: the gradient of the projection's bias, for which nothing is read again. The
+// plain kernels have no registers left for that, and take so long that a pass over their result is nothing.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -188,60 +189,57 @@ void CudaBackend::attention_backward(Tensor dqkv, Tensor dbias, Tensor dout, Ten
                                      int heads, bool accumulate) {
   const AttentionShape s = check_attention_backward(dqkv, dbias, dout, out, lse, qkv, heads);
   check_limits(s);
-  const Timed timed(*this, "attention_backward", 5 * s.score_flops(),
-                    static_cast<double>(qkv.bytes() + dqkv.bytes() + out.bytes() + dout.bytes()));
-  const int64_t C = s.channels, sum_floats = tile_sum_floats(s.batch, s.sequence, C, s.head_dim);
-  float* const tile_sums = scratch<float>(static_cast<size_t>(sum_floats + s.token_heads()) * sizeof(float));
-  const auto add_tile_sums = [&](int64_t query_tiles, int64_t key_tiles) {
-    const Tensor bias = dbias.view({3 * C});
-    add_column_partials("column_partials", stream_, {bias.slice(0, C), query_tiles}, {bias.slice(C, 2 * C), key_tiles},
-                        tile_sums, accumulate);
-  };
-  if (s.token_heads() == 0) return add_tile_sums(0, 0);
-  require_octet_rows(dqkv, dout, out, qkv);
-  const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
-  float* const delta = tile_sums + sum_floats;
+  if (s.token_heads() > 0) {
+    const Timed timed(*this, "attention_backward", 5 * s.score_flops(),
+                      static_cast<double>(qkv.bytes() + dqkv.bytes() + out.bytes() + dout.bytes()));
+    require_octet_rows(dqkv, dout, out, qkv);
+    const AttentionSizes sizes = sizes_of(s, dtype_size(qkv.dtype));
+    const int64_t sum_floats = tile_sum_floats(s.batch, s.sequence, s.channels);
+    float* const tile_sums = scratch<float>(static_cast<size_t>(sum_floats + s.token_heads()) * sizeof(float));
+    float* const delta = tile_sums + sum_floats;
 
-  const int64_t delta_blocks = (s.token_heads() * kDeltaLanes + kDeltaThreads - 1) / kDeltaThreads;
-  const bool octets = sizes.head_dim % kOctet == 0 && all_bf16({dout, out});
-  launch("attention_delta", octets ? attention_delta_kernel<true> : attention_delta_kernel<false>,
-         {.grid = static_cast<unsigned>(delta_blocks), .block = kDeltaThreads, .stream = stream_}, delta,
-         any_view(dout), any_view(out), sizes, s.token_heads());
+    const int64_t delta_blocks = (s.token_heads() * kDeltaLanes + kDeltaThreads - 1) / kDeltaThreads;
+    const bool octets = sizes.head_dim % kOctet == 0 && all_bf16({dout, out});
+    launch("attention_delta", octets ? attention_delta_kernel<true> : attention_delta_kernel<false>,
+           {.grid = static_cast<unsigned>(delta_blocks), .block = kDeltaThreads, .stream = stream_}, delta,
+           any_view(dout), any_view(out), sizes, s.token_heads());
 
-  if (!plain_attention_backward_ && has_mma_tiles(sizes.head_dim) && all_bf16({dqkv, dout, qkv})) {
-    int64_t query_tiles = 0, key_tiles = 0;
-    const auto run_queries = [&]<typename Tiles>() {
-      static_assert(Tiles::kQueries >= plain_gradient_rows(Tiles::kHeadDim));
-      query_tiles = s.batch * attention_tiles(sizes.sequence, Tiles::kQueries);
-      launch("attention_backward_queries", attention_backward_queries_mma_kernel<Tiles>,
-             mma_shape<Tiles>(sizes, Tiles::kQueries, stream_), dqkv.as<bf16>(), tile_sums, dout.as<const bf16>(),
-             lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
-    };
-    const auto run_keys = [&]<typename Tiles>() {
-      static_assert(Tiles::kKeys >= plain_gradient_rows(Tiles::kHeadDim));
-      key_tiles = s.batch * attention_tiles(sizes.sequence, Tiles::kKeys);
-      launch("attention_backward_keys", attention_backward_keys_mma_kernel<Tiles>,
-             mma_shape<Tiles>(sizes, Tiles::kKeys, stream_), dqkv.as<bf16>(), tile_sums, dout.as<const bf16>(),
-             lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
-    };
-    dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
-      const size_t room = multiprocessor_shared_bytes_;
-      run_with_tiles<kHeadDim, QueryGradientTiles<kHeadDim>, SmallQueryGradientTiles>(room, run_queries);
-      run_with_tiles<kHeadDim, KeyGradientTiles<kHeadDim>, SmallKeyGradientTiles>(room, run_keys);
+    if (!plain_attention_backward_ && has_mma_tiles(sizes.head_dim) && all_bf16({dqkv, dout, qkv})) {
+      int64_t query_tiles = 0, key_tiles = 0;  // of all sequences
+      const auto run_queries = [&]<typename Tiles>() {
+        static_assert(Tiles::kQueries >= kGradientTileRows);
+        query_tiles = s.batch * attention_tiles(sizes.sequence, Tiles::kQueries);
+        launch("attention_backward_queries", attention_backward_queries_mma_kernel<Tiles>,
+               mma_shape<Tiles>(sizes, Tiles::kQueries, stream_), dqkv.as<bf16>(), tile_sums, dout.as<const bf16>(),
+               lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
+      };
+      const auto run_keys = [&]<typename Tiles>() {
+        static_assert(Tiles::kKeys >= kGradientTileRows);
+        key_tiles = s.batch * attention_tiles(sizes.sequence, Tiles::kKeys);
+        launch("attention_backward_keys", attention_backward_keys_mma_kernel<Tiles>,
+               mma_shape<Tiles>(sizes, Tiles::kKeys, stream_), dqkv.as<bf16>(), tile_sums, dout.as<const bf16>(),
+               lse.as<const float>(), delta, qkv.as<const bf16>(), sizes);
+      };
+      dispatch_mma(sizes.head_dim, [&]<int kHeadDim>() {
+        const size_t room = multiprocessor_shared_bytes_;
+        run_with_tiles<kHeadDim, QueryGradientTiles<kHeadDim>, SmallQueryGradientTiles>(room, run_queries);
+        run_with_tiles<kHeadDim, KeyGradientTiles<kHeadDim>, SmallKeyGradientTiles>(room, run_keys);
+      });
+      const Tensor bias = dbias.view({3 * s.channels});
+      add_column_partials("column_partials", stream_, {bias.slice(0, s.channels), query_tiles},
+                          {bias.slice(s.channels, 2 * s.channels), key_tiles}, tile_sums, accumulate);
+      return;
+    }
+    dispatch_plain(sizes.head_dim, [&]<int kDim>() {
+      const LaunchShape shape = {.grid = one_block_per_tile(sizes, PlainTiles<kDim>::kBackward),
+                                 .block = kPlainThreads,
+                                 .shared_bytes = PlainTiles<kDim>::kBackwardBytes,
+                                 .stream = stream_};
+      launch("attention_backward_queries", attention_backward_plain_kernel<kDim, false>, shape, any_view(dqkv),
+             any_view(dout), lse.as<const float>(), delta, any_view(qkv), sizes);
+      launch("attention_backward_keys", attention_backward_plain_kernel<kDim, true>, shape, any_view(dqkv),
+             any_view(dout), lse.as<const float>(), delta, any_view(qkv), sizes);
     });
-    add_tile_sums(query_tiles, key_tiles);
-    return;
   }
-  dispatch_plain(sizes.head_dim, [&]<int kDim>() {
-    const LaunchShape shape = {.grid = one_block_per_tile(sizes, PlainTiles<kDim>::kBackward),
-                               .block = kPlainThreads,
-                               .shared_bytes = PlainTiles<kDim>::kBackwardBytes,
-                               .stream = stream_};
-    launch("attention_backward_queries", attention_backward_plain_kernel<kDim, false>, shape, any_view(dqkv), tile_sums,
-           any_view(dout), lse.as<const float>(), delta, any_view(qkv), sizes);
-    launch("attention_backward_keys", attention_backward_plain_kernel<kDim, true>, shape, any_view(dqkv), tile_sums,
-           any_view(dout), lse.as<const float>(), delta, any_view(qkv), sizes);
-    const int64_t tiles = s.batch * attention_tiles(sizes.sequence, PlainTiles<kDim>::kBackward);
-    add_tile_sums(tiles, tiles);
-  });
+  bias_backward(dbias, dqkv.view({s.batch * s.sequence, 3 * s.channels}), accumulate);
 }

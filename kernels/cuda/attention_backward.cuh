@@ -18,7 +18,7 @@
 // third of it.
 //
 // The gradient of the projection's bias is the sum over all tokens of what is stored. A tile of 64 rows is still in
-// shared memory then, and its sums are 32 mma and 16 ldmatrix of one warp: nothing beside the tile's gradients.
+// shared memory then, and its sums are 32 mma and 16 ldmatrix of one warp: at T = 1024 1.5% of the tile's.
 #pragma once
 
 #include "kernels/cuda/attention_fragments.cuh"

@@ -16,7 +16,6 @@
 #include "kernels/cuda/attention_tiles.h"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/views.cuh"
-#include "kernels/cuda_workspace.h"
 
 inline constexpr int kPlainSide = 16;
 inline constexpr int kPlainThreads = kPlainSide * kPlainSide;
@@ -25,7 +24,7 @@ inline constexpr int kPlainThreads = kPlainSide * kPlainSide;
 template <int kDim>
 struct PlainTiles {
   static constexpr int kForward = kDim <= 128 ? 64 : 32;
-  static constexpr int kBackward = plain_gradient_rows(kDim);
+  static constexpr int kBackward = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
   static constexpr size_t kForwardBytes =
       sizeof(float) * (2 * kForward * (kDim + 4) + kForward * (kForward + 4));  // Q; K, then V; P
   static constexpr size_t kBackwardBytes =
@@ -59,30 +58,6 @@ __device__ inline void plain_store(const AnyView& target, int64_t offset, int st
       if (row < rows && channel < head_dim)
         target.store_one(0, offset + static_cast<int64_t>(row) * stride + channel, sums[i][j] * factor);
     }
-  }
-}
-
-// The sums of the columns of a tile that plain_store() stores, rounded as they are there; rows past the end are zeros.
-// `shared`: room for kPlainSide x kDim numbers.
-template <int R, int kDim>
-__device__ inline void plain_store_column_sums(float* column_sums, float* shared, DType dtype, int head_dim,
-                                               const float (&sums)[R][kDim / kPlainSide], float factor) {
-  const int y = static_cast<int>(threadIdx.x) / kPlainSide, x = static_cast<int>(threadIdx.x) % kPlainSide;
-#pragma unroll
-  for (int j = 0; j < kDim / kPlainSide; ++j) {
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < R; ++i) {
-      const float value = sums[i][j] * factor;
-      sum += dtype == DType::kBF16 ? to_float(from_float<bf16>(value)) : value;
-    }
-    shared[y * kDim + 4 * x + 64 * (j / 4) + j % 4] = sum;
-  }
-  __syncthreads();
-  for (int channel = static_cast<int>(threadIdx.x); channel < head_dim; channel += kPlainThreads) {
-    float sum = 0;
-    for (int i = 0; i < kPlainSide; ++i) sum += shared[i * kDim + channel];
-    column_sums[channel] = sum;
   }
 }
 
@@ -230,12 +205,11 @@ __global__ __launch_bounds__(kPlainThreads, 2) void attention_forward_plain_kern
 }
 
 // The gradients of a tile of rows, of keys (dK and dV, summed over the tiles of queries from the diagonal on) or of
-// queries (dQ, over the tiles of keys up to the diagonal); the sums of their columns go to tile_sums. `own` are the
-// block's rows, `other` what it walks over: two tiles each, K and V or Q and dO. P and dS come from the products of the
-// first ones and of the second ones.
+// queries (dQ, over the tiles of keys up to the diagonal). `own` are the block's rows, `other` what it walks over: two
+// tiles each, K and V or Q and dO. P and dS come from the products of the first ones and of the second ones.
 template <int kDim, bool kOfKeys>
-__global__ __launch_bounds__(kPlainThreads, 2) void attention_backward_plain_kernel(AnyView dqkv, float* tile_sums,
-                                                                                    AnyView dout, const float* lse,
+__global__ __launch_bounds__(kPlainThreads, 2) void attention_backward_plain_kernel(AnyView dqkv, AnyView dout,
+                                                                                    const float* lse,
                                                                                     const float* delta, AnyView qkv,
                                                                                     AttentionSizes sizes) {
   constexpr int kTile = PlainTiles<kDim>::kBackward, R = kTile / kPlainSide, kTileFloats = kTile * (kDim + 4);
@@ -292,10 +266,4 @@ __global__ __launch_bounds__(kPlainThreads, 2) void attention_backward_plain_ker
   const int64_t offset = at.packed(sizes, first_own) + (kOfKeys ? sizes.channels : 0);
   plain_store<R, kDim>(dqkv, offset, stride, own_rows, sizes.head_dim, sums, sizes.scale);
   if (kOfKeys) plain_store<R, kDim>(dqkv, offset + sizes.channels, stride, own_rows, sizes.head_dim, dvalue, 1.0f);
-  // The block's own rows have been used and make room.
-  float* const column_sums = tile_sums + at.tile_sums(sizes, tiles) + (kOfKeys ? sizes.channels : 0);
-  plain_store_column_sums<R, kDim>(column_sums, own, dqkv.dtype, sizes.head_dim, sums, sizes.scale);
-  if (kOfKeys)
-    plain_store_column_sums<R, kDim>(column_sums + sizes.channels, own + kTileFloats, dqkv.dtype, sizes.head_dim,
-                                     dvalue, 1.0f);
 }
