@@ -220,10 +220,6 @@ class ModelCases : CaseList {
       const Tensor out = in.empty(kF32, {N, C}), x = in.normal(kBF16, {N, C});
       return Call{[=, &in] { in.backend.convert(out, x); }};
     });
-    add("add", shape + " bf16", [=](Inputs& in) {
-      const Tensor out = in.empty(kBF16, {N, C}), x = in.normal(kBF16, {N, C}), y = in.normal(kBF16, {N, C});
-      return Call{[=, &in] { in.backend.add(out, x, y); }};
-    });
     add("fill_constant", shape + " bf16", [=](Inputs& in) {
       const Tensor out = in.empty(kBF16, {N, C});
       return Call{[=, &in] { in.backend.fill_constant(out, 1.5f); }};

@@ -201,8 +201,7 @@ class Backend {
 
   // ---- elementwise and reductions
 
-  virtual void convert(Tensor out, Tensor in) = 0;       // out = in, between fp32 and bf16; views may be strided
-  virtual void add(Tensor out, Tensor a, Tensor b) = 0;  // out = a + b, of one dtype; out may be a or b
+  virtual void convert(Tensor out, Tensor in) = 0;  // out = in, between fp32 and bf16; views may be strided
   // accumulator += in. With a bf16 accumulator the sum is rounded stochastically with the numbers of (key, *counter);
   // counter in device memory.
   virtual void accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) = 0;

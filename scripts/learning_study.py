@@ -205,7 +205,8 @@ class Study:
                  for flag in SETTINGS[setting][0]]
         steps = self.arguments.tokens // self.arguments.tokens_per_step
         shared = ["--model", model, "--seq-len", length, "--micro-batch", batch, "--tokens-per-step",
-                  self.arguments.tokens_per_step, "--threads", self.arguments.threads, "--device", "cpu", "--dtype", "fp32", *flags]
+                  self.arguments.tokens_per_step, "--threads", self.arguments.threads, "--device", "cpu", "--dtype",
+                  "fp32", *flags]
         command = [self.arguments.program, "--data", f"{self.arguments.data}/*_train_*.bin", "--val-data",
                    f"{self.arguments.data}/*_val_*.bin", *shared, "--steps", steps, "--lr", f"{lr:.4g}", "--schedule",
                    "cosine", "--final-lr", "0.1", "--seed", seed, "--eval-every", steps, "--eval-batches",

@@ -266,7 +266,6 @@ class Cases:
         simple("fill", lambda y: y.zero_(), (BF16,))
         simple("convert to_bf16", lambda y, x: y.copy_(x), (BF16, FP32))
         simple("convert to_fp32", lambda y, x: y.copy_(x), (FP32, BF16))
-        simple("add", lambda out, x, y: torch.add(x, y, out=out), (BF16, BF16, BF16))
         simple("fill_constant", lambda y: y.fill_(1.5), (BF16,))
         simple("fill_normal", lambda y: y.normal_(), (BF16,))
 

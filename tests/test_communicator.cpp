@@ -9,6 +9,7 @@
 
 #include "parallel/gloo_communicator.h"
 #include "tests/backends.h"
+#include "tests/device_value.h"
 #include "tests/ranks.h"
 
 namespace {
@@ -106,6 +107,7 @@ TEST_P(CommunicatorTest, AllGatherBringsTheOthersParts) {
 TEST_P(CommunicatorTest, RunsBetweenWhatIsComputedBeforeAndAfter) {
   const auto results = on_devices(3, [&](TestDevice& device, Communicator& communicator) {
     constexpr int64_t kCount = 50000, kTensors = 4, kRounds = 5;
+    const DeviceValue<uint32_t> counter(device);
     std::vector<Tensor> x, y;
     for (int i = 0; i < kTensors; ++i) {
       x.push_back(device.poisoned(dtype(), {kCount}));
@@ -118,11 +120,11 @@ TEST_P(CommunicatorTest, RunsBetweenWhatIsComputedBeforeAndAfter) {
         device->fill_constant(x[i], static_cast<float>(communicator.rank() + i + round));
         tickets[i] = communicator.all_reduce(x[i]);
         device->fill_constant(y[i], static_cast<float>(i));
-        device->add(y[i], y[i], y[i]);
+        device->accumulate(y[i], y[i], {}, counter.data());
       }
       for (const int i : {1, 0, 2, 3}) {
         communicator.wait(tickets[i]);
-        device->add(y[i], y[i], x[i]);
+        device->accumulate(y[i], x[i], {}, counter.data());
         device->fill_constant(x[i], 0.0f);
       }
       for (int i = 0; i < kTensors; ++i)

@@ -3,12 +3,28 @@
 #include <gtest/gtest.h>
 #include <omp.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <vector>
 
 #include "kernels/cpu/gemm.h"
+
+namespace {
+
+size_t largest_block = 0;  // of those that a library has asked for
+
+}  // namespace
+
+// Takes the C library's place for oneDNN, which packs operands into blocks of it.
+extern "C" int posix_memalign(void** block, size_t alignment, size_t bytes) noexcept {
+  largest_block = std::max(largest_block, bytes);
+  *block = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  return *block ? 0 : ENOMEM;
+}
 
 namespace {
 
@@ -149,6 +165,22 @@ INSTANTIATE_TEST_SUITE_P(, Gemm, testing::Values(Which::kLibrary, Which::kOurs, 
                                               : which.param == Which::kOurs  ? "Ours"
                                                                              : "Bf16");
                          });
+
+// kGemmBuffers, which a budget sets aside, holds what is packed twice over.
+TEST(LibraryProducts, PackLittleOfLargeMatrices) {
+  for (const GemmShape& shape : {GemmShape{512, 12800, 768, false, true}, GemmShape{512, 3072, 768, false, false},
+                                 GemmShape{12800, 768, 512, true, false}}) {
+    const Case t = packed(shape);
+    const Numbers a(t.a_count(), 1), b(t.b_count(), 2);
+    Numbers c(t.shape.m * t.ldc, 3);
+    largest_block = 0;
+    multiply(Which::kLibrary, t, a, b, c.data());
+    EXPECT_LE(2 * largest_block, kGemmBuffers) << shape.m << " x " << shape.n << " x " << shape.k;
+    if (gemm_description().starts_with("oneDNN")) {
+      EXPECT_GT(largest_block, 0u);
+    }
+  }
+}
 
 TEST(Bf16Products, AreRefusedWithoutRoom) {
   const Case t = packed({512, 1024, 1024, true, false});

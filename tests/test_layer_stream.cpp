@@ -32,8 +32,10 @@ class Bench {
     stream.declare(plan, kPhaseAlways);
     void* workspace = nullptr;
     plan.add(&workspace, "workspace", Category::kWorkspace, 1 << 20);
+    plan.add(&counter, "counter", Category::kWorkspace, sizeof *counter);
     arena_ = std::make_unique<Arena>(*backend, std::move(plan));
     backend->set_workspace(workspace, 1 << 20);
+    backend->fill(counter, 0, sizeof *counter);
   }
 
   // Layers need not be equally large.
@@ -52,7 +54,7 @@ class Bench {
   void redouble(int layer) {
     stream.acquire(layer, Access::kUpdate);
     const Tensor x = stream.tensor(layer, 0);
-    backend->add(x, x, x);
+    backend->accumulate(x, x, {}, counter);
     stream.release(layer, true);
   }
 
@@ -74,6 +76,7 @@ class Bench {
   std::unique_ptr<Backend> backend;
   std::unique_ptr<Communicator> communicator;
   LayerStream stream;
+  uint32_t* counter = nullptr;  // on the device; for fp32 its value does not matter
 
  private:
   std::unique_ptr<Arena> arena_;
@@ -170,7 +173,7 @@ void hold_two_layers_at_a_time(Bench& bench) {
     bench.stream.acquire(layer + 1, Access::kUpdate);
     const Tensor from = bench.stream.tensor(layer, 0).slice(0, kNumbers);
     const Tensor to = bench.stream.tensor(layer + 1, 0);
-    bench.backend->add(to.slice(0, kNumbers), to.slice(0, kNumbers), from);
+    bench.backend->accumulate(to.slice(0, kNumbers), from, {}, bench.counter);
     bench.backend->fill_constant(to.slice(kNumbers, to.elements() - kNumbers), static_cast<float>(layer + 2));
     bench.stream.release(layer + 1, true);
     bench.stream.release(layer, false);
@@ -195,14 +198,14 @@ TEST(LayerStream, PartsAreChangedInPlace) {
         const Part part = part_of(Bench::numbers_of(layer), rank, count);
         ASSERT_EQ(mine.elements(), part.count);
         bench.backend->copy(mine.data, whole.slice(part.begin, part.count).data, mine.bytes());
-        bench.backend->add(mine, mine, mine);
+        bench.backend->accumulate(mine, mine, {}, bench.counter);
         const Tensor codes = bench.stream.part(layer, 1);
         bench.backend->fill(codes.data, layer + 1, codes.bytes());
         bench.stream.part_changed(layer);
         bench.stream.release(layer, false);
         if (layer > 0) {  // one that nobody holds
           const Tensor before = bench.stream.part(layer - 1, 0);
-          bench.backend->add(before, before, before);
+          bench.backend->accumulate(before, before, {}, bench.counter);
           bench.stream.part_changed(layer - 1);
         }
       }

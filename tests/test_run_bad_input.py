@@ -293,8 +293,8 @@ def small_disk(tmp_path):
 def test_a_full_disk(data, small_disk):
     """Room for one checkpoint of 2.1 MB, not for two: the first one stays whole and can be resumed elsewhere."""
     disk = small_disk("3m")
-    line = fail("--data", data / "text_train_*.bin", *TINY, "--dtype", "fp32", "--rank", 16, "--steps", 6, "--checkpoint-every", 3,
-                "--eval-every", 0, "--out", disk / "run", code=1)
+    line = fail("--data", data / "text_train_*.bin", *TINY, "--dtype", "fp32", "--rank", 16, "--steps", 6,
+                "--checkpoint-every", 3, "--eval-every", 0, "--out", disk / "run", code=1)
     assert "No space left" in line and str(disk) in line
     assert [path.name for path in disk.glob("run/step_*")] == ["step_00000003"]
     assert not list(disk.glob("run/.tmp*"))

@@ -177,8 +177,8 @@ def test_a_profile_names_the_operations(data, tmp_path):
 def test_libraries_get_the_settings_that_the_user_has_not_made(data, tmp_path, given, expected):
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GLIBC_TUNABLES")
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    process = start("--data", data / "text_train_*.bin", *TINY, "--steps", 100000, "--eval-every", 0, "--out", tmp_path / "run",
-                    until="step 1/", env={**environment, **given})
+    process = start("--data", data / "text_train_*.bin", *TINY, "--steps", 100000, "--eval-every", 0, "--out",
+                    tmp_path / "run", until="step 1/", env={**environment, **given})
     text = Path(f"/proc/{process.pid}/environ").read_text()
     settings = text.replace("\0glibc.", ":glibc.").split("\0")  # glibc ends every value where it stands
     process.kill()

@@ -80,8 +80,7 @@ def test_accumulation_at_nearly_full_rank_loses_little(train, optimizer):
 
 
 def test_bf16_learns_like_fp32(train):
-    flags = ["--rank", 16, "--lr", 2e-3]
-    single, half = train("single", *flags, "--dtype", "fp32", steps=100), train("half", *flags, "--dtype", "bf16", steps=100)
+    single, half = (train(dtype, "--rank", 16, "--lr", 2e-3, "--dtype", dtype, steps=100) for dtype in ("fp32", "bf16"))
     assert losses(half)[100] == pytest.approx(losses(single)[100], rel=0.1)
     assert len(tensors(half / "latest")) < 0.6 * len(tensors(single / "latest"))
 

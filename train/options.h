@@ -155,9 +155,8 @@ void describe(Options& o, Visitor& v) {
     "default: small on a CPU, d12 on a GPU",
     Text{}, fixed);
   v(o.dtype, "dtype", "",
-    "of weights, activations, gradients and states; default: bf16 where it is faster (a GPU, a CPU with AMX, AMD's "
-    "with "
-    "AVX512-BF16), else fp32",
+    "of weights, activations, gradients and states; default: bf16 on a GPU and on a CPU with AMX or AMD's "
+    "AVX512-BF16, else fp32",
     kFloatDtypeNames, fixed);
   v(engine.weight_dtype, "weight-dtype", "",
     "of the weights; int8: matrices of the blocks in 8-bit blocks, the rest as the activations; default: dtype",

@@ -34,7 +34,6 @@ class CpuBackend : public Backend {
   void wait(int event, Stream stream) override;
   void synchronize_event(int event) override;
   void convert(Tensor out, Tensor in) override;
-  void add(Tensor out, Tensor a, Tensor b) override;
   void accumulate(Tensor accumulator, Tensor in, RandomKey key, const uint32_t* counter) override;
   void scale(std::span<const Tensor> tensors, const float* factor) override;
   void sum_squares(Tensor out, std::span<const Tensor> tensors, bool accumulate) override;

@@ -106,13 +106,6 @@ void CpuBackend::convert(Tensor out, Tensor in) {
   });
 }
 
-void CpuBackend::add(Tensor out, Tensor a, Tensor b) {
-  const Profiler::Scope scope(profiler, "add", 0, static_cast<double>(out.bytes() + a.bytes() + b.bytes()));
-  require(a.dtype == out.dtype && b.dtype == out.dtype, "add: one dtype");
-  parallel_spans(threads_, {out, a, b},
-                 [&](int64_t row, int64_t column, int64_t count) { add_row(out, a, b, row, column, count); });
-}
-
 void CpuBackend::scale(std::span<const Tensor> tensors, const float* factor) {
   const Profiler::Scope scope(profiler, "scale", 0, *factor == 1.0f ? 0.0 : 2.0 * total_bytes(tensors));
   for (const Tensor& x : tensors) scale_by(threads_, x, *factor);

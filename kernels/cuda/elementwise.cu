@@ -13,17 +13,12 @@ namespace {
 
 struct Convert {
   __device__ bool start() { return true; }
-  __device__ float operator()(float x, float) const { return x; }
-};
-
-struct Add {
-  __device__ bool start() { return true; }
-  __device__ float operator()(float x, float y) const { return x + y; }
+  __device__ float operator()(float x) const { return x; }
 };
 
 struct Scale {
   float factor;
-  __device__ float operator()(float x, float) const { return x * factor; }
+  __device__ float operator()(float x) const { return x * factor; }
 };
 
 // Of several tensors of one dtype: the thread blocks of part i are first_block[i] .. first_block[i + 1] - 1.
@@ -42,7 +37,7 @@ __global__ void __launch_bounds__(kMapThreads) scale_kernel(ScaleParts parts, co
   int at = 0;
   while (static_cast<int64_t>(blockIdx.x) >= parts.first_block[at + 1]) ++at;
   const VectorView<T, kWidth> x{static_cast<T*>(parts.data[at]), parts.pitch[at]};
-  map_tile(Scale{factor}, x, x, NoView{}, parts.extent[at], static_cast<int64_t>(blockIdx.x) - parts.first_block[at]);
+  map_tile(Scale{factor}, x, x, parts.extent[at], static_cast<int64_t>(blockIdx.x) - parts.first_block[at]);
 }
 
 void scale_together(cudaStream_t stream, std::span<const Tensor> tensors, const float* factor) {
@@ -73,7 +68,7 @@ struct RestoreNorm {
     factor = current == 0.0f ? 1.0f : sqrtf(*target_squares / current);
     return factor != 1.0f;
   }
-  __device__ float operator()(float x, float) const { return x * factor; }
+  __device__ float operator()(float x) const { return x * factor; }
 };
 
 __global__ void gate_on_finite_kernel(StepScalars* scalars, const float* value) {
@@ -91,20 +86,13 @@ void convert_elements(const Tensor& out, const Tensor& in, cudaStream_t stream) 
   if (extent.rows == 0) return;
   dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
     constexpr int kWidth = kVectorWidth<Out, In>;
-    launch_map("convert", stream, Convert{}, vector_view<Out, kWidth>(out), vector_view<In, kWidth>(in), NoView{},
-               extent);
+    launch_map("convert", stream, Convert{}, vector_view<Out, kWidth>(out), vector_view<In, kWidth>(in), extent);
   });
 }
 
 void CudaBackend::convert(Tensor out, Tensor in) {
   const Timed timed(*this, "convert", 0, static_cast<double>(out.bytes() + in.bytes()));
   convert_elements(out, in, stream_);
-}
-
-void CudaBackend::add(Tensor out, Tensor a, Tensor b) {
-  const Timed timed(*this, "add", 0, static_cast<double>(out.bytes() + a.bytes() + b.bytes()));
-  require(a.dtype == out.dtype && b.dtype == out.dtype, "add: one dtype");
-  map("add", stream_, Add{}, out, a, b);
 }
 
 // The bytes are those of a factor other than 1: the host does not know it.

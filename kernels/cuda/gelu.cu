@@ -29,7 +29,7 @@ __device__ inline Logistic logistic(float x, float square) {
 
 struct Gelu {
   __device__ bool start() { return true; }
-  __device__ float operator()(float x, float) const { return x * logistic(x, x * x).value; }
+  __device__ float operator()(float x) const { return x * logistic(x, x * x).value; }
 };
 
 // d gelu'(x) with gelu'(x) = s + x s (1 - s) d(2u)/dx, stored in d's place; the numbers are what is stored, rounded.

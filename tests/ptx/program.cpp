@@ -192,32 +192,12 @@ void __cudaRegisterVar(void**, char*, char*, const char* name, int, size_t, int,
 
 // ---- launches
 
-static thread_local struct {
-  dim3 grid, block;
-  size_t shared;
-  cudaStream_t stream;
-} configuration;  // of the launch whose <<<...>>> was evaluated
-unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
-  configuration = {grid, block, shared, stream};
-  return 0;
-}
-cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
-  *grid = configuration.grid, *block = configuration.block, *shared = configuration.shared;
-  *static_cast<cudaStream_t*>(stream) = configuration.stream;
-  return cudaSuccess;
-}
-cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
-  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
-  return cudaSuccess;
-}
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
-                               cudaStream_t stream) {
-  return launch(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared, stream);
-}
-cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
-                             cudaStream_t stream) {
-  return launch(function, grid, block, arguments, shared, stream);
-}
+// Of every kernel nvcc makes a function for <<<...>>> that calls the first of these and one of the others, which differ
+// between its versions. All launches go through launch.cuh.
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { ptx::fail("a launch by <<<...>>>"); }
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   if (config->numAttrs != 0) ptx::fail("launch attributes");
   return launch(function, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream);

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/cuda/launch.cuh"
 #include "tests/ptx/device_buffer.h"
 
 namespace {
@@ -127,7 +128,7 @@ TEST(PtxArithmetic, ExpressionsAsOnTheHost) {
   const std::vector<In> in = random_inputs();
   const DeviceBuffer<In> device_in(in);
   const DeviceBuffer<Out> device_out(kCount);
-  evaluate_kernel<<<8, 128>>>(device_in.data(), device_out.data(), kCount);
+  launch("evaluate_kernel", evaluate_kernel, {.grid = 8, .block = 128}, device_in.data(), device_out.data(), kCount);
   const std::vector<Out> out = device_out.read();
   for (int i = 0; i < kCount; ++i) {
     Out expected;
@@ -184,7 +185,7 @@ class PtxSpecial : public ::testing::Test {
     const std::vector<In> in = random_inputs();
     const DeviceBuffer<In> device_in(in);
     const DeviceBuffer<Special> device_out(kCount);
-    special_kernel<<<8, 128>>>(device_in.data(), device_out.data(), kCount);
+    launch("special_kernel", special_kernel, {.grid = 8, .block = 128}, device_in.data(), device_out.data(), kCount);
     const std::vector<Special> out = device_out.read();
     for (int i = 0; i < kCount; ++i) {
       f(in[i], out[i]);

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/launch.cuh"
 #include "tests/ptx/async_copy_kernel.cuh"
 #include "tests/ptx/device_buffer.h"
 #include "tests/ptx/last_block_kernel.cuh"
@@ -38,7 +39,7 @@ __global__ void no_barrier(float* out) {
   out[threadIdx.x] = s[63 - threadIdx.x];
 }
 TEST_F(PtxMistakes, NoBarrier) {
-  no_barrier<<<1, 64>>>(out.data());
+  launch("no_barrier", no_barrier, {.grid = 1, .block = 64}, out.data());
   expect_found("race in a block");
 }
 
@@ -48,7 +49,7 @@ __global__ void no_warp_barrier(float* out) {
   out[threadIdx.x] = s[31 - threadIdx.x];
 }
 TEST_F(PtxMistakes, NoWarpBarrier) {
-  no_warp_barrier<<<1, 32>>>(out.data());
+  launch("no_warp_barrier", no_warp_barrier, {.grid = 1, .block = 32}, out.data());
   expect_found("race in a warp");
 }
 
@@ -61,13 +62,13 @@ __global__ void write_after_read(float* out) {
   out[threadIdx.x] = v;
 }
 TEST_F(PtxMistakes, WriteAfterRead) {
-  write_after_read<<<1, 64>>>(out.data());
+  launch("write_after_read", write_after_read, {.grid = 1, .block = 64}, out.data());
   expect_found("race in a block");
 }
 
 __global__ void two_blocks_write(float* out) { out[threadIdx.x] = static_cast<float>(blockIdx.x); }
 TEST_F(PtxMistakes, TwoBlocksWrite) {
-  two_blocks_write<<<2, 32>>>(out.data());
+  launch("two_blocks_write", two_blocks_write, {.grid = 2, .block = 32}, out.data());
   expect_found("race between blocks");
 }
 
@@ -77,16 +78,18 @@ __global__ void neighbours_in_place(float* x, int n) {
   x[i] = v + 1;
 }
 TEST_F(PtxMistakes, NeighboursInPlace) {
-  neighbours_in_place<<<2, 32>>>(ones.data(), 64);
+  launch("neighbours_in_place", neighbours_in_place, {.grid = 2, .block = 32}, ones.data(), 64);
   expect_found("race between blocks");
 }
 
 TEST_F(PtxMistakes, NoFenceBeforeArriving) {
-  last_block_kernel<<<3, 64>>>(out256.data(), counter.data(), out.data(), FenceMistake::kNoneBefore);
+  launch("last_block_kernel", last_block_kernel, {.grid = 3, .block = 64}, out256.data(), counter.data(), out.data(),
+         FenceMistake::kNoneBefore);
   expect_found("race between blocks");
 }
 TEST_F(PtxMistakes, NoFenceAfterArriving) {
-  last_block_kernel<<<3, 64>>>(out256.data(), counter.data(), out.data(), FenceMistake::kNoneAfter);
+  launch("last_block_kernel", last_block_kernel, {.grid = 3, .block = 64}, out256.data(), counter.data(), out.data(),
+         FenceMistake::kNoneAfter);
   expect_found("race between blocks");
 }
 
@@ -94,11 +97,11 @@ TEST_F(PtxMistakes, NoFenceAfterArriving) {
 
 __global__ void beside(float* out, int n) { out[static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) + n] = 1; }
 TEST_F(PtxMistakes, PastTheEnd) {
-  beside<<<1, 32>>>(out.data(), 33);
+  launch("beside", beside, {.grid = 1, .block = 32}, out.data(), 33);
   expect_found("fault");
 }
 TEST_F(PtxMistakes, BeforeTheBeginning) {
-  beside<<<1, 32>>>(out.data(), -1);
+  launch("beside", beside, {.grid = 1, .block = 32}, out.data(), -1);
   expect_found("fault");
 }
 
@@ -109,7 +112,7 @@ __global__ void past_shared_memory(float* out, int n) {
   out[threadIdx.x] = dynamic[threadIdx.x];
 }
 TEST_F(PtxMistakes, PastSharedMemory) {
-  past_shared_memory<<<1, 32, 128>>>(out.data(), 1);
+  launch("past_shared_memory", past_shared_memory, {.grid = 1, .block = 32, .shared_bytes = 128}, out.data(), 1);
   expect_found("fault");
 }
 
@@ -117,7 +120,7 @@ __global__ void misaligned(float* out, const float* in) {
   *reinterpret_cast<float4*>(out) = *reinterpret_cast<const float4*>(in + 1);
 }
 TEST_F(PtxMistakes, Misaligned) {
-  misaligned<<<1, 1>>>(out.data(), ones.data());
+  launch("misaligned", misaligned, {.grid = 1, .block = 1}, out.data(), ones.data());
   expect_found("fault");
 }
 
@@ -128,7 +131,7 @@ __global__ void partly_written(float* out) {
   out[threadIdx.x] = s[threadIdx.x] * 2;
 }
 TEST_F(PtxMistakes, StoresWhatWasNeverWritten) {
-  partly_written<<<1, 64>>>(out.data());
+  launch("partly_written", partly_written, {.grid = 1, .block = 64}, out.data());
   expect_found("undefined value stored");
 }
 
@@ -136,7 +139,7 @@ __global__ void branches_on(float* out, const int* numbers) {
   if (numbers[threadIdx.x] > 3) out[0] = 1;
 }
 TEST_F(PtxMistakes, BranchesOnWhatWasNeverWritten) {
-  branches_on<<<1, 64>>>(out.data(), never_written.data());
+  launch("branches_on", branches_on, {.grid = 1, .block = 64}, out.data(), never_written.data());
   expect_found("undefined branch");
 }
 
@@ -151,7 +154,7 @@ __global__ void divergent_shuffle(int* out) {
   out[threadIdx.x] = v;
 }
 TEST_F(PtxMistakes, DivergentShuffle) {
-  divergent_shuffle<<<1, 32>>>(ints.data());
+  launch("divergent_shuffle", divergent_shuffle, {.grid = 1, .block = 32}, ints.data());
   expect_found("deadlock");
 }
 
@@ -164,7 +167,7 @@ __global__ void barrier_for_some(int* out) {
   out[threadIdx.x] = 1;
 }
 TEST_F(PtxMistakes, BarrierForSome) {
-  barrier_for_some<<<1, 64>>>(ints.data());
+  launch("barrier_for_some", barrier_for_some, {.grid = 1, .block = 64}, ints.data());
   expect_found("deadlock");
 }
 
@@ -178,18 +181,20 @@ __global__ void mma_of_31_threads(float* out) {
   out[threadIdx.x] = f[0];
 }
 TEST_F(PtxMistakes, MmaOf31Threads) {
-  mma_of_31_threads<<<1, 32>>>(out.data());
+  launch("mma_of_31_threads", mma_of_31_threads, {.grid = 1, .block = 32}, out.data());
   expect_found("warp-synchronous");
 }
 
 // ---- asynchronous copies
 
 TEST_F(PtxMistakes, CopyWithoutWaiting) {
-  async_copy_kernel<<<1, 64>>>(ones.data(), out256.data(), CopyMistake::kNoWait);
+  launch("async_copy_kernel", async_copy_kernel, {.grid = 1, .block = 64}, ones.data(), out256.data(),
+         CopyMistake::kNoWait);
   expect_found("asynchronous copy");
 }
 TEST_F(PtxMistakes, CopyWithoutBarrier) {
-  async_copy_kernel<<<1, 64>>>(ones.data(), out256.data(), CopyMistake::kNoBarrier);
+  launch("async_copy_kernel", async_copy_kernel, {.grid = 1, .block = 64}, ones.data(), out256.data(),
+         CopyMistake::kNoBarrier);
   expect_found("race in a block");
 }
 

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/cuda/launch.cuh"
 #include "tests/ptx/async_copy_kernel.cuh"
 #include "tests/ptx/device_buffer.h"
 #include "tests/ptx/last_block_kernel.cuh"
@@ -35,7 +36,7 @@ __global__ void shuffle_kernel(Shuffled* out) {
 
 TEST(PtxWarps, ShufflesAndVotes) {
   const DeviceBuffer<Shuffled> out(1);
-  shuffle_kernel<<<1, 32>>>(out.data());
+  launch("shuffle_kernel", shuffle_kernel, {.grid = 1, .block = 32}, out.data());
   const Shuffled o = out.read()[0];
   uint32_t every_third = 0;
   for (int k = 0; k < 32; k += 3) every_third |= 1u << k;
@@ -96,7 +97,8 @@ TEST(PtxWarps, TensorCores) {
   const DeviceBuffer<__nv_bfloat16> device_a(a), device_b(b);
   const DeviceBuffer<float> device_c(c), device_d(128);
   const DeviceBuffer<uint32_t> device_fragments(128);
-  mma_kernel<<<1, 32>>>(device_a.data(), device_b.data(), device_c.data(), device_d.data(), device_fragments.data());
+  launch("mma_kernel", mma_kernel, {.grid = 1, .block = 32}, device_a.data(), device_b.data(), device_c.data(),
+         device_d.data(), device_fragments.data());
   const std::vector<float> d = device_d.read();
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 8; ++j) {
@@ -131,7 +133,8 @@ TEST(PtxWarps, BarriersOfABlock) {
   float sum = 0;
   for (size_t i = 0; i < x.size(); ++i) sum += x[i] = static_cast<float>(i * 37 % 1000);
   const DeviceBuffer<float> in(x), out(1);
-  block_sum_kernel<<<1, 256, 1024>>>(in.data(), out.data(), 1000);
+  launch("block_sum_kernel", block_sum_kernel, {.grid = 1, .block = 256, .shared_bytes = 1024}, in.data(), out.data(),
+         1000);
   EXPECT_EQ(out.read()[0], sum);
 }
 
@@ -143,7 +146,7 @@ __global__ void atomic_kernel(int* total, float* count) {
 TEST(PtxWarps, Atomics) {
   const DeviceBuffer<int> total(std::vector<int>{5});
   const DeviceBuffer<float> count(std::vector<float>{0.5f});
-  atomic_kernel<<<3, 100>>>(total.data(), count.data());
+  launch("atomic_kernel", atomic_kernel, {.grid = 3, .block = 100}, total.data(), count.data());
   EXPECT_EQ(total.read()[0], 5 + 3 * 4950);
   EXPECT_EQ(count.read()[0], 300.5f);
 }
@@ -151,7 +154,8 @@ TEST(PtxWarps, Atomics) {
 TEST(PtxWarps, TheLastBlockSeesTheOthers) {
   const DeviceBuffer<float> partials(192), out(64);
   const DeviceBuffer<int> counter(std::vector<int>{0});
-  last_block_kernel<<<3, 64>>>(partials.data(), counter.data(), out.data(), FenceMistake::kNone);
+  launch("last_block_kernel", last_block_kernel, {.grid = 3, .block = 64}, partials.data(), counter.data(), out.data(),
+         FenceMistake::kNone);
   const std::vector<float> sums = out.read();
   for (int i = 0; i < 64; ++i) EXPECT_EQ(sums[i], 3.0f * static_cast<float>(i) + 3);
 }
@@ -160,7 +164,7 @@ TEST(PtxWarps, AsynchronousCopies) {
   std::vector<float> x(256);
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i + 1);
   const DeviceBuffer<float> in(x), out(256);
-  async_copy_kernel<<<1, 64>>>(in.data(), out.data(), CopyMistake::kNone);
+  launch("async_copy_kernel", async_copy_kernel, {.grid = 1, .block = 64}, in.data(), out.data(), CopyMistake::kNone);
   const std::vector<float> copied = out.read();
   for (size_t i = 0; i < 256; ++i) {
     const size_t from = (i + 128) % 256;
