@@ -24,7 +24,7 @@ needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reas
 
 # Every function of Backend from convert() on, and the two that move memory.
 OPERATIONS = """
-    copy fill convert add accumulate scale sum_squares sum restore_norm gate_on_finite clip_scale increment fill_normal
+    copy fill convert accumulate scale sum_squares sum restore_norm gate_on_finite clip_scale increment fill_normal
     fill_constant embedding_forward embedding_backward layernorm_forward residual_layernorm_forward layernorm_backward
     matmul bias_backward gelu_forward gelu_backward attention_forward attention_backward attention_decode classifier
     classifier_gradient generate_projection factored_second_moment factored_squares factored_scales

@@ -239,11 +239,7 @@ __device__ inline void scaled_projection_octet(const ProjectionOutputs& out, con
 __device__ inline double sum_of_rows(const double* sums, int64_t rows, double* shared) {
   const int64_t count = divide_up(rows, SquaresTiling::kSumRows);
   double total = 0;
-  for (int64_t first = threadIdx.x * kTileWarps; first < count; first += kTileThreads * kTileWarps) {
-    double some = sums[first];
-    for (int64_t i = first + 1; i < first + kTileWarps && i < count; ++i) some += sums[i];
-    total += some;
-  }
+  for (int64_t i = threadIdx.x; i < count; i += kTileThreads) total += sums[i];
   return block_sum(total, shared);
 }
 
