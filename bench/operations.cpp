@@ -4,6 +4,8 @@
 // [--benchmark_filter=REGEX]
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
+#include <cstdio>
 #include <functional>
 #include <memory>
 #include <string>

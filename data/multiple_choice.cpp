@@ -1,6 +1,7 @@
 // multiple_choice.cpp: see multiple_choice.h. HellaSwag's 10,042 questions are 3.6 MB and read as a whole.
 #include "data/multiple_choice.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string_view>

@@ -1,6 +1,7 @@
 // tokenizer.cpp: see tokenizer.h. The vocabulary is held twice, by id and by bytes: about 5 MB for GPT-2's.
 #include "data/tokenizer.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <queue>

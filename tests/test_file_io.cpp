@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <csignal>
 #include <numeric>
 
 #include "tests/temporary_directory.h"

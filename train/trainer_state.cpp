@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <limits>
 #include <stdexcept>
+#include <type_traits>
 
 #include "data/json_text.h"
 #include "train/version.h"

@@ -2,6 +2,7 @@
 #include "train/weights_io.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <functional>

@@ -7,6 +7,7 @@
 // summed in fp32 and rounded once.
 
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/gemm.h"

@@ -2,6 +2,7 @@
 #include "tests/cuda_on_cpu/block.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <map>
 
 #include "tests/cuda_on_cpu/scheduler.h"

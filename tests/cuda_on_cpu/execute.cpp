@@ -2,6 +2,7 @@
 // among OS threads in an order that the seed decides.
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <map>

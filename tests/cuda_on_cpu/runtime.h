@@ -1,6 +1,7 @@
 // runtime.h: what the files of the shim's runtime share: errors, the lock, device memory.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <string>

@@ -1,6 +1,7 @@
 // scheduler.cpp: see scheduler.h. The order of the threads, block barriers and warp rendezvous.
 #include "tests/cuda_on_cpu/scheduler.h"
 
+#include <algorithm>
 #include <bit>
 #include <csignal>
 #include <cstring>

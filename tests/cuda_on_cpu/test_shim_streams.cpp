@@ -2,6 +2,7 @@
 // what a GPU would answer with wrong numbers some of the time is wrong here under some seed.
 #include <gtest/gtest.h>
 
+#include <cstdio>
 #include <vector>
 
 #include "kernels/cuda/launch.cuh"

@@ -1,6 +1,7 @@
 // machine.h: what executes decoded PTX: device memory with shadows, blocks, warps, and the list of findings.
 #pragma once
 #include <cstdarg>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <memory>

@@ -1,4 +1,5 @@
 // parse.cpp: PTX text to statements.
+#include <algorithm>
 #include <cctype>
 #include <cstdio>
 #include <cstdlib>

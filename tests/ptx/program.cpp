@@ -2,6 +2,7 @@
 // PTX in them, the kernels registered from them, and their launches on the interpreter.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
