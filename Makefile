@@ -22,11 +22,11 @@
 # BUNDLE=folder builds with what `make bundle` collected, without oneDNN, on a machine that has g++, make, python3 and the
 # CUDA Toolkit.
 #
-# Variables: CXX, BLAS (dnnl: oneDNN; none: products of our own), GLOO (gloo, or none: no --devices on CPUs;
-# by default what is there), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...), PYTHON (of tests and
-# plots), V=1 (shows the commands), TEST_OBJECTS (folder of a build with another SANITIZE, after `make test-objects` there:
-# the C++ tests are taken from it, not compiled again). What was built with other flags is built anew; another BUILD keeps both. ./train_gpt2
-# is a link to the one that was built last.
+# Variables: CXX, BLAS (dnnl: oneDNN; none: products of our own), GLOO (gloo, or none: no --devices on CPUs; by default what is
+# there), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...), PYTHON (of tests and plots), V=1 (shows the
+# commands), WERROR=1 (a warning ends the build, as in CI), TEST_OBJECTS (folder of a build with another SANITIZE, after `make
+# test-objects` there: the C++ tests are taken from it, not compiled again). What was built with other flags is built anew;
+# another BUILD keeps both. ./train_gpt2 is a link to the one that was built last.
 
 CXX      ?= g++
 CPU_ARCH ?= native
@@ -39,10 +39,12 @@ BUILD    ?= build
 Q        := $(if $(V),,@)
 .DEFAULT_GOAL := all
 SANITIZE ?=
+WERROR   ?=
+comma    := ,
 
 # -Wno-restrict: GCC 12 warns about its own std::string (GCC bug 105651).
 # -Wno-pass-failed: Clang leaves some loops of `omp simd` alone.
-WARNINGS := -Wall -Wextra -Werror $(if $(findstring clang,$(CXX)),-Wno-pass-failed,-Wno-restrict)
+WARNINGS := -Wall -Wextra $(if $(WERROR),-Werror) $(if $(findstring clang,$(CXX)),-Wno-pass-failed,-Wno-restrict)
 # -ffp-contract=off: fused multiply-adds only where the source says fma, so that random numbers are the same everywhere.
 CXXFLAGS := -std=c++20 -O3 -march=$(CPU_ARCH) -ffp-contract=off -fno-math-errno -fopenmp -g1 $(WARNINGS) -I.
 LDLIBS   := -lz -lpthread
@@ -164,7 +166,6 @@ demo:
 	PYTHON=$(PYTHON) scripts/demo.sh
 
 # What a long target is doing, and when.
-comma := ,
 BEGAN := $(shell date +%s)
 say    = @echo "make $@: $(1) ($$(( $$(date +%s) - $(BEGAN) )) s so far)"
 

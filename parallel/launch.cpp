@@ -97,11 +97,15 @@ uint32_t hash_of(const std::string& text) {
 }
 
 // What only this job has in its environment.
+Variables variables_of(const std::string& launcher) {
+  if (launcher == kTorchrun.by) return {"TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"};
+  if (launcher == kOpenMpi.by) return {"PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"};
+  if (launcher == kMpich.by) return {"PMI_JOBID", "PMI_ID_JOB", "PBS_JOBID", "LSB_JOBID"};
+  return {};
+}
+
 std::string nonce_of(const Environment& environment, const Launch& launch) {
-  Variables names;
-  if (launch.by == kTorchrun.by) names = {"TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"};
-  if (launch.by == kOpenMpi.by) names = {"PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"};
-  if (launch.by == kMpich.by) names = {"PMI_JOBID", "PMI_ID_JOB", "PBS_JOBID", "LSB_JOBID"};
+  Variables names = variables_of(launch.by);
   for (const char* const name : {"SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"}) names.push_back(name);
   std::string nonce = launch.by;
   bool known = false;

@@ -19,8 +19,8 @@ ifeq ($(CUDA),1)
   GENCODE    := $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) \
                 $(foreach a,$(PORTABLE),-gencode=arch=compute_$(a),code=compute_$(a))
   # -fmad=false: see -ffp-contract above. 1675: pragmas of GCC in the headers that are shared with the CPU.
-  NVCCFLAGS  := -std=c++20 -O3 -fmad=false -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-restrict,-Werror \
-                -diag-suppress 1675 -Werror all-warnings -lineinfo -I. $(GENCODE)
+  NVCCFLAGS  := -std=c++20 -O3 -fmad=false -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-restrict$(if $(WERROR),$(comma)-Werror) \
+                -diag-suppress 1675 $(if $(WERROR),-Werror all-warnings) -lineinfo -I. $(GENCODE)
   CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
   CUDART     := $(firstword $(wildcard $(foreach d,lib64 lib targets/x86_64-linux/lib,$(CUDA_ROOT)/$(d)/libcudart_static.a)))
   LDLIBS     += -L$(or $(dir $(CUDART)),$(CUDA_ROOT)/lib64) -lcudart_static -ldl -lrt
