@@ -22,11 +22,11 @@
 # BUNDLE=folder builds with what `make bundle` collected, without oneDNN, on a machine that has g++, make, python3 and the
 # CUDA Toolkit.
 #
-# Variables: CXX, BLAS (dnnl: oneDNN; none: products of our own), GLOO (gloo, or none: no --devices on CPUs; by default what is
-# there), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...), PYTHON (of tests and plots), V=1 (shows the
-# commands), WERROR=1 (a warning ends the build, as in CI), TEST_OBJECTS (folder of a build with another SANITIZE, after `make
-# test-objects` there: the C++ tests are taken from it, not compiled again). What was built with other flags is built anew;
-# another BUILD keeps both. ./train_gpt2 is a link to the one that was built last.
+# Variables: CXX, BLAS (dnnl: oneDNN; none: products of our own), GLOO (gloo, or none: no --devices on CPUs; by default what
+# is there), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...), PYTHON (of tests and plots), V=1 (shows
+# the commands), WERROR=1 (a warning ends the build, as in CI), KEEP_PTX (tests/ptx/rules.mk), TEST_OBJECTS (folder of a
+# build with another SANITIZE, after `make test-objects` there: the C++ tests are taken from it, not compiled again). What
+# was built with other flags is built anew; another BUILD keeps both. ./train_gpt2 is a link to the one that was built last.
 
 CXX      ?= g++
 CPU_ARCH ?= native

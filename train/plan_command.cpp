@@ -72,8 +72,9 @@ class LargestModels {
     plan.layout();
     nlohmann::ordered_json json = plan_json(plan), widths = nlohmann::ordered_json::array();
     for (const FittingModel& model : widths_) widths.push_back(json_of(model));
-    json["largest"] = {{"preset", preset_ ? json_of(*preset_) : nullptr},
-                       {"streamed_preset", streamed_preset_ ? json_of(*streamed_preset_) : nullptr},
+    const auto json_or_null = [&](const auto& model) { return model ? json_of(*model) : nlohmann::ordered_json(); };
+    json["largest"] = {{"preset", json_or_null(preset_)},
+                       {"streamed_preset", json_or_null(streamed_preset_)},
                        {"widths", widths}};
     return json;
   }

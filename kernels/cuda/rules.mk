@@ -14,10 +14,11 @@ ifeq ($(CUDA),1)
                   $(filter $(GPU_ARCH),$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch))))
   # Hopper's own instructions need the target sm_90a.
   CUDA_ARCHS ?= $(if $(GPU_ARCH),$(GPU_ARCH:90=90a),80)
-  # Machine code for each, and for the last one that newer GPUs can take, PTX.
+  # Machine code for each, and for the last one that newer GPUs can take, PTX; PTX of KEEP_PTX, too, as text (tests/ptx).
   PORTABLE   := $(lastword $(filter-out %a,$(CUDA_ARCHS)))
   GENCODE    := $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) \
-                $(foreach a,$(PORTABLE),-gencode=arch=compute_$(a),code=compute_$(a))
+                $(foreach a,$(sort $(PORTABLE) $(KEEP_PTX)),-gencode=arch=compute_$(a),code=compute_$(a)) \
+                $(if $(KEEP_PTX),--no-compress)
   # -fmad=false: see -ffp-contract above. 1675: pragmas of GCC in the headers that are shared with the CPU.
   NVCCFLAGS  := -std=c++20 -O3 -fmad=false -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas,-Wno-restrict$(if $(WERROR),$(comma)-Werror) \
                 -diag-suppress 1675 $(if $(WERROR),-Werror all-warnings) -lineinfo -I. $(GENCODE)

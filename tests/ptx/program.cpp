@@ -164,19 +164,21 @@ void** __cudaRegisterFatBinary(void* wrapper) {
   if (value_at<uint32_t>(p) != 0xba55ed50u) ptx::fail("this is no fat binary");
   auto binary = std::make_unique<FatBinary>();
   const uint8_t* const end = p + value_at<uint16_t>(p + 6) + value_at<uint64_t>(p + 8);
+  int newest = 0;
   for (p += value_at<uint16_t>(p + 6); p < end;) {
     const uint32_t header = value_at<uint32_t>(p + 4);
     const uint64_t size = value_at<uint64_t>(p + 8);
-    if (value_at<uint16_t>(p) == 1) {
+    const int architecture = static_cast<int>(value_at<uint32_t>(p + 28));
+    if (value_at<uint16_t>(p) == 1 && architecture > newest) {
       const char* const text = reinterpret_cast<const char*>(p + header);
       binary->ptx.assign(text, strnlen(text, size));
       if (binary->ptx.find(".version") == std::string::npos) ptx::fail("compressed PTX: compile with --no-compress");
-      const int architecture = static_cast<int>(value_at<uint32_t>(p + 28));
-      if (machine.architecture && machine.architecture != architecture) ptx::fail("PTX of two architectures");
-      machine.architecture = architecture;
+      newest = architecture;
     }
     p += header + size;
   }
+  if (machine.architecture && machine.architecture != newest) ptx::fail("PTX of two architectures");
+  machine.architecture = newest;
   binaries().push_back(std::move(binary));
   return reinterpret_cast<void**>(binaries().back().get());
 }

@@ -6,20 +6,26 @@
 # make ptx            only compiles the kernels
 
 PTXSIM     := $(BUILD)/ptx
-# Of the PTX, and of the GPU that the interpreter pretends to be: 90a holds every variant of a kernel.
+# Of the PTX, and of the GPU that the interpreter pretends to be: 90a holds every variant of a kernel. With KEEP_PTX=90a, too,
+# the objects of ./train_gpt2 hold it, and nothing is compiled twice.
 PTX_ARCH   ?= 90a
 # -O1 is for the host's code, of which nobody measures anything here; the PTX is the same.
-PTX_FLAGS  := $(filter-out -gencode=%,$(NVCCFLAGS)) -gencode=arch=compute_$(PTX_ARCH),code=compute_$(PTX_ARCH) --no-compress -Xcompiler -O1
+PTX_FLAGS  := $(filter-out -gencode=% --no-compress,$(NVCCFLAGS)) -gencode=arch=compute_$(PTX_ARCH),code=compute_$(PTX_ARCH) --no-compress -Xcompiler -O1
 PTX_RAN    := $(strip $(NVCC) $(PTX_FLAGS))
 
 # ---- what nvcc makes of the kernels: host code and PTX in one object, not compressed, so that tests/test_ptx.py can read it
 
 PTX_KERNELS := $(patsubst %.cu,$(PTXSIM)/%.o,$(filter-out kernels/cuda/cublaslt_library.cu,$(wildcard kernels/cuda/*.cu)))
 $(eval $(call STAMP,ptx/.nvcc,PTX_RAN))
+ifeq ($(KEEP_PTX),$(PTX_ARCH))
+$(PTXSIM)/kernels/cuda/%.o: $(BUILD)/kernels/cuda/%.o
+	@mkdir -p $(@D) && ln -f $< $@
+else
 $(PTXSIM)/%.o: %.cu $(PTXSIM)/.nvcc | $(BUILD)/.packages
 	@mkdir -p $(@D)
 	@echo "  NVCC  $< (PTX)"
 	$(Q)$(PTX_RAN) -MMD -MP -c -o $@ $<
+endif
 ptx: $(PTX_KERNELS)
 
 # ---- the interpreter, in place of the CUDA runtime and of cuBLASLt
