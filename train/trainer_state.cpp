@@ -125,9 +125,9 @@ void write_trainer_state(const std::string& checkpoint, const TrainerState& stat
                                    {"sequence_length", state.position.sequence_length},
                                    {"seed", state.position.seed},
                                    {"fingerprint", state.position.fingerprint}}},
-                                 {"options", state.options},
+                                 {"options", nlohmann::ordered_json(state.options)},
                                  {"tuning", state.tuning},
-                                 {"files", nlohmann::json::object()}};
+                                 {"files", nlohmann::ordered_json::object()}};
   for (const auto& [name, summary] : files) {
     json["files"][name] = {{"bytes", summary.bytes}, {"crc32", summary.crc32}};
   }
