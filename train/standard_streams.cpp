@@ -56,7 +56,14 @@ void say_on_error(std::string message) {
   }
   std::replace_if(
       message.begin(), message.end(), [](char c) { return c == '\n' || c == '\t'; }, ' ');
-  std::fprintf(stderr, "train_gpt2: %s%s\n", speaker.c_str(), printable(message).c_str());
+  // In one piece, or lines of several ranks mix: fprintf() writes pieces of 128 bytes since glibc 2.37.
+  const std::string line = "train_gpt2: " + speaker + printable(message) + "\n";
+  for (size_t done = 0; done < line.size();) {
+    const ssize_t written = write(STDERR_FILENO, line.data() + done, line.size() - done);
+    if (written < 0 && errno == EINTR) continue;
+    if (written <= 0) return;
+    done += static_cast<size_t>(written);
+  }
 }
 
 void warn(const std::string& warning) {
@@ -68,8 +75,8 @@ bool output_arrived() {
   errno = 0;
   if (std::fflush(stdout) == 0 && !failed_before) return true;
   if (!reader_has_gone()) {
-    std::fprintf(stderr, "train_gpt2: standard output cannot be written: %s\n",
-                 errno != 0 ? std::strerror(errno) : "it is closed or full");
+    say_on_error(std::string("standard output cannot be written: ") +
+                 (errno != 0 ? std::strerror(errno) : "it is closed or full"));
   }
   return false;
 }
