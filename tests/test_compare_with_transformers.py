@@ -10,7 +10,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 FIXTURES = TESTS / "fixtures"
 
-pytest.importorskip("torch", "1.13", reason="PyTorch 1.13 or later is not installed (python3-torch)")
+pytest.importorskip("torch", "1.13.0a0", reason="PyTorch 1.13 or later is not installed (python3-torch)")
 pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.numpy")
 

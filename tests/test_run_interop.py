@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from program import VOCABULARY, fail, language, succeed, validation_loss, with_defaults, write_shard
 
-torch = pytest.importorskip("torch", "1.13", reason="PyTorch 1.13 or later is not installed (python3-torch)")
+torch = pytest.importorskip("torch", "1.13.0a0", reason="PyTorch 1.13 or later is not installed (python3-torch)")
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
