@@ -173,7 +173,7 @@ void describe(Options& o, Visitor& v) {
   v(optimizer.rank, "rank", "", "Flora: rank of the compressed momentum", at_least(1), fixed);
   v(optimizer.kappa, "kappa", "steps", "Flora: steps between two projections", at_least(1), fixed);
   v(schedule.peak, "lr", "",
-    "peak learning rate; default: 1 / channels for flora (5e-4 with gaussian or rademacher projections), 5e-4 for "
+    "peak learning rate; default: 0.5 / channels for flora (5e-4 with gaussian or rademacher projections), 5e-4 for "
     "adafactor, 6e-4 for adamw, 0.1 for sgd",
     kAboveZero, said);
   v(schedule.kind, "schedule", "", "of the learning rate after the warmup (wsd: constant, then 1-sqrt cooldown)",

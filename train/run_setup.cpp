@@ -49,12 +49,12 @@ void choose_micro_batch(Options& o, bool cpu, Undecided undecided) {
   shapes.head_chunk = std::min(shapes.head_chunk, micro_tokens);
 }
 
-// Flora with orthonormal projections: measured at two widths, above what GPT-3's models were trained at
+// Flora with orthonormal projections: measured at two widths, and not far from what GPT-3's models were trained at
 // (docs/learning.md).
 float default_rate(const OptimizerConfig& optimizer, int64_t channels) {
   switch (optimizer.kind) {
     case OptimizerKind::kFlora:
-      return has_orthonormal_rows(optimizer.projection) ? 1 / static_cast<float>(channels) : 5e-4f;
+      return has_orthonormal_rows(optimizer.projection) ? 0.5f / static_cast<float>(channels) : 5e-4f;
     case OptimizerKind::kAdafactor: return 5e-4f;
     case OptimizerKind::kAdamW: return 6e-4f;
     case OptimizerKind::kSgd: return 0.1f;
