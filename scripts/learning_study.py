@@ -324,8 +324,12 @@ def draw(lines, path):
     groups = {key: group for key, group in groups.items() if len(group) > 1}
     if not groups:
         raise StudyError("no two settings to compare in a plot")
-    figure, panels = plt.subplots(1, len(groups), figsize=(6 * len(groups), 5), squeeze=False, layout="constrained")
-    for axes, ((size, tokens, per_step), group) in zip(panels[0], groups.items()):
+    columns = min(3, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(6 * columns, 5 * rows), squeeze=False, layout="constrained")
+    for axes in panels.flat[len(groups):]:
+        axes.remove()
+    for axes, ((size, tokens, per_step), group) in zip(panels.flat, groups.items()):
         for s in group:
             axes.errorbar(s["state_bytes"] / 2**20, s["loss"], yerr=s["spread"], fmt="o", markersize=4, capsize=3)
             axes.annotate(s["setting"], (s["state_bytes"] / 2**20, s["loss"]), fontsize=6,
