@@ -73,9 +73,8 @@ class LargestModels {
     nlohmann::ordered_json json = plan_json(plan), widths = nlohmann::ordered_json::array();
     for (const FittingModel& model : widths_) widths.push_back(json_of(model));
     const auto json_or_null = [&](const auto& model) { return model ? json_of(*model) : nlohmann::ordered_json(); };
-    json["largest"] = {{"preset", json_or_null(preset_)},
-                       {"streamed_preset", json_or_null(streamed_preset_)},
-                       {"widths", widths}};
+    json["largest"] = {
+        {"preset", json_or_null(preset_)}, {"streamed_preset", json_or_null(streamed_preset_)}, {"widths", widths}};
     return json;
   }
 
