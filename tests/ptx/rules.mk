@@ -17,14 +17,13 @@ PTX_RAN    := $(strip $(NVCC) $(PTX_FLAGS))
 
 PTX_KERNELS := $(patsubst %.cu,$(PTXSIM)/%.o,$(filter-out kernels/cuda/cublaslt_library.cu,$(wildcard kernels/cuda/*.cu)))
 $(eval $(call STAMP,ptx/.nvcc,PTX_RAN))
-ifeq ($(KEEP_PTX),$(PTX_ARCH))
-$(PTXSIM)/kernels/cuda/%.o: $(BUILD)/kernels/cuda/%.o
-	@mkdir -p $(@D) && ln -f $< $@
-else
 $(PTXSIM)/%.o: %.cu $(PTXSIM)/.nvcc | $(BUILD)/.packages
 	@mkdir -p $(@D)
 	@echo "  NVCC  $< (PTX)"
 	$(Q)$(PTX_RAN) -MMD -MP -c -o $@ $<
+ifeq ($(KEEP_PTX),$(PTX_ARCH))
+$(PTX_KERNELS): $(PTXSIM)/%.o: $(BUILD)/%.o
+	@mkdir -p $(@D) && ln -f $< $@
 endif
 ptx: $(PTX_KERNELS)
 
