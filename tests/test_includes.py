@@ -21,7 +21,7 @@ def c(names):
 
 # header: names that only it is sure to bring.
 NAMES = {
-    "algorithm": std("sort|stable_sort|min|max|clamp|minmax|min_element|max_element|minmax_element|find_if|find_if_not|copy|copy_n|"
+    "algorithm": std("sort|stable_sort|min|max|clamp|minmax|min_element|max_element|minmax_element|find|find_if|find_if_not|count|copy|copy_n|"
                      "copy_if|fill|fill_n|any_of|all_of|none_of|count_if|transform|reverse|equal|lower_bound|upper_bound|"
                      "binary_search|remove_if|generate|shuffle|unique|rotate|nth_element|partition|replace|search|for_each|"
                      "swap_ranges|is_sorted|adjacent_find|ranges::\\w+"),
@@ -88,7 +88,7 @@ ALSO = {
     "csignal": ["signal.h"], "cmath": ["math.h"], "cerrno": ["errno.h"], "string_view": ["string"],
     "initializer_list": ["vector", "string", "map", "set", "algorithm", "unordered_map", "array"],
     "utility": ["map", "unordered_map", "tuple"], "iterator": ["vector", "string", "map", "set", "array", "string_view"],
-    "system_error": ["filesystem", "charconv", "mutex"], "iostream": [],
+    "system_error": ["filesystem", "charconv", "mutex"],
 }
 
 

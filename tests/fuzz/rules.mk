@@ -6,7 +6,7 @@ FUZZ_SECONDS ?= 60
 READERS      ?= $(notdir $(wildcard tests/fuzz/corpus/*))
 FUZZ_SOURCES := tests/fuzz/readers.cpp $(wildcard data/*.cpp) model/config.cpp $(patsubst %,train/%.cpp,command_line config_file \
                 file_io llmc_model memory_size metrics option_values options safetensors trainer_state)
-FUZZ_FLAGS   := -std=c++20 -O1 -g1 -I. -Wall -Wextra -Werror -fsanitize=fuzzer,address,undefined -fno-sanitize=vptr \
+FUZZ_FLAGS   := -std=c++20 -O1 -g1 -I. -Wall -Wextra $(if $(WERROR),-Werror) -fsanitize=fuzzer,address,undefined -fno-sanitize=vptr \
                 -fno-sanitize-recover=undefined
 
 $(FUZZ)/%.o: %.cpp
