@@ -164,7 +164,7 @@ last_error() {
   if grep -qaiE "$no_network" "$log" 2>/dev/null; then
     line="the package server cannot be reached"
   else
-    line=$(grep -aE '^(E|ERROR)[: ]' "$log" 2>/dev/null | tail -n 1 || true)
+    line=$(grep -aE '^(E|ERROR|error)[: ]' "$log" 2>/dev/null | tail -n 1 || true)
   fi
   echo "${line:-$(tail -n 1 "$log" 2>/dev/null || true)} (details in ${log#"$root"/})"
 }
@@ -232,7 +232,7 @@ install_venv() {
   local packages
   packages=$(cat "$root"/scripts/requirements-demo.txt)
   [ "$target" = demo ] || packages+=$'\n'$(cat "$root"/scripts/requirements-test.txt)
-  packages=$(grep -v -e '^#' -e '^-r' <<<"$packages" | tr '\n' ' ')
+  packages=$(sed -e '/^[#-]/d' -e 's/[=<>;].*//' <<<"$packages" | uniq | tr '\n' ' ')
   echo "setup: installing ${packages% }"
   touch "$venv/.installing"
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -r \
