@@ -22,18 +22,16 @@
 # BUNDLE=folder builds with what `make bundle` collected, without oneDNN, on a machine that has g++, make, python3 and the
 # CUDA Toolkit.
 #
-# Variables: CXX, BLAS (dnnl: oneDNN; none: products of our own), GLOO (gloo, or none: no --devices on CPUs; by default what
-# is there), CPU_ARCH (-march), BUILD (folder), SANITIZE (address,undefined, ...), PYTHON (of tests and plots), V=1 (shows
-# the commands), WERROR=1 (a warning ends the build, as in CI), KEEP_PTX (tests/ptx/rules.mk), TEST_OBJECTS (folder of a
-# build with another SANITIZE, after `make test-objects` there: the C++ tests are taken from it, not compiled again). What
-# was built with other flags is built anew; another BUILD keeps both. ./train_gpt2 is a link to the one that was built last.
+# Variables: CXX, BLAS (dnnl: oneDNN; none: products of our own), CPU_ARCH (-march), BUILD (folder), SANITIZE
+# (address,undefined, ...), PYTHON (of tests and plots), V=1 (shows the commands), WERROR=1 (a warning ends the build, as in
+# CI), KEEP_PTX (tests/ptx/rules.mk), TEST_OBJECTS (folder of a build with another SANITIZE, after `make test-objects` there:
+# the C++ tests are taken from it, not compiled again). What was built with other flags is built anew; another BUILD keeps
+# both. ./train_gpt2 is a link to the one that was built last.
 
 CXX      ?= g++
 CPU_ARCH ?= native
 BUNDLE   ?=
 BLAS     ?= $(if $(BUNDLE),none,dnnl)
-GLOO_THERE := $(if $(BUNDLE),,$(shell echo '\#include <gloo/config.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 && echo gloo))
-GLOO     ?= $(or $(GLOO_THERE),none)
 PYTHON   ?= .venv/bin/python
 BUILD    ?= build
 Q        := $(if $(V),,@)
@@ -51,11 +49,6 @@ LDLIBS   := -lz -lpthread
 ifneq ($(BLAS),none)
   LDLIBS := -l$(BLAS) $(LDLIBS)
 endif
-ifneq ($(GLOO),none)
-  LDLIBS := -l$(GLOO) $(LDLIBS)
-endif
-# What the program says where it has no Gloo.
-WITHOUT_GLOO := $(if $(filter-out undefined default file,$(origin GLOO)),GLOO=$(GLOO) was given,$(if $(BUNDLE),built from a bundle,it was not found))
 GTEST    := -lgtest -lgtest_main
 ifneq ($(BUNDLE),)
   CXXFLAGS += -I$(BUNDLE)/include
@@ -77,7 +70,6 @@ ifeq ($(CUDA),1)
   LIB_SOURCES := $(filter-out kernels/without_cuda.cpp,$(LIB_SOURCES))
 endif
 LIB_SOURCES  := $(filter-out kernels/cpu/$(if $(filter none,$(BLAS)),onednn_gemm,without_onednn).cpp,$(LIB_SOURCES))
-LIB_SOURCES  := $(filter-out parallel/$(if $(filter none,$(GLOO)),gloo_communicator,without_gloo).cpp,$(LIB_SOURCES))
 LIB_OBJECTS  := $(LIB_SOURCES:%.cpp=$(BUILD)/%.o) $(CUDA_OBJECTS)
 TEST_SOURCES := $(wildcard tests/test_*.cpp)
 TESTS        := $(TEST_SOURCES:tests/%.cpp=$(BUILD)/tests/%)
@@ -121,8 +113,6 @@ $(LIB): $(LIB_OBJECTS) $(BUILD)/.linked
 
 $(BUILD)/kernels/without_cuda.o: CXXFLAGS += -DWITHOUT_CUDA='"$(WITHOUT_CUDA)"'
 $(BUILD)/kernels/without_cuda.o: $(BUILD)/.linked
-$(BUILD)/parallel/without_gloo.o: CXXFLAGS += -DWITHOUT_GLOO='"$(WITHOUT_GLOO)"'
-$(BUILD)/parallel/without_gloo.o: $(BUILD)/.linked
 
 define COMPILE
 @mkdir -p $(@D)

@@ -2,9 +2,9 @@
 #include "parallel/communicator.h"
 
 #include "kernels/backend.h"
-#include "parallel/gloo_communicator.h"
 #include "parallel/job.h"
 #include "parallel/nccl_communicator.h"
+#include "parallel/ring_communicator.h"
 
 int64_t all_reduce_bytes(std::span<const Tensor> tensors, int ranks) {
   int64_t bytes = 0;
@@ -18,6 +18,6 @@ int64_t all_reduce_bytes(std::span<const Tensor> tensors, int ranks) {
 
 std::unique_ptr<Communicator> make_communicator(Job& job, Backend& backend, std::chrono::milliseconds timeout) {
   if (job.size() == 1) return std::make_unique<AloneCommunicator>();
-  if (backend.name() == "cpu") return make_gloo_communicator(job, job.address(), timeout);
+  if (backend.name() == "cpu") return make_ring_communicator(job, job.address(), timeout);
   return make_nccl_communicator(job, backend, timeout);
 }

@@ -1,5 +1,6 @@
 // communicator.h: what the ranks of one run tell each other on their devices. Beside Backend; the model knows nothing
-// of it. Implementations: AloneCommunicator here, Gloo (CPU, gloo_communicator.h) and NCCL (CUDA, nccl_communicator.h).
+// of it. Implementations: AloneCommunicator here, a ring over TCP (CPU, ring_communicator.h) and NCCL (CUDA,
+// nccl_communicator.h).
 #pragma once
 
 #include <chrono>

@@ -6,11 +6,13 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -21,11 +23,6 @@ namespace {
 
 constexpr int kBacklog = 1024;
 constexpr size_t kHeader = 5;
-
-int milliseconds_until(Clock::time_point deadline) {
-  const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
-  return static_cast<int>(std::clamp<int64_t>(left, 0, 1 << 30));
-}
 
 void never_block(int socket) { fcntl(socket, F_SETFL, fcntl(socket, F_GETFL) | O_NONBLOCK); }
 
@@ -90,6 +87,23 @@ int try_to_connect(const addrinfo& to, Clock::time_point deadline, Descriptor& c
 
 }  // namespace
 
+int milliseconds_until(Clock::time_point deadline) {
+  const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+  return static_cast<int>(std::clamp<int64_t>(left, 0, 1 << 30));
+}
+
+std::string random_nonce() {
+  unsigned char bytes[16];
+  if (getrandom(bytes, sizeof bytes, 0) != sizeof bytes) throw std::runtime_error("no random numbers");
+  std::string text;
+  for (const unsigned char byte : bytes) {
+    constexpr char kDigits[] = "0123456789abcdef";
+    text += kDigits[byte >> 4];
+    text += kDigits[byte & 15];
+  }
+  return text;
+}
+
 Descriptor& Descriptor::operator=(Descriptor&& other) noexcept {
   if (this != &other) {
     reset();
@@ -144,6 +158,11 @@ std::string peer_address(const Descriptor& socket) {
   return getpeername(socket.number(), reinterpret_cast<sockaddr*>(&address), &size) == 0 ? text_of(address, size) : "";
 }
 
+void send_at_once(const Descriptor& socket) {
+  const int yes = 1;
+  setsockopt(socket.number(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);  // fails on what is not TCP
+}
+
 bool is_loopback(const std::string& address) {
   return address == "localhost" || address == "::1" || address.starts_with("127.");
 }
@@ -164,6 +183,37 @@ Descriptor connect_to(const std::string& address, int port, Clock::time_point de
     pause = std::min(2 * pause, std::chrono::milliseconds(500));
   } while (Clock::now() < deadline);
   throw std::runtime_error(problem);
+}
+
+Descriptor accept_from(const Descriptor& listener, const std::string& token, Clock::time_point deadline) {
+  struct Caller {
+    Descriptor socket;
+    std::string said;
+  };
+  std::vector<Caller> callers;
+  never_block(listener.number());  // who has gone again is not waited for
+  for (;;) {
+    std::vector<pollfd> sockets = {{listener.number(), POLLIN, 0}};
+    for (const Caller& caller : callers) sockets.push_back({caller.socket.number(), POLLIN, 0});
+    const int ready = poll(sockets.data(), sockets.size(), milliseconds_until(deadline));
+    if (ready < 0 && errno == EINTR) continue;
+    if (ready <= 0) throw std::runtime_error(std::strerror(ready == 0 ? ETIMEDOUT : errno));
+    for (size_t i = callers.size(); i-- > 0;) {
+      if (sockets[i + 1].revents == 0) continue;
+      Caller& caller = callers[i];
+      char bytes[64];
+      const size_t most = std::min(sizeof bytes, token.size() - caller.said.size());
+      const ssize_t count = recv(caller.socket.number(), bytes, most, 0);
+      if (count > 0) caller.said.append(bytes, static_cast<size_t>(count));
+      if (caller.said == token) return std::move(caller.socket);
+      const bool again = count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR);
+      if (!again && (count <= 0 || !token.starts_with(caller.said)))
+        callers.erase(callers.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+    if (sockets[0].revents == 0) continue;
+    Descriptor socket(accept4(listener.number(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    if (socket.is_open()) callers.push_back({std::move(socket), ""});
+  }
 }
 
 MessageWriter& MessageWriter::number(uint32_t value) {
@@ -199,8 +249,7 @@ void MessageReader::end() const {
 
 Connection::Connection(Descriptor socket, size_t longest) : socket_(std::move(socket)), longest_(longest) {
   never_block(socket_.number());
-  const int yes = 1;
-  setsockopt(socket_.number(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);  // fails on what is not TCP
+  send_at_once(socket_);
 }
 
 void Connection::push(uint8_t kind, std::string_view body) {

@@ -11,6 +11,12 @@
 
 using Clock = std::chrono::steady_clock;
 
+// From now, as poll() takes it.
+int milliseconds_until(Clock::time_point deadline);
+
+// 16 random bytes in hexadecimal digits: what a stranger does not know.
+std::string random_nonce();
+
 // A file descriptor that is closed with its owner.
 class Descriptor {
  public:
@@ -38,9 +44,16 @@ std::string own_address(const Descriptor& socket);
 std::string peer_address(const Descriptor& socket);
 bool is_loopback(const std::string& address);
 
+// Short messages are not held back to be sent with the next ones.
+void send_at_once(const Descriptor& socket);
+
 // A connection to address:port, tried again until somebody listens there. Throws std::runtime_error when nobody does
 // before the deadline, with the system's last word on it.
 Descriptor connect_to(const std::string& address, int port, Clock::time_point deadline);
+
+// The connection on which `token` comes first; it never blocks. Others are strangers': each is closed once it has said
+// something else, and whoever says nothing is not waited for. Throws std::runtime_error at the deadline.
+Descriptor accept_from(const Descriptor& listener, const std::string& token, Clock::time_point deadline);
 
 // The fields of a message: numbers of 4 bytes, little endian, and texts with their length before them.
 class MessageWriter {

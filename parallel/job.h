@@ -30,8 +30,8 @@ class Job {
   // from one thread.
   virtual std::vector<std::string> gather(const std::string& mine) { return {mine}; }
 
-  // A store of the whole job, for what else needs to meet: Gloo's rendezvous, NCCL's unique id. A key is set once, its
-  // value any bytes. get() waits until some rank has set it, and throws std::runtime_error when none has within
+  // A store of the whole job, for what else needs to meet: the ring's addresses, NCCL's unique id. A key is set once,
+  // its value any bytes. get() waits until some rank has set it, and throws std::runtime_error when none has within
   // --rendezvous-timeout.
   virtual void set(const std::string& key, const std::string& value) { store_[key] = value; }
   virtual std::string get(const std::string& key);

@@ -11,6 +11,7 @@ GB), once.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -56,6 +57,14 @@ def rate(way, dtype, batch, length, steps):
     return batch * length / sorted(times[2:])[steps // 2]
 
 
+def why(error):
+    """What went wrong, in a line: what torch.compile's own exceptions wrap, and of a compiler's output the error."""
+    error = getattr(error, "inner_exception", error)
+    text = f"{type(error).__name__}: {error}"
+    compiler = re.search(r"^\S+: (?:fatal )?error: (.*)", text, re.M)
+    return (compiler[1] if compiler else text.splitlines()[0])[:200]
+
+
 def measure(arguments):
     import torch
     import transformers
@@ -68,7 +77,7 @@ def measure(arguments):
         try:
             rates[way] = rate(way, arguments.dtype, arguments.batch, arguments.length, arguments.steps)
         except Exception as error:  # what PyTorch raises where it cannot compile is of many kinds
-            print(f"bench_pytorch: {arguments.dtype} {way}: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"bench_pytorch: {arguments.dtype} {way}: {why(error)}", file=sys.stderr)
     print(json.dumps({"rates": rates, "torch": torch.__version__, "transformers": transformers.__version__}))
 
 

@@ -18,10 +18,13 @@ import math
 import statistics
 import sys
 import time
+import traceback
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from bench_pytorch import why
 
 FUSED_ATTENTION = hasattr(F, "scaled_dot_product_attention")
 
@@ -107,11 +110,24 @@ class Stepper:
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
         fused = {"fused": True} if self.cuda else {}
         self.optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8, **fused)
-        self.compiled = hasattr(torch, "compile") and not arguments.no_compile
-        self.forward = torch.compile(self.model) if self.compiled else self.model
         host = torch.randint(0, self.vocabulary, (8, self.shape[0], self.shape[1] + 1))
         self.batches = host.pin_memory() if self.cuda else host
         self.position = 0
+        self.forward, self.compiled, self.why_not_compiled = self.model, False, None
+        if hasattr(torch, "compile") and not arguments.no_compile:
+            self.compile()
+
+    def compile(self):
+        """Where PyTorch cannot compile, which the first step shows, steps stay eager."""
+        try:
+            self.forward = torch.compile(self.model)
+            self.step(1)
+            self.compiled = True
+        except Exception as error:  # of many kinds
+            if "out of memory" in str(error):
+                raise
+            self.forward, self.why_not_compiled = self.model, why(error)
+            print(f"bench_pytorch_gpu: without torch.compile: {self.why_not_compiled}", file=sys.stderr)
 
     def batch(self):
         self.position = (self.position + 1) % len(self.batches)
@@ -160,7 +176,8 @@ def main():
         print(json.dumps({
             "tokens_per_step": tokens, "micro_batch": arguments.micro_batch, "tokens_per_second": tokens / seconds,
             "step_seconds": seconds, "loss": loss, "precision": arguments.precision, "compiled": stepper.compiled,
-            "fused_attention": FUSED_ATTENTION, "torch": torch.__version__,
+            "why_not_compiled": stepper.why_not_compiled, "fused_attention": FUSED_ATTENTION,
+            "torch": torch.__version__,
             "peak_bytes": torch.cuda.max_memory_allocated() if stepper.cuda else None,
             "parameters": sum(p.numel() for p in stepper.parameters),
         }), flush=True)
@@ -171,6 +188,7 @@ if __name__ == "__main__":
         main()
     except RuntimeError as error:  # of which torch.cuda.OutOfMemoryError is one
         if "out of memory" not in str(error):
-            raise
+            traceback.print_exc()
+            sys.exit(f"bench_pytorch_gpu: {why(error)}")
         print("bench_pytorch_gpu: out of memory", file=sys.stderr)
         sys.exit(3)

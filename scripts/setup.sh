@@ -4,18 +4,18 @@
 # With --check it installs nothing: it names what is missing and the command that installs it, and exits 1. With --packages
 # it installs what comes from the distribution, and leaves the virtual environment for another call.
 #
-#   build   compiler and libraries of ./train_gpt2; Gloo, for several ranks on CPUs, where the distribution has it
+#   build   compiler and libraries of ./train_gpt2
 #   demo    build, the virtual environment .venv with the packages of requirements-demo.txt, and bible-kjv, whose text the
 #           demo learns from (where the distribution has it)
-#   test    build with Gloo, GoogleTest, Boost.Context (of tests/cuda_on_cpu), PyTorch (where the distribution has it), and
+#   test    build, GoogleTest, Boost.Context (of tests/cuda_on_cpu), PyTorch (where the distribution has it), and
 #           .venv with requirements-test.txt, too
 #   bench   build, and Google Benchmark
 #   fuzz    build, and Clang with the runtime of libFuzzer and the sanitizers
 #   format  clang-format
 #
-# For Debian 12 and Ubuntu 22.04 or 24.04. Elsewhere it checks, and names what is missing. What a thing is good for is
+# For Debian 12 and Ubuntu 22.04, or later. Elsewhere it checks, and names what is missing. What a thing is good for is
 # tested (a header, a library, a module), not which package it came from, so a run with nothing to do takes a fraction
-# of a second and needs no network. CXX, BLAS and GLOO are those of the Makefile.
+# of a second and needs no network. CXX and BLAS are those of the Makefile.
 set -euo pipefail
 
 check=
@@ -28,7 +28,6 @@ target=${1:-build}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 read -ra cxx <<<"${CXX:-g++}" # a name, or words like "ccache g++"
 blas=${BLAS:-dnnl}
-gloo=${GLOO:-gloo}
 venv=$root/.venv
 log=$root/build/setup.log
 
@@ -57,7 +56,6 @@ optional=()  # it can do without these
 # What is missing without an optional package.
 without() {
   case $1 in
-    libgloo-dev) echo "several ranks need GPUs" ;;
     bible-kjv) echo "the demo learns from other text" ;;
     python3-torch) echo "tests that compare with PyTorch will be skipped" ;;
   esac
@@ -106,12 +104,6 @@ find_missing() {
     none) ;; # products of our own
     *) fail "BLAS=$blas: it is dnnl (oneDNN) or none" ;;
   esac
-  if [ "$gloo" != none ] && ! { has_header gloo/config.h && has_library gloo; }; then
-    case $target in
-      build | demo) optional+=(libgloo-dev) ;;
-      test) required+=(libgloo-dev) ;;
-    esac
-  fi
   if [ "$target" = test ]; then
     need libgtest-dev gtest/gtest.h gtest
     need libboost-context-dev boost/context/fiber.hpp boost_context

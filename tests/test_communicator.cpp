@@ -4,10 +4,18 @@
 
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <chrono>
 #include <numeric>
+#include <string>
+#include <thread>
+#include <vector>
 
-#include "parallel/gloo_communicator.h"
+#include "parallel/connection.h"
+#include "parallel/ring_communicator.h"
 #include "tests/backends.h"
 #include "tests/device_value.h"
 #include "tests/ranks.h"
@@ -18,10 +26,6 @@ constexpr std::chrono::seconds kTimeout{60};
 
 class CommunicatorTest : public OperationTest {
  protected:
-  void SetUp() override {
-    if (backend() == "cpu" && !gloo_unavailable().empty()) GTEST_SKIP() << gloo_unavailable();
-  }
-
   // NCCL does not say which rank it lost.
   std::string name_of(int rank) const { return backend() == "cpu" ? "rank " + std::to_string(rank) : "another rank"; }
 
@@ -202,6 +206,62 @@ TEST_P(CommunicatorTest, APeerThatDoesNothingIsNamedAfterTheTimeout) {
 }
 
 INSTANTIATE_OPERATION_TESTS(CommunicatorTest);
+
+// Rank 0 waits for a sum while both are stopped for longer than the timeout.
+TEST(RingCommunicator, AJobThatIsStoppedAsAWholeGoesOn_Slow) {
+  const auto results = on_ranks(2, [](Job& job) {
+    const auto communicator = make_ring_communicator(job, "127.0.0.1", std::chrono::seconds(2));
+    if (job.rank() == 1) {
+      job.set("rank 1", std::to_string(getpid()));
+      job.get("stopped");
+      std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    } else {
+      const pid_t both[] = {getpid(), std::stoi(job.get("rank 1"))};
+      if (fork() == 0) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        for (const pid_t rank : both) kill(rank, SIGSTOP);
+        std::this_thread::sleep_for(std::chrono::seconds(3));
+        job.set("stopped", "");
+        for (const pid_t rank : both) kill(rank, SIGCONT);
+        _exit(0);
+      }
+    }
+    float x = static_cast<float>(job.rank() + 1);
+    const auto begun = std::chrono::steady_clock::now();
+    communicator->wait(communicator->all_reduce(Tensor::of(&x, DType::kF32, {1})));
+    if (job.rank() == 0) {
+      EXPECT_GT(std::chrono::steady_clock::now() - begun, std::chrono::seconds(3));
+      wait(nullptr);
+    }
+    return std::to_string(x);
+  });
+  EXPECT_EQ(results, (std::vector<std::string>{"3.000000", "3.000000"}));
+}
+
+TEST(Accepting, StrangersAreClosedOrLeftWaiting) {
+  const Descriptor listener = listen_at("127.0.0.1", 0);
+  const auto call = [&](const std::string& text) {
+    Descriptor caller = connect_to("127.0.0.1", port_of(listener), Clock::now() + kTimeout);
+    EXPECT_EQ(send(caller.number(), text.data(), text.size(), MSG_NOSIGNAL), static_cast<ssize_t>(text.size()));
+    return caller;
+  };
+  const std::string token = random_nonce();
+  EXPECT_EQ(token.size(), 32u);
+  EXPECT_NE(token, random_nonce());
+  const Descriptor silent = call(""), half = call(token.substr(0, 9)), other = call("GET / HTTP/1.1\r\n\r\n");
+  call(token.substr(0, 5));  // and closes
+  const Descriptor right = call(token + "and more");
+  const Descriptor accepted = accept_from(listener, token, Clock::now() + kTimeout);
+  ASSERT_TRUE(accepted.is_open());
+  char bytes[16];
+  EXPECT_EQ(recv(accepted.number(), bytes, sizeof bytes, 0), 8);
+  EXPECT_EQ(std::string(bytes, 8), "and more");
+  EXPECT_EQ(recv(accepted.number(), bytes, sizeof bytes, 0), -1) << "it blocks";
+
+  call(token.substr(0, 31) + "!");
+  EXPECT_EQ(message_of([&] { accept_from(listener, token, Clock::now() + std::chrono::milliseconds(50)); }),
+            "Connection timed out");
+}
 
 TEST(Communicator, ARankAloneHasNothingToSay) {
   Job job;

@@ -19,12 +19,6 @@ VARIABLES = re.compile(r"RANK$|^WORLD_SIZE|^LOCAL_|^MASTER_|^OMPI_|^PMI|^MPI_|^S
 CLEAN = {name: value for name, value in os.environ.items() if not VARIABLES.search(name)}
 
 
-@pytest.fixture(autouse=True)
-def needs_gloo(data):
-    if "libgloo" not in subprocess.run(["ldd", PROGRAM], capture_output=True, text=True).stdout:
-        pytest.skip("./train_gpt2 was built without Gloo")
-
-
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -17,12 +17,6 @@ from program import (PROGRAM, ROOT, TINY, call, language, losses, metrics, same_
 SHARED = ["--dtype", "fp32", "--tokens-per-step", 768, "--rank", 8, "--kappa", 3]
 
 
-@pytest.fixture(autouse=True)
-def needs_gloo(data):
-    if "libgloo" not in subprocess.run(["ldd", PROGRAM], capture_output=True, text=True).stdout:
-        pytest.skip("./train_gpt2 was built without Gloo")
-
-
 def ranks_of(process):
     """The processes that `--devices` has started, by rank."""
     found = {}

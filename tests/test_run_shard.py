@@ -1,10 +1,9 @@
 """test_run_shard.py: --shard weights changes not a bit of a run of several ranks, nor of its checkpoints, which go on with
 and without it; what cannot be meant is refused; and a plan knows the ranks."""
 import json
-import subprocess
 
 import pytest
-from program import PROGRAM, fail, losses, metrics, same_state, succeed
+from program import fail, losses, metrics, same_state, succeed
 
 SHARED = ["--tokens-per-step", 768, "--rank", 8, "--kappa", 3, "--recompute", "block"]
 WAYS = {
@@ -14,12 +13,6 @@ WAYS = {
     "sgd-int8-momentum": ["--optimizer", "sgd", "--beta1", 0.9, "--state-dtype", "int8", "--gradients", "fused"],
     "flora-int8": ["--weight-dtype", "int8", "--state-dtype", "int8", "--offload", "activations"],
 }
-
-
-@pytest.fixture(autouse=True)
-def needs_gloo(data):
-    if "libgloo" not in subprocess.run(["ldd", PROGRAM], capture_output=True, text=True).stdout:
-        pytest.skip("./train_gpt2 was built without Gloo")
 
 
 def flags_of(way):

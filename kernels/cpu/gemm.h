@@ -20,9 +20,9 @@ struct GemmShape {
 void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, const float* b, int64_t ldb, float beta,
           float* c, int64_t ldc);
 
-// The same with bf16 operands, by the processor's instructions for them; beta is 0 or 1. Where these are not there, or
-// the library needs more scratch for this shape, it returns false and has done nothing. `scratch` is aligned to 64
-// bytes.
+// The same with bf16 operands, by the processor's instructions for them; beta is 0 or 1. Where these are not there, an
+// extent is 1, or the library needs more scratch for this shape, it returns false and has done nothing. `scratch` is
+// aligned to 64 bytes.
 bool gemm_bf16(const GemmShape& shape, float alpha, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float beta,
                float* c, int64_t ldc, void* scratch, size_t scratch_bytes);
 

@@ -95,18 +95,19 @@ std::shared_ptr<const Bf16Gemm> bf16_gemm(const GemmShape& s, float alpha, int64
   return made[key] = std::make_shared<const Bf16Gemm>(make_bf16_gemm(s, alpha, lda, ldb, beta, ldc));
 }
 
+#if defined(__x86_64__)
 bool has(dnnl_cpu_isa_t instructions) {
   return (static_cast<unsigned>(dnnl_get_effective_cpu_isa()) & static_cast<unsigned>(instructions)) ==
          static_cast<unsigned>(instructions);
 }
 
-bool can_multiply_bf16() {
-#if defined(__x86_64__)
-  return has(dnnl_cpu_isa_avx512_core_bf16);
+bool is_from_amd() { return __builtin_cpu_is("amd"); }
 #else
-  return false;
+// The instructions that it names are all of x86.
+bool has(dnnl_cpu_isa_t) { return false; }
+
+bool is_from_amd() { return false; }
 #endif
-}
 
 }  // namespace
 
@@ -126,7 +127,10 @@ void gemm(const GemmShape& shape, float alpha, const float* a, int64_t lda, cons
 
 bool gemm_bf16(const GemmShape& shape, float alpha, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float beta,
                float* c, int64_t ldc, void* scratch, size_t scratch_bytes) {
-  if (!can_multiply_bf16()) return false;
+  if (!has(dnnl_cpu_isa_avx512_core_bf16)) return false;
+  // oneDNN 3 takes a vector's numbers to lie side by side: with m = 1 it ignores a transposed a's lda (3.7.2, 3.9.1),
+  // with n = 1 ldc, and so writes beside c (3.7.2). Its sgemm does neither.
+  if (std::min({shape.m, shape.n, shape.k}) == 1) return false;
   const OneThread one_thread;
   try {
     const auto made = bf16_gemm(shape, alpha, lda, ldb, beta, ldc);
@@ -145,24 +149,17 @@ bool gemm_bf16(const GemmShape& shape, float alpha, const bf16* a, int64_t lda, 
 }
 
 bool multiplies_bf16_faster() {
-#if defined(__x86_64__)
-  static const bool faster =
-      has(dnnl_cpu_isa_avx512_core_amx) || (has(dnnl_cpu_isa_avx512_core_bf16) && __builtin_cpu_is("amd"));
+  static const bool faster = has(dnnl_cpu_isa_avx512_core_amx) || (has(dnnl_cpu_isa_avx512_core_bf16) && is_from_amd());
   return faster;
-#else
-  return false;
-#endif
 }
 
 std::string gemm_description() {
   const dnnl_version_t* const version = dnnl_version();
   std::string text = "oneDNN " + std::to_string(version->major) + "." + std::to_string(version->minor) + "." +
                      std::to_string(version->patch);
-#if defined(__x86_64__)
   if (has(dnnl_cpu_isa_avx512_core_amx)) return text + " with AMX";
   if (has(dnnl_cpu_isa_avx512_core_bf16)) return text + " with AVX512-BF16";
   if (has(dnnl_cpu_isa_avx512_core)) return text + " with AVX-512";
   if (has(dnnl_cpu_isa_avx2)) return text + " with AVX2";
-#endif
   return text;
 }

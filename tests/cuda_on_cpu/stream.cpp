@@ -138,7 +138,7 @@ cudaError_t enqueue(cudaStream_t handle, Operation operation) {
   if (stream->capture->invalid) return finish(cudaErrorStreamCaptureInvalidated);
   auto& nodes = stream->capture->graph.nodes;
   nodes.push_back({std::move(operation), stream->last_nodes});
-  stream->last_nodes = {nodes.size() - 1};
+  stream->last_nodes.assign(1, nodes.size() - 1);
   return finish(cudaSuccess);
 }
 
