@@ -1,5 +1,7 @@
 """conftest.py: pytest's settings for this folder, and the data that tests of the program train on."""
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,15 @@ for number in (signal.SIGINT, signal.SIGHUP):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; left out by tests/run.py --fast")
     config.addinivalue_line("markers", "cuda: of the program on the CUDA backend (tests/run.py --suite cuda-on-cpu, gpu)")
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """A test that fails half-way leaves no run behind that trains for ever."""
+    yield
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
