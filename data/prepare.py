@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import multiprocessing
 import os
 import re
 import shlex
@@ -101,8 +102,10 @@ def encode_all(batches, encoder, vocab_dir, workers):
             yield encode_parts(encoder, batch)
         return
     pending = collections.deque()
+    # From 3.14 on Python would start them by way of a server, which the signals of a terminal end, too.
+    how = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, initializer=_start_worker, initargs=(encoder.name, vocab_dir)
+        workers, how, initializer=_start_worker, initargs=(encoder.name, vocab_dir)
     )
     try:
         for batch in batches:

@@ -44,7 +44,7 @@ std::string type_of(const std::string& unit, bool, const Values&) {
 
 constexpr size_t kNameColumn = 44, kTextColumn = 72;  // of --help
 
-// CLI11 indents the lines of a description but does not break them.
+// With the line ends that --help shows.
 std::string wrapped(const std::string& text) {
   std::string out;
   size_t line = 0;
@@ -145,14 +145,11 @@ class Parser {
   explicit Parser(Options& options) : options_(options), visitor_{app_, {}, {}, ""} {
     app_.name("train_gpt2");
     app_.option_defaults()->always_capture_default(false);
-    app_.get_formatter()->column_width(kNameColumn);
-    app_.footer(
-        "Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end a training run after the step in progress, with a checkpoint; Ctrl-C "
-        "or\n"
-        "SIGTERM again ends it at once. Exit codes: 0 done, 1 failure, 2 wrong usage, 128 + signal when a signal "
-        "came.");
-    app_.add_option("--config", config_, "read flags from a TOML file: one 'name = value' per line")->type_name("FILE");
-    app_.set_version_flag("--version", kVersion);
+    app_.get_help_ptr()->group("options");
+    app_.add_option("--config", config_, "read flags from a TOML file: one 'name = value' per line")
+        ->type_name("FILE")
+        ->group("options");
+    app_.set_version_flag("--version", kVersion)->group("options");
     add(Command::kPlan, "plan",
         "print the memory plan, and what each technique saves; with --memory-budget and no --model: the largest models "
         "that fit (no device needed)");
@@ -260,23 +257,50 @@ class Parser {
     }
   }
 
+  // CLI11's own lays the same out differently from version to version.
   void print_help(Command command) {
-    std::string about =
+    std::string text =
         "Pretrains GPT-2 on one device or several: compressed momentum (Flora), updates fused into the backward pass\n"
-        "(LOMO), and recomputed activations. Without arguments it trains a small model on text found on this machine.";
+        "(LOMO), and recomputed activations. Without arguments it trains a small model on text found on this machine.\n"
+        "Usage: train_gpt2 [OPTIONS] [SUBCOMMAND]\n";
     if (command != Command::kTrain) {
       const CLI::App& subcommand = *subcommands_.at(command);
-      about = subcommand.get_description();
-      app_.name("train_gpt2 " + subcommand.get_name());
+      text = subcommand.get_description() + "\nUsage: train_gpt2 " + subcommand.get_name() + " [OPTIONS]\n";
       for (const std::string& name : names_) {
         const bool shown = command == Command::kPlan ? !not_of_plan().contains(name) : flags_of(command).contains(name);
         if (!shown) app_.get_option("--" + name)->group("");  // hidden
       }
-      for (const auto& [other, hidden] : subcommands_) hidden->group("")->disabled();
     }
-    app_.description(about);
-    // App::help() would leave it to the subcommand, which has no flags of its own.
-    std::fputs(app_.get_formatter()->make_help(&app_, app_.get_name(), CLI::AppFormatMode::Normal).c_str(), stdout);
+    for (const std::string& group : app_.get_groups()) {
+      if (group.empty()) continue;
+      text += "\n" + group + ":\n";
+      for (const CLI::Option* option : app_.get_options([&](auto* each) { return each->get_group() == group; })) {
+        const bool takes_value = option->get_type_size() != 0;
+        text += row(option->get_name(false, true) + (takes_value ? " " + option->get_type_name() : ""),
+                    option->get_description());
+      }
+    }
+    if (command == Command::kTrain) {
+      text += "\nsubcommands:\n";
+      for (const auto& [_, each] : subcommands_) text += row(each->get_name(), each->get_description());
+    }
+    std::fputs(text.c_str(), stdout);
+    std::fputs(
+        "\nCtrl-C, SIGTERM, SIGHUP and SIGUSR1 end a training run after the step in progress, with a checkpoint; "
+        "Ctrl-C "
+        "or\n"
+        "SIGTERM again ends it at once. Exit codes: 0 done, 1 failure, 2 wrong usage, 128 + signal when a signal "
+        "came.\n",
+        stdout);
+  }
+
+  // A line of the help, the description's lines below each other.
+  static std::string row(const std::string& name, const std::string& description) {
+    std::string text = "  " + name;
+    text +=
+        text.size() < kNameColumn ? std::string(kNameColumn - text.size(), ' ') : "\n" + std::string(kNameColumn, ' ');
+    for (const char c : description) text += c == '\n' ? "\n" + std::string(kNameColumn, ' ') : std::string(1, c);
+    return text + "\n";
   }
 
   Options& options_;
