@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <condition_variable>
-#include <cstring>
 #include <deque>
 #include <exception>
 #include <functional>
@@ -59,11 +58,7 @@ class RingCommunicator final : public Communicator {
  public:
   RingCommunicator(Job& job, const std::string& address, std::chrono::milliseconds timeout)
       : rank_(job.rank()), size_(job.size()), timeout_(timeout) {
-    try {
-      connect(job, address);
-    } catch (const std::runtime_error& error) {
-      throw std::runtime_error("the ranks cannot be connected by way of " + address + ": " + error.what());
-    }
+    connect(job, address);
     const SignalsBlocked blocked;
     thread_ = std::thread([this] { run(); });
   }
@@ -117,7 +112,7 @@ class RingCommunicator final : public Communicator {
   // next one, whose system takes the connection before that rank does.
   void connect(Job& job, const std::string& address) {
     const Descriptor listener = listen_at(address, 0);
-    const std::string token = random_nonce();
+    const std::string token = random_nonce(), port = std::to_string(port_of(listener));
     const auto key = [](int rank) { return "ring/" + std::to_string(rank); };
     job.set(key(rank_),
             MessageWriter().text(address).number(static_cast<uint32_t>(port_of(listener))).text(token).take());
@@ -126,12 +121,22 @@ class RingCommunicator final : public Communicator {
     const std::string next_address = reader.text();
     const int next_port = static_cast<int>(reader.number());
     const std::string next_token = reader.text();
-    next_ = connect_to(next_address, next_port, Clock::now() + timeout_);
+    try {
+      next_ = connect_to(next_address, next_port, Clock::now() + timeout_);
+    } catch (const std::runtime_error& error) {
+      throw std::runtime_error("rank " + std::to_string(next()) + " cannot be reached at " + next_address + " port " +
+                               std::to_string(next_port) + ": " + error.what());
+    }
+    send_at_once(next_);
     if (send(next_.number(), next_token.data(), next_token.size(), MSG_NOSIGNAL) !=
         static_cast<ssize_t>(next_token.size()))  // the first bytes of a connection always have room
-      throw std::runtime_error(std::strerror(errno));
-    previous_ = accept_from(listener, token, Clock::now() + timeout_);
-    send_at_once(next_);
+      lose(next());
+    try {
+      previous_ = accept_from(listener, token, Clock::now() + timeout_);
+    } catch (const std::runtime_error& error) {
+      throw std::runtime_error("rank " + std::to_string(previous()) + " has not connected to this one at " + address +
+                               " port " + port + ": " + error.what());
+    }
   }
 
   int next() const { return (rank_ + 1) % size_; }

@@ -210,17 +210,17 @@ INSTANTIATE_OPERATION_TESTS(CommunicatorTest);
 // Rank 0 waits for a sum while both are stopped for longer than the timeout.
 TEST(RingCommunicator, AJobThatIsStoppedAsAWholeGoesOn_Slow) {
   const auto results = on_ranks(2, [](Job& job) {
-    const auto communicator = make_ring_communicator(job, "127.0.0.1", std::chrono::seconds(2));
+    const auto communicator = make_ring_communicator(job, "127.0.0.1", std::chrono::seconds(3));
     if (job.rank() == 1) {
       job.set("rank 1", std::to_string(getpid()));
       job.get("stopped");
-      std::this_thread::sleep_for(std::chrono::milliseconds(500));
+      std::this_thread::sleep_for(std::chrono::milliseconds(300));  // rank 0 looks at the clock meanwhile
     } else {
       const pid_t both[] = {getpid(), std::stoi(job.get("rank 1"))};
       if (fork() == 0) {
         std::this_thread::sleep_for(std::chrono::milliseconds(300));
         for (const pid_t rank : both) kill(rank, SIGSTOP);
-        std::this_thread::sleep_for(std::chrono::seconds(3));
+        std::this_thread::sleep_for(std::chrono::seconds(4));
         job.set("stopped", "");
         for (const pid_t rank : both) kill(rank, SIGCONT);
         _exit(0);
@@ -230,12 +230,27 @@ TEST(RingCommunicator, AJobThatIsStoppedAsAWholeGoesOn_Slow) {
     const auto begun = std::chrono::steady_clock::now();
     communicator->wait(communicator->all_reduce(Tensor::of(&x, DType::kF32, {1})));
     if (job.rank() == 0) {
-      EXPECT_GT(std::chrono::steady_clock::now() - begun, std::chrono::seconds(3));
+      EXPECT_GT(std::chrono::steady_clock::now() - begun, std::chrono::seconds(4));
       wait(nullptr);
     }
     return std::to_string(x);
   });
   EXPECT_EQ(results, (std::vector<std::string>{"3.000000", "3.000000"}));
+}
+
+TEST(RingCommunicator, WhoCannotBeReachedIsNamed) {
+  const TemporaryDirectory folder;
+  FileJob job(folder.path(), 0, 2);
+  const auto problem = [&](int port) {
+    job.set("ring/1", MessageWriter().text("127.0.0.1").number(static_cast<uint32_t>(port)).text("token").take());
+    return message_of([&] { make_ring_communicator(job, "127.0.0.1", std::chrono::milliseconds(100)); });
+  };
+  Descriptor other = listen_at("127.0.0.1", 0);
+  const int port = port_of(other);
+  EXPECT_TRUE(problem(port).starts_with("rank 1 has not connected to this one at 127.0.0.1 port "));
+  other.reset();
+  EXPECT_EQ(problem(port),
+            "rank 1 cannot be reached at 127.0.0.1 port " + std::to_string(port) + ": Connection refused");
 }
 
 TEST(Accepting, StrangersAreClosedOrLeftWaiting) {

@@ -286,11 +286,9 @@ class Parser {
     }
     std::fputs(text.c_str(), stdout);
     std::fputs(
-        "\nCtrl-C, SIGTERM, SIGHUP and SIGUSR1 end a training run after the step in progress, with a checkpoint; "
-        "Ctrl-C "
-        "or\n"
-        "SIGTERM again ends it at once. Exit codes: 0 done, 1 failure, 2 wrong usage, 128 + signal when a signal "
-        "came.\n",
+        "\nCtrl-C, SIGTERM, SIGHUP and SIGUSR1 end a training run after the step in progress, with a checkpoint;\n"
+        "Ctrl-C or SIGTERM again ends it at once. Exit codes: 0 done, 1 failure, 2 wrong usage, 128 + signal when a\n"
+        "signal came.\n",
         stdout);
   }
 
