@@ -277,10 +277,11 @@ def gpu_jobs(arguments):
 
 
 def jobs_at_a_time():
-    """One per core that this process may use, as long as there is memory for them."""
+    """One per core that this process may use, and one for the time in which others wait, as long as there is memory for
+    them."""
     available = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     room = int(available[1]) * 1024 // JOB_MEMORY if available else 1
-    return max(1, min(len(os.sched_getaffinity(0)), room))
+    return max(1, min(len(os.sched_getaffinity(0)) + 1, room))
 
 
 def earlier_seconds():
@@ -334,7 +335,7 @@ def main():
     parser.add_argument("--filter", default="", metavar="SUBSTRING", help="only tests whose name contains this")
     parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
     parser.add_argument("--jobs", type=int, metavar="N",
-                        help="binaries and files that run at a time (default: one per core, on a GPU one)")
+                        help="binaries and files that run at a time (default: one per core and one more, on a GPU one)")
     parser.add_argument("--timeout", type=float, default=1200, metavar="SECONDS",
                         help="for each binary and each Python file (default: 1200)")
     parser.add_argument("--began", type=float, default=time.time(), metavar="TIME",

@@ -49,7 +49,7 @@ std::vector<Outcome> train_on_ranks(const std::string& backend, const EngineConf
   std::vector<Outcome> outcomes(static_cast<size_t>(ranks));
   ThreadRanks threads(ranks);
   threads.run([&](int rank) {
-    const std::unique_ptr<Backend> device = make_test_backend(backend);
+    const std::unique_ptr<Backend> device = make_test_backend(backend, 1);  // ranks are threads already
     const std::unique_ptr<Communicator> communicator = threads.communicator(rank, *device);
     outcomes[static_cast<size_t>(rank)] = train(*device, *communicator, config, rate(config), steps);
   });
@@ -108,7 +108,7 @@ TEST_P(Ranks, TrainAsOneDoesWithGradientsInBlocks) {
 
 TEST_P(Ranks, HaveTheSameBitsAgain) {
   const bool emulated = GetParam() == "cuda";
-  const uint32_t steps = emulated ? 2 : 5;
+  const uint32_t steps = takes_long() ? 2 : 5;
   for (DType dtype : {DType::kF32, DType::kBF16}) {
     std::vector<Way> all = ways();
     // Of one rank all micro-batches but the last are projected, of several all but the last of each: no equality above.

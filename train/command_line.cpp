@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "train/config_file.h"
+#include "train/option_json.h"
 #include "train/version.h"
 
 namespace {

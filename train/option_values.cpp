@@ -2,6 +2,7 @@
 #include "train/option_values.h"
 
 #include <cfloat>
+#include <charconv>
 #include <cstdio>
 #include <sstream>
 

@@ -1,12 +1,10 @@
-// option_values.h: what an option can hold: how a value is read from a text, and written as JSON. The kinds are Switch,
-// Text, Range of a number, a table of names of an enumeration (which stands beside it), and the list of --offload.
+// option_values.h: what an option can hold: how a value is read from a text. The kinds are Switch, Text, Range of a
+// number, a table of names of an enumeration (which stands beside it), and the list of --offload.
 #pragma once
 
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <cstdint>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -80,23 +78,4 @@ void read(T& field, const std::string& flag, const std::string& text, const std:
     all += (all.empty() ? "" : ", ") + std::string(name);
   }
   throw UsageError("--" + flag + (text.empty() ? " needs a value" : " '" + text + "' is none of " + all));
-}
-
-// As JSON; a float by the fewest digits that make it again.
-inline nlohmann::ordered_json written(bool field, Switch values) { return field == values.given; }
-inline nlohmann::ordered_json written(const std::string& field, Text) { return field; }
-inline nlohmann::ordered_json written(const Offload& field, OffloadList) { return offload_name(field); }
-
-template <typename T>
-nlohmann::ordered_json written(T field, const Range&) {
-  if constexpr (!std::is_same_v<T, float>) return field;
-  char text[32];
-  double value = 0;
-  std::from_chars(text, std::to_chars(text, text + sizeof text, field).ptr, value);
-  return value;
-}
-
-template <typename T, size_t N>
-nlohmann::ordered_json written(T field, const std::pair<T, const char*> (&names)[N]) {
-  return name_of(names, field);
 }

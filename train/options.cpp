@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <type_traits>
 
 #include "train/memory_size.h"
+#include "train/option_json.h"
 
 namespace {
 

@@ -3,6 +3,7 @@
 // running maximum and the sum of the exponentials relative to it in every thread; the block combines them; a second
 // pass writes the gradient. Between the passes the row waits in shared memory, where two rows of GPT-2's vocabulary in
 // bf16 fit into an SM of Hopper; a longer one is read again, from the L2 cache.
+#include <algorithm>
 #include <cfloat>
 #include <climits>
 
@@ -14,7 +15,7 @@
 
 namespace {
 
-constexpr int kThreads = 512, kUnroll = 4;
+constexpr int kMaxThreads = 512, kUnroll = 4;
 constexpr size_t kReduceBytes = 256;             // shared memory for the block's reductions, before the row
 constexpr size_t kHalfAnSm = size_t{113} << 10;  // of Hopper's shared memory, what one of two blocks can have
 
@@ -63,15 +64,15 @@ template <typename T>
 using Logits = VectorView<T, Pack<T>::kSize>;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) classifier_kernel(Logits<T> logits, Rows p) {
+__global__ void __launch_bounds__(kMaxThreads, 2) classifier_kernel(Logits<T> logits, Rows p) {
   constexpr int kWidth = Logits<T>::kWidth;
   const int64_t row = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int groups = p.cols / kWidth, used_groups = (p.vocabulary + kWidth - 1) / kWidth;
   const int32_t target = p.targets[row];
   if (target < 0) {
     const float zeros[kWidth] = {};
-    for (int i = thread; i < groups && p.write_gradient; i += kThreads) logits.store(row, i * kWidth, zeros);
+    for (int i = thread; i < groups && p.write_gradient; i += threads) logits.store(row, i * kWidth, zeros);
     if (thread == 0) p.losses[row] = 0;
     if (thread == 0 && p.lse) p.lse[row] = 0;
     return;
@@ -82,16 +83,16 @@ __global__ void __launch_bounds__(kThreads, 2) classifier_kernel(Logits<T> logit
   const float target_logit = logits.load_one(row, target);  // before the gradient takes its place
 
   RunningSum running;
-  for (int first = thread; first < used_groups; first += kThreads * kUnroll) {
+  for (int first = thread; first < used_groups; first += threads * kUnroll) {
     Raw raw[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int i = first + u * kThreads;
+      const int i = first + u * threads;
       if (i < used_groups) raw[u] = logits.load_again(row, i * kWidth);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int i = first + u * kThreads;
+      const int i = first + u * threads;
       if (i >= used_groups) continue;
       if (p.keep) store128_shared(kept + i * kWidth, raw[u].packs[0]);
       float values[kWidth];
@@ -107,17 +108,17 @@ __global__ void __launch_bounds__(kThreads, 2) classifier_kernel(Logits<T> logit
   if (!p.write_gradient) return;
 
   const float factor = p.scale / sum;
-  for (int first = thread; first < groups; first += kThreads * kUnroll) {
+  for (int first = thread; first < groups; first += threads * kUnroll) {
     Raw raw[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int i = first + u * kThreads;
+      const int i = first + u * threads;
       if (i >= used_groups) continue;
       raw[u] = p.keep ? load_vector<kWidth>(kept + i * kWidth) : logits.load(row, i * kWidth);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int i = first + u * kThreads;
+      const int i = first + u * threads;
       if (i >= groups) continue;
       float values[kWidth] = {};
       if (i < used_groups) unpack(raw[u], values);
@@ -199,8 +200,10 @@ void CudaBackend::classifier(Tensor losses, Tensor logits, Tensor targets, int64
     const bool keep = write_gradient && kReduceBytes + row_bytes <= room;
     const Rows p = {targets.as<const int32_t>(),  losses.as<float>(), lse.as<float>(), static_cast<int>(cols),
                     static_cast<int>(vocabulary), gradient_scale,     write_gradient,  keep};
+    // Of a small vocabulary no more warps than have a vector to read.
+    const int64_t warps = (cols + Logits<T>::kWidth * kWarp - 1) / (Logits<T>::kWidth * kWarp);
     const LaunchShape shape = {.grid = dim3(static_cast<unsigned>(rows)),
-                               .block = dim3(kThreads),
+                               .block = dim3(static_cast<unsigned>(std::min<int64_t>(warps * kWarp, kMaxThreads))),
                                .shared_bytes = kReduceBytes + (keep ? row_bytes : 0),
                                .stream = stream_};
     launch("classifier", classifier_kernel<T>, shape, vector_view<T, Pack<T>::kSize>(logits), p);

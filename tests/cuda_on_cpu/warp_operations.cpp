@@ -83,8 +83,8 @@ void complete_mma(void* const (&arguments)[32]) {
     }
     for (unsigned i = 0; i < 4; ++i) d[group + (i / 2) * 8][pair + i % 2] = own.d[i];
   }
-  for (unsigned row = 0; row < 16; ++row) {
-    for (unsigned k = 0; k < 16; ++k) {
+  for (unsigned k = 0; k < 16; ++k) {
+    for (unsigned row = 0; row < 16; ++row) {
       for (unsigned column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
     }
   }
