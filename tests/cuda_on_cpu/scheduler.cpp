@@ -4,11 +4,8 @@
 #include <algorithm>
 #include <bit>
 #include <csignal>
-#include <cstring>
 
 #include "tests/cuda_on_cpu/sanitizer.h"
-
-#define AT_A_SWITCH inline __attribute__((always_inline))
 
 constinit thread_local uint3 threadIdx{};
 constinit thread_local uint3 blockIdx{};
@@ -19,12 +16,6 @@ namespace cuda_on_cpu {
 
 constinit thread_local unsigned char* block_shared_memory = nullptr;
 constinit thread_local Scheduler* scheduler_of_thread = nullptr;
-
-namespace {
-
-bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0); }
-
-}  // namespace
 
 Scheduler::Scheduler() : threads_(kMaxThreads), warps_(kMaxThreads / kLanes), crash_stack_(64 << 10) {
   // A thread that has used up its stack can only be reported on another one.
@@ -58,46 +49,6 @@ void Scheduler::start_block(uint3 block_index) {
   }
   ready_warps_ = warps == 32 ? ~0u : (1u << warps) - 1;
   warp_ = random_.below(warps);
-}
-
-AT_A_SWITCH bool Scheduler::pick() {
-  if (ready_warps_ == 0) return false;
-  const uint32_t random = random_.next();
-  // Another warp when this one cannot go on, and now and then although it could.
-  if ((ready_warps_ >> warp_ & 1) == 0 || (random >> 27) == 0) {
-    const unsigned turn = random & 31;
-    warp_ = (static_cast<unsigned>(std::countr_zero(std::rotr(ready_warps_, static_cast<int>(turn)))) + turn) & 31;
-  }
-  Warp& warp = warps_[warp_];
-  const unsigned turn = random >> 5 & 31;
-  const unsigned lane =
-      (static_cast<unsigned>(std::countr_zero(std::rotr(warp.ready, static_cast<int>(turn)))) + turn) & 31;
-  warp.ready &= ~(1u << lane);
-  if (warp.ready == 0) ready_warps_ &= ~(1u << warp_);
-  current_ = warp_ * kLanes + lane;
-  threadIdx = threads_[current_].index;
-  return true;
-}
-
-AT_A_SWITCH void Scheduler::resume_current() {
-  Fiber* from = running_;
-  Fiber* to = threads_[current_].fiber;
-  if (to == nullptr) {
-    if (idle_.empty()) {
-      fibers_.push_back(std::make_unique<Fiber>(&Scheduler::fiber_main, fibers_.size()));
-      idle_.push_back(fibers_.back().get());
-    }
-    to = idle_.back();
-    idle_.pop_back();
-  }
-  running_ = to;
-  Fiber::switch_to(*from, *to);
-}
-
-AT_A_SWITCH void Scheduler::suspend() {
-  threads_[current_].fiber = running_;
-  if (!pick()) deadlock();
-  if (threads_[current_].fiber != running_) resume_current();
 }
 
 void Scheduler::run(const Launch& launch, uint3 block_index) {
@@ -171,7 +122,7 @@ void Scheduler::release_barrier() {
   }
 }
 
-AT_A_SWITCH void Scheduler::barrier(Site site) {
+void Scheduler::barrier(Site site) {
   Thread& thread = threads_[current_];
   if (at_barrier_ == 0) {
     barrier_site_ = site;
@@ -183,42 +134,6 @@ AT_A_SWITCH void Scheduler::barrier(Site site) {
   warps_[current_ / kLanes].at_barrier |= 1u << current_ % kLanes;
   // The last one waits, too, so that anyone may be first to go on.
   if (++at_barrier_ == live_) release_barrier();
-  suspend();
-}
-
-AT_A_SWITCH void Scheduler::rendezvous(const char* operation, unsigned mask, Complete complete, void* arguments,
-                                       Site site) {
-  Thread& thread = threads_[current_];
-  Warp& warp = warps_[current_ / kLanes];
-  const unsigned lane = current_ % kLanes;
-  const uint32_t bit = 1u << lane;
-  if (mask != ~0u) error(std::string(operation) + " with mask " + hex(mask) + ": only whole warps are there", site);
-  if (warp.existing != ~0u) error(std::string(operation) + " in a warp that has not 32 lanes", site);
-  if (warp.exited != 0) error(std::string(operation) + " waits for lanes that have exited: " + hex(warp.exited), site);
-  if (warp.arrived == 0) {
-    warp.operation = operation;
-    warp.site = site;
-  } else if (!same(site, warp.site) || (operation != warp.operation && strcmp(operation, warp.operation) != 0)) {
-    error("lanes of a warp wait for each other in different operations: " + std::string(operation) + " against " +
-              warp.operation + " at " + text(warp.site),
-          site);
-  }
-  warp.arguments[lane] = arguments;
-  warp.arrived |= bit;
-  if (warp.arrived != ~0u) {
-    thread.waiting_for = operation;
-    thread.site = site;
-    suspend();
-    return;
-  }
-  warp.arrived = 0;
-  if (complete != nullptr) complete(warp.arguments);
-  for (unsigned l = 0; l < kLanes; ++l) threads_[current_ - lane + l].waiting_for = nullptr;
-  warp.ready |= ~bit;
-  ready_warps_ |= 1u << current_ / kLanes;
-  // The last one to come is not always the first one to go.
-  if ((random_.next() & 3) != 0) return;
-  warp.ready |= bit;
   suspend();
 }
 

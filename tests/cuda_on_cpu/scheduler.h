@@ -2,6 +2,8 @@
 // them, and block.cpp, which is what kernels call and what reports are made of.
 #pragma once
 
+#include <bit>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -11,6 +13,8 @@
 #include "tests/cuda_on_cpu/fiber.h"
 #include "tests/cuda_on_cpu/report.h"
 #include "tests/cuda_on_cpu/shared_memory.h"
+
+#define AT_A_SWITCH inline __attribute__((always_inline))
 
 namespace cuda_on_cpu {
 
@@ -34,7 +38,7 @@ struct Warp {
 };
 
 // Runs blocks on one OS thread, one after another, and keeps the stacks for the next one. What a thread does where it
-// waits is compiled in one piece, because of the returns after a switch.
+// waits is compiled in one piece, into each operation of warps, because of the returns after a switch.
 class Scheduler {
  public:
   Scheduler();
@@ -94,5 +98,87 @@ inline Scheduler& running_scheduler(const char* operation) {
 std::string text(Site site);
 std::string text(uint3 v);
 std::string hex(unsigned mask);
+
+// ---- what a thread does where it waits
+
+inline bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0); }
+
+AT_A_SWITCH bool Scheduler::pick() {
+  if (ready_warps_ == 0) return false;
+  const uint32_t random = random_.next();
+  // Another warp when this one cannot go on, and now and then although it could.
+  if ((ready_warps_ >> warp_ & 1) == 0 || (random >> 27) == 0) {
+    const unsigned turn = random & 31;
+    warp_ = (static_cast<unsigned>(std::countr_zero(std::rotr(ready_warps_, static_cast<int>(turn)))) + turn) & 31;
+  }
+  Warp& warp = warps_[warp_];
+  const unsigned turn = random >> 5 & 31;
+  const unsigned lane =
+      (static_cast<unsigned>(std::countr_zero(std::rotr(warp.ready, static_cast<int>(turn)))) + turn) & 31;
+  warp.ready &= ~(1u << lane);
+  if (warp.ready == 0) ready_warps_ &= ~(1u << warp_);
+  current_ = warp_ * kLanes + lane;
+  threadIdx = threads_[current_].index;
+  return true;
+}
+
+AT_A_SWITCH void Scheduler::resume_current() {
+  Fiber* from = running_;
+  Fiber* to = threads_[current_].fiber;
+  if (to == nullptr) {
+    if (idle_.empty()) {
+      fibers_.push_back(std::make_unique<Fiber>(&Scheduler::fiber_main, fibers_.size()));
+      idle_.push_back(fibers_.back().get());
+    }
+    to = idle_.back();
+    idle_.pop_back();
+  }
+  running_ = to;
+  Fiber::switch_to(*from, *to);
+}
+
+AT_A_SWITCH void Scheduler::suspend() {
+  threads_[current_].fiber = running_;
+  if (!pick()) deadlock();
+  if (threads_[current_].fiber != running_) resume_current();
+}
+
+AT_A_SWITCH void Scheduler::rendezvous(const char* operation, unsigned mask, Complete complete, void* arguments,
+                                       Site site) {
+  Thread& thread = threads_[current_];
+  Warp& warp = warps_[current_ / kLanes];
+  const unsigned lane = current_ % kLanes;
+  const uint32_t bit = 1u << lane;
+  if (mask != ~0u) error(std::string(operation) + " with mask " + hex(mask) + ": only whole warps are there", site);
+  if (warp.existing != ~0u) error(std::string(operation) + " in a warp that has not 32 lanes", site);
+  if (warp.exited != 0) error(std::string(operation) + " waits for lanes that have exited: " + hex(warp.exited), site);
+  if (warp.arrived == 0) {
+    warp.operation = operation;
+    warp.site = site;
+  } else if (!same(site, warp.site) || (operation != warp.operation && strcmp(operation, warp.operation) != 0)) {
+    error("lanes of a warp wait for each other in different operations: " + std::string(operation) + " against " +
+              warp.operation + " at " + text(warp.site),
+          site);
+  }
+  warp.arguments[lane] = arguments;
+  warp.arrived |= bit;
+  if (warp.arrived != ~0u) {
+    thread.waiting_for = operation;
+    thread.site = site;
+    suspend();
+    return;
+  }
+  warp.arrived = 0;
+  if (complete != nullptr) complete(warp.arguments);
+  for (unsigned l = 0; l < kLanes; ++l) threads_[current_ - lane + l].waiting_for = nullptr;
+  warp.ready |= ~bit;
+  ready_warps_ |= 1u << current_ / kLanes;
+  // The last one to come is not always the first one to go.
+  if ((random_.next() & 3) != 0) return;
+  warp.ready |= bit;
+  suspend();
+}
+
+#undef AT_A_SWITCH
 
 }  // namespace cuda_on_cpu

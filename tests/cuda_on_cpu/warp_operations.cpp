@@ -5,13 +5,14 @@
 
 #include "kernels/cuda/ptx.cuh"
 #include "tests/cuda_on_cpu/async_copy.h"
+#include "tests/cuda_on_cpu/scheduler.h"
 #include "tests/cuda_on_cpu/shared_memory.h"
 
 namespace cuda_on_cpu {
 
 namespace {
 
-constexpr unsigned kLanes = 32, kAllLanes = 0xffffffffu;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct ShuffleArguments {
   uint64_t value, result;
@@ -98,12 +99,12 @@ void complete_mma(void* const (&arguments)[32]) {
 
 uint64_t shuffle(const char* operation, unsigned mask, uint64_t bits, unsigned source, Site site) {
   ShuffleArguments arguments{bits, 0, source};
-  warp_rendezvous(operation, mask, &complete_shuffle, &arguments, site);
+  running_scheduler(operation).rendezvous(operation, mask, &complete_shuffle, &arguments, site);
   return arguments.result;
 }
 
 bool any(unsigned mask, bool predicate, Site site) {
-  warp_rendezvous("__any_sync", mask, &complete_any, &predicate, site);
+  running_scheduler("__any_sync").rendezvous("__any_sync", mask, &complete_any, &predicate, site);
   return predicate;
 }
 
@@ -130,13 +131,13 @@ void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed, Site site) {
   check_aligned16(row, "misaligned address in ldmatrix", site);
   if (!in_shared_memory(row, 16)) kernel_error("ldmatrix reads outside of shared memory", site);
   LdmatrixArguments arguments{r, static_cast<const unsigned char*>(row), transposed};
-  warp_rendezvous(transposed ? "ldmatrix_x4_transposed" : "ldmatrix_x4", kAllLanes, &complete_ldmatrix, &arguments,
-                  site);
+  const char* const operation = transposed ? "ldmatrix_x4_transposed" : "ldmatrix_x4";
+  running_scheduler(operation).rendezvous(operation, kAllLanes, &complete_ldmatrix, &arguments, site);
 }
 
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
   MmaArguments arguments{d, a, b};
-  warp_rendezvous("mma_m16n8k16", kAllLanes, &complete_mma, &arguments, site);
+  running_scheduler("mma_m16n8k16").rendezvous("mma_m16n8k16", kAllLanes, &complete_mma, &arguments, site);
 }
 
 }  // namespace cuda_on_cpu
