@@ -44,9 +44,9 @@ PTX_SETTINGS = {"test_attention": [(", 99 KB", {"PTXSIM_SHARED_KIB": "99"}, "*bf
 
 GTEST_EVENT = re.compile(r"\[( RUN      |       OK |  FAILED  |  SKIPPED )\] ([^\s,(]+)")
 
-# What takes longest where nothing is known of an earlier run.
-LONGEST = ("test_run_kill.py", "test_run_cuda.py", "test_offload", "test_gpu_report.py", "test_run_budget.py",
-           "test_run_memory.py", "test_training")
+# What takes longest where nothing is known of an earlier run, in seconds on two cores.
+LONGEST = {"test_run_cuda.py": 110, "test_gpu_report.py": 110, "test_offload": 70, "test_training": 60, "test_attention": 50,
+           "test_overlap": 40, "test_spread": 40, "test_job": 30, "test_run_resume.py": 30, "test_run_ranks.py": 30}
 JOB_MEMORY = 2 << 30  # bytes that a job may take: where there is less, fewer run at a time
 
 
@@ -294,8 +294,7 @@ def earlier_seconds():
 def run_jobs(jobs, arguments, began, total):
     """Runs them, a few at a time, and reports each when it has ended."""
     earlier = earlier_seconds()
-    guess = {name: len(LONGEST) - i for i, name in enumerate(LONGEST)}
-    jobs.sort(key=lambda job: -earlier.get(job[0], 0 if earlier else guess.get(job[0].split(" ")[0], 0)))
+    jobs.sort(key=lambda job: -earlier.get(job[0], LONGEST.get(job[0].split(" ")[0], 0)))
     seconds = dict(earlier)
 
     def timed(job):
