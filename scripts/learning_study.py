@@ -60,7 +60,6 @@ SETTINGS |= {name: (flags, 2e-3) for name, flags in [
     flora("cosine", 8, 200),
     flora("cosine", 16, 200),
     flora("cosine", 4, 200, "--compress-embeddings"),
-    flora("cosine", 16, 200, "--compress-embeddings"),
     flora("gaussian", 4, 200),
     flora("gaussian", 4, 50),
     flora("gaussian", 8, 200),

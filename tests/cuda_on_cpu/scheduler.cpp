@@ -1,4 +1,4 @@
-// scheduler.cpp: see scheduler.h. The order of the threads, block barriers and warp rendezvous.
+// scheduler.cpp: see scheduler.h. A block from its beginning to its end.
 #include "tests/cuda_on_cpu/scheduler.h"
 
 #include <algorithm>
@@ -120,21 +120,6 @@ void Scheduler::release_barrier() {
     warp.at_barrier = 0;
     ready_warps_ |= 1u << w;
   }
-}
-
-void Scheduler::barrier(Site site) {
-  Thread& thread = threads_[current_];
-  if (at_barrier_ == 0) {
-    barrier_site_ = site;
-  } else if (!same(site, barrier_site_)) {
-    error("a barrier in a divergent branch: this thread is here while others wait at " + text(barrier_site_), site);
-  }
-  thread.waiting_for = "__syncthreads";
-  thread.site = site;
-  warps_[current_ / kLanes].at_barrier |= 1u << current_ % kLanes;
-  // The last one waits, too, so that anyone may be first to go on.
-  if (++at_barrier_ == live_) release_barrier();
-  suspend();
 }
 
 void block_barrier(Site site) { running_scheduler("__syncthreads").barrier(site); }

@@ -1,5 +1,6 @@
-// scheduler.h: the insides of block.h: the threads of a block and what they wait for. Used by scheduler.cpp, which runs
-// them, and block.cpp, which is what kernels call and what reports are made of.
+// scheduler.h: the insides of block.h: the threads of a block, what they wait for and which one goes on. Used by
+// scheduler.cpp, which runs them, warp_operations.cpp, where they wait for each other, and block.cpp, which is what
+// else kernels call and what reports are made of.
 #pragma once
 
 #include <bit>
@@ -141,6 +142,21 @@ AT_A_SWITCH void Scheduler::suspend() {
   threads_[current_].fiber = running_;
   if (!pick()) deadlock();
   if (threads_[current_].fiber != running_) resume_current();
+}
+
+AT_A_SWITCH void Scheduler::barrier(Site site) {
+  Thread& thread = threads_[current_];
+  if (at_barrier_ == 0) {
+    barrier_site_ = site;
+  } else if (!same(site, barrier_site_)) {
+    error("a barrier in a divergent branch: this thread is here while others wait at " + text(barrier_site_), site);
+  }
+  thread.waiting_for = "__syncthreads";
+  thread.site = site;
+  warps_[current_ / kLanes].at_barrier |= 1u << current_ % kLanes;
+  // The last one waits, too, so that anyone may be first to go on.
+  if (++at_barrier_ == live_) release_barrier();
+  suspend();
 }
 
 AT_A_SWITCH void Scheduler::rendezvous(const char* operation, unsigned mask, Complete complete, void* arguments,
