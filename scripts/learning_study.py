@@ -82,6 +82,21 @@ SETTINGS |= {
     "adafactor no momentum matrix lr 1/10": (
         ["--optimizer", "adafactor", "--beta1", "0", "--gradients", "fused", "--matrix-lr-scale", "0.1"], 8e-3),
     "adamw half-life matrix lr 1/10": (["--optimizer", "adamw", *HALF_LIFE, "--matrix-lr-scale", "0.1"], 8e-3),
+}
+for name, flags in [
+    flora("cosine", 4, 200, "--residual"),
+    flora("cosine", 16, 200, "--residual"),
+    flora("cosine", 4, 200, "--residual", "--compress-embeddings"),
+    flora("cosine", 16, 200, "--residual", "--compress-embeddings"),
+]:
+    SETTINGS[name + " matrix lr 1/10"] = ([*flags, "--matrix-lr-scale", "0.1"], 8e-3)
+SETTINGS |= {
+    "flora cosine C/4 kappa 200 residual matrix lr 1/5": (
+        [*flora("cosine", 4, 200, "--residual")[1], "--matrix-lr-scale", "0.2"], 8e-3),
+    "adafactor matrix lr 1/10": (
+        ["--optimizer", "adafactor", "--gradients", "fused", "--matrix-lr-scale", "0.1"], 8e-3),
+    "adafactor int8 momentum matrix lr 1/10": (
+        ["--optimizer", "adafactor", "--gradients", "fused", "--state-dtype", "int8", "--matrix-lr-scale", "0.1"], 8e-3),
     "flora cosine C/4 kappa 200 matrix lr 3": ([*flora("cosine", 4, 200)[1], "--matrix-lr-scale", "3"], 2e-3),
 }
 

@@ -127,6 +127,23 @@ def test_the_settings_by_name_train(data, tmp_path, name):
     assert {key: options[key] for key in said} == pytest.approx(said)
 
 
+@pytest.mark.parametrize("flags,residual,lr,matrix_lr_scale", [
+    ([], True, 1 / 128, 0.1),
+    (["--rank", 16, "--residual=false"], False, 0.5 / 128, 1),
+    (["--rank", 16, "--projection", "gaussian"], False, 5e-4, 1),
+    (["--matrix-lr-scale", 1, "--lr", 2e-3], True, 2e-3, 1),
+    (["--optimizer", "adafactor"], False, 5e-4, 1),
+    (["--optimizer", "adamw"], False, 6e-4, 1),
+    (["--optimizer", "sgd"], False, 0.1, 1),
+])
+def test_the_learning_rates_that_nobody_chose(data, tmp_path, flags, residual, lr, matrix_lr_scale):
+    """docs/learning.md says where those of Flora are from; tiny has 128 channels."""
+    succeed("--data", data / "text_train_*.bin", *TINY, *flags, "--steps", 1, "--out", tmp_path)
+    options = metrics(tmp_path)[0]["options"]
+    assert options["residual"] is residual
+    assert (options["lr"], options["matrix_lr_scale"]) == pytest.approx((lr, matrix_lr_scale))
+
+
 def test_a_configuration_file_sets_flags(data, tmp_path):
     (tmp_path / "run.toml").write_text(
         f'data = "{data}/text_train_*.bin"\nmodel = "tiny"\nseq-len = 32\nmicro-batch = 2\nlr = 3e-3\n'

@@ -155,7 +155,7 @@ def test_what_is_learned_may_change_when_asked_for(train, tmp_path):
     run = train("run", "--rank", 16, "--tokens-per-step", 192, "--checkpoint-every", 5, "--keep-checkpoints", 0)
     text = succeed("--resume", run / "step_00000005", "--out", tmp_path / "b", "--micro-batch", 3, "--lr", 1e-3,
                    "--schedule", "constant", "--weight-decay", 0)
-    for line in ("micro-batch was 2, is now 3", "lr was 0.00390625, is now 0.001", "weight-decay was 0.1, is now 0.0",
+    for line in ("micro-batch was 2, is now 3", "lr was 0.0078125, is now 0.001", "weight-decay was 0.1, is now 0.0",
                  'schedule was "cosine", is now "constant"'):
         assert f"changed     {line}\n" in text
     assert text.count("changed  ") == 4

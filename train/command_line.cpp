@@ -126,12 +126,12 @@ struct ToCommandLine {
       read(field, name, text, values);
     };
     setters[name] = set;
+    std::string text = help;
+    const bool chosen_later = text.find("default:") != std::string::npos;
     CLI::Option* option;
     if constexpr (std::is_same_v<Values, Switch>) {
-      option = app.add_flag("--" + name, switches[name], wrapped(std::string(help) + " [off]"));
+      option = app.add_flag("--" + name, switches[name], wrapped(chosen_later ? text : text + " [off]"));
     } else {
-      std::string text = help;
-      const bool chosen_later = text.find("default:") != std::string::npos;
       const std::string value = shown(written(field, values));
       if (!chosen_later && !value.empty()) text += " [" + value + "]";
       option = app.add_option_function<std::string>("--" + name, set, wrapped(text));

@@ -29,9 +29,11 @@ bool adaptive(const OptimizerConfig& optimizer) {
   return optimizer.kind == OptimizerKind::kFlora || optimizer.kind == OptimizerKind::kAdafactor;
 }
 
-// Passes over a gradient that is computed block by block: statistics, size of the update, update.
-double gradient_passes(const OptimizerConfig& optimizer) {
-  return !adaptive(optimizer) ? 1 : optimizer.clip > 0 ? 3 : 2;
+// Passes over a gradient that is computed block by block: statistics, what is projected before the rest is known
+// (--residual), size of the update, update.
+double gradient_passes(const OptimizerConfig& optimizer, bool compressed) {
+  if (!adaptive(optimizer)) return 1;
+  return 2 + (compressed && optimizer.residual ? 1 : 0) + (optimizer.clip > 0 ? 1 : 0);
 }
 
 // The operations of one micro-batch, each in a block or in the head, and of one update.
@@ -67,7 +69,7 @@ struct Operations {
 
   Work backward() const {
     const bool blocks = config.gradients.blocks == GradientBlocks::kAll;
-    const double matrix_gradients = blocks ? gradient_passes(config.optimizer) : 1;
+    const double matrix_gradients = blocks ? gradient_passes(config.optimizer, config.optimizer.rank > 0) : 1;
     return recompute() + (1 + matrix_gradients) * products() + attention_backward() + norms_backward() +
            gelu_backward();
   }
@@ -89,7 +91,7 @@ struct Operations {
     const Work both = product + classifier + input_gradient;  // after the logits and the losses
     if (config.gradients.blocks == GradientBlocks::kWhole) return both + gradient;
     // In blocks the logits are computed again for every pass over the gradient.
-    return both + gradient_passes(config.optimizer) * (product + classifier + gradient);
+    return both + gradient_passes(config.optimizer, config.optimizer.compress_embeddings) * (product + classifier + gradient);
   }
 
   // A block's gradients of a micro-batch, added to sums: of rank r by a product, in full by reading them once more.

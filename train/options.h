@@ -173,8 +173,8 @@ void describe(Options& o, Visitor& v) {
   v(optimizer.rank, "rank", "", "Flora: rank of the compressed momentum", at_least(1), fixed);
   v(optimizer.kappa, "kappa", "steps", "Flora: steps between two projections", at_least(1), fixed);
   v(schedule.peak, "lr", "",
-    "peak learning rate; default: 0.5 / channels for flora (5e-4 with gaussian or rademacher projections), 5e-4 for "
-    "adafactor, 6e-4 for adamw, 0.1 for sgd",
+    "peak learning rate; default: 1 / channels for flora (without residual 0.5 / channels, with gaussian or rademacher "
+    "projections 5e-4), 5e-4 for adafactor, 6e-4 for adamw, 0.1 for sgd",
     kAboveZero, said);
   v(schedule.kind, "schedule", "", "of the learning rate after the warmup (wsd: constant, then 1-sqrt cooldown)",
     kScheduleNames, said);
@@ -183,7 +183,8 @@ void describe(Options& o, Visitor& v) {
   v(schedule.final_fraction, "final-lr", "fraction", "learning rate at the end, as a fraction of the peak", at_least(0),
     said);
   v(optimizer.matrix_lr_scale, "matrix-lr-scale", "",
-    "factor on the learning rate of the blocks' matrices; embeddings, the head, biases and LayerNorms keep lr",
+    "factor on the learning rate of the blocks' matrices; embeddings, the head, biases and LayerNorms keep lr; "
+    "default: 0.1 with residual, else 1",
     kAboveZero, said);
   v(optimizer.weight_decay, "weight-decay", "", "of matrices and embeddings, times lr; default: 0.1, sgd 0",
     at_least(0), said);
@@ -196,7 +197,8 @@ void describe(Options& o, Visitor& v) {
   v(optimizer.eps, "eps", "", "AdamW: added to the root of the second moment", at_least(0), fixed);
   v(optimizer.projection, "projection", "", "Flora: kind of projection", kProjectionNames, fixed);
   v(optimizer.residual, "residual", "",
-    "Flora: what the projection does not hold is used at full weight instead of 1 - beta1 (projection cosine)",
+    "Flora: what the projection does not hold is used at full weight instead of 1 - beta1; default: on with "
+    "projection cosine, --residual=false leaves it off",
     Switch{}, fixed);
   v(optimizer.transfer, "transfer", "",
     "Flora: what happens to the momentum when the projection changes; default: reencode, or rescale where reencode "

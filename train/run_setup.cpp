@@ -49,12 +49,13 @@ void choose_micro_batch(Options& o, bool cpu, Undecided undecided) {
   shapes.head_chunk = std::min(shapes.head_chunk, micro_tokens);
 }
 
-// Flora with orthonormal projections: measured at two widths, and not far from what GPT-3's models were trained at
-// (docs/learning.md).
+// Flora as measured at two widths (docs/learning.md): with --residual the blocks' matrices have a tenth of this rate,
+// and without it about as much outside of the projection.
 float default_rate(const OptimizerConfig& optimizer, int64_t channels) {
   switch (optimizer.kind) {
     case OptimizerKind::kFlora:
-      return has_orthonormal_rows(optimizer.projection) ? 0.5f / static_cast<float>(channels) : 5e-4f;
+      if (!has_orthonormal_rows(optimizer.projection)) return 5e-4f;
+      return (optimizer.residual ? 1.0f : 0.5f) / static_cast<float>(channels);
     case OptimizerKind::kAdafactor: return 5e-4f;
     case OptimizerKind::kAdamW: return 6e-4f;
     case OptimizerKind::kSgd: return 0.1f;
@@ -83,7 +84,9 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
     config.positions = shapes.sequence;
   }
   choose_micro_batch(o, cpu, undecided);
+  o.choose("residual", optimizer.residual, flora && has_orthonormal_rows(optimizer.projection));
   o.choose("lr", o.schedule.peak, default_rate(optimizer, config.channels));
+  o.choose("matrix-lr-scale", optimizer.matrix_lr_scale, flora && optimizer.residual ? 0.1f : 1.0f);
   o.choose("weight-decay", optimizer.weight_decay, sgd ? 0.0f : 0.1f);
   o.choose("beta1", optimizer.beta1, sgd ? 0.0f : 0.9f);
   o.choose("warmup-steps", o.schedule.warmup_steps, percent(o.steps, 5));
