@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <utility>
 
 namespace {
 
@@ -142,17 +143,18 @@ void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, con
 
   // What needs all of the gradient before any of the update can be made costs a pass of its own where it is in blocks.
   const bool residual = keeps_residual(entry);
-  if (residual) {
-    gradient.pass([&](const RowRange& rows, const Tensor& g) { compress(entry, g, rows); });
-    decode_residual(entry);
-  }
+  if (residual) gradient.pass([&](const RowRange& rows, const Tensor& g) { compress(entry, g, rows); });
+  ScaledSum difference;  // made beside the first rows of D
+  if (residual) difference = momentum_less_s(entry);
+  bool made = !residual;
+  const auto beside_update = [&] { return std::exchange(made, true) ? nullptr : &difference; };
   // So does the norm of the whole update, which is known before any of it is applied.
   float* const squares = squares_.as<float>();
   const bool twice = config_.clip > 0 && !gradient.whole();
   if (twice) {
     gradient.pass([&](const RowRange& rows, const Tensor& g) {
       if (!residual) compress(entry, g, rows);
-      to_update(entry, g, rows, true, {squares, rows.begin > 0}, scalars);
+      to_update(entry, g, rows, true, {squares, rows.begin > 0}, beside_update(), scalars);
     });
   }
   // The new compressed momentum needs all of S, and the old projection no more; a whole weight is changed beside it.
@@ -161,7 +163,8 @@ void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, con
   const MomentumAverage average = entry.compressed ? average_of(entry) : MomentumAverage{};
   gradient.pass([&](const RowRange& rows, const Tensor& g) {
     if (!twice && !residual) compress(entry, g, rows);
-    to_update(entry, g, rows, false, config_.clip > 0 && !twice ? SquaresTarget{squares} : SquaresTarget{}, scalars);
+    to_update(entry, g, rows, false, config_.clip > 0 && !twice ? SquaresTarget{squares} : SquaresTarget{},
+              beside_update(), scalars);
     apply(entry, weight, master, g, rows, beside ? &average : nullptr, scalars);
   });
   if (transfers) transfer_momentum(entry, scalars);
@@ -225,14 +228,14 @@ bool Flora::second_moment(const Entry& entry, const Gradient& gradient, StepScal
 // Rows of the gradient <- those of D, the update before clipping, whose squares are left where they are wanted. An
 // uncompressed momentum moves on unless keep_momentum; a compressed one does later.
 void Flora::to_update(const Entry& entry, Tensor gradient, const RowRange& rows, bool keep_momentum,
-                      SquaresTarget squares, StepScalars* scalars) {
+                      SquaresTarget squares, const ScaledSum* beside, StepScalars* scalars) {
   const float beta1 = config_.beta1;
   const Parameter& p = entry.parameter;
   const Tensor row_scale = entry.factored ? rows.of(row_scale_.tensor({p.rows})) : Tensor{},
                col_scale = entry.factored ? col_scale_.tensor({p.cols}) : Tensor{};
   if (entry.compressed) {
     const bool residual = keeps_residual(entry);
-    backend_.scale_rows_cols(gradient, gradient, row_scale, col_scale, residual ? 1.0f : 1.0f - beta1);
+    backend_.scale_rows_cols({gradient, gradient, row_scale, col_scale, residual ? 1.0f : 1.0f - beta1}, beside);
     const Tensor momentum = residual ? compressed_of(entry, decoded_momentum_) : momentum_numbers(entry);
     project_rows_up(backend_, gradient, momentum, projection_of(entry, projection_), compression(entry), rows.begin,
                     beta1, true);
@@ -291,7 +294,7 @@ void Flora::begin_momentum(const Entry& entry, bool projected, StepScalars* scal
     }
   }
   const Tensor scale = shape.wide() ? row_scale_.tensor({shape.rows}) : col_scale_.tensor({shape.cols});
-  backend_.scale_rows_cols(scaled, encoder, {}, scale, 1.0f);
+  backend_.scale_rows_cols({scaled, encoder, {}, scale});
   decode_momentum(entry);
 }
 
@@ -303,10 +306,14 @@ void Flora::compress(const Entry& entry, Tensor gradient, const RowRange& rows) 
 }
 
 // With `residual`: what D decodes is M - S, which beta1 makes the new momentum less S.
-void Flora::decode_residual(const Entry& entry) {
+ScaledSum Flora::momentum_less_s(const Entry& entry) const {
   const MomentumAverage average = average_of(entry);
-  backend_.scale_rows_cols(compressed_of(entry, decoded_momentum_), average.in, average.row_scale, average.col_scale,
-                           -1.0f, momentum_numbers(entry));
+  return {.out = compressed_of(entry, decoded_momentum_),
+          .in = average.in,
+          .row_scale = average.row_scale,
+          .col_scale = average.col_scale,
+          .factor = -1.0f,
+          .added = momentum_numbers(entry)};
 }
 
 // M <- beta1 M + (1 - beta1) S, where S gets the scale of the other side.

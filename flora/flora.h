@@ -55,9 +55,9 @@ class Flora final : public Optimizer {
   bool second_moment(const Entry& entry, const Gradient& gradient, StepScalars* scalars);
   void begin_momentum(const Entry& entry, bool projected, StepScalars* scalars);
   void compress(const Entry& entry, Tensor gradient, const RowRange& rows);
-  void decode_residual(const Entry& entry);
+  ScaledSum momentum_less_s(const Entry& entry) const;
   void to_update(const Entry& entry, Tensor gradient, const RowRange& rows, bool keep_momentum, SquaresTarget squares,
-                 StepScalars* scalars);
+                 const ScaledSum* beside, StepScalars* scalars);
   void apply(const Entry& entry, Tensor weight, Tensor master, Tensor update, const RowRange& rows,
              const MomentumAverage* average, StepScalars* scalars);
   void transfer_momentum(const Entry& entry, StepScalars* scalars);

@@ -102,6 +102,14 @@ struct MomentumAverage {
   float beta1 = 0;
 };
 
+// out[i,j] = factor * in[i,j] * row_scale[i] * col_scale[j] + added[i,j]; an empty scale counts as ones, an empty
+// `added` as zeros; out may be in or added.
+struct ScaledSum {
+  Tensor out, in, row_scale = {}, col_scale = {};
+  float factor = 1.0f;
+  Tensor added = {};
+};
+
 // One of several parameters that are updated by one operation: whole tensors or parts of them, contiguous.
 struct ParameterUpdate {
   Tensor weight, master = {};                // master (fp32): may be empty
@@ -302,13 +310,11 @@ class Backend {
                                const StepScalars* scalars) = 0;
   // V <- beta2 V + (1-beta2) (g^2 + eps1), then grad <- grad * rsqrt(V). V fp32 or uint8, as long as grad.
   virtual void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) = 0;
-  // out[i,j] = factor * in[i,j] * row_scale[i] * col_scale[j] + added[i,j]; an empty scale counts as ones, an empty
-  // `added` as zeros; out may be in.
-  virtual void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor,
-                               Tensor added = {}) = 0;
+  // `beside`: a smaller sum, of other tensors, in the same operation; may be null.
+  virtual void scale_rows_cols(const ScaledSum& sum, const ScaledSum* beside = nullptr) = 0;
   // Uncompressed momentum: M <- beta1 M + (1-beta1) update; update <- M (before M is rounded). M fp32, bf16 or int8.
   virtual void momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) = 0;
-  // scale_rows_cols(update, update, row_scale, col_scale, 1), then momentum_update() unless the momentum is empty, in
+  // scale_rows_cols() of the update, in place, then momentum_update() unless the momentum is empty, in
   // one pass over a contiguous update; `squares`: of the update as it is left. When the gate is 0 none of it happens.
   virtual void scaled_momentum_update(Tensor update, Tensor momentum, Tensor row_scale, Tensor col_scale, float beta1,
                                       const StepScalars* scalars, SquaresTarget squares = {}) = 0;

@@ -162,14 +162,12 @@ void check_factored_scales(const Tensor& row_state, const Tensor& col_state, con
           "factored_scales: shapes differ");
 }
 
-void check_scale_rows_cols(const Tensor& out, const Tensor& in, const Tensor& row_scale, const Tensor& col_scale,
-                           const Tensor& added) {
-  const int64_t rows = in.rows(), cols = in.cols();
-  require(out.rows() == rows && out.cols() == cols && has_uniform_rows(in) && has_uniform_rows(out) &&
-              (row_scale.empty() || row_scale.elements() == rows) &&
-              (col_scale.empty() || col_scale.elements() == cols),
-          "scale_rows_cols: shapes differ");
-  require(added.empty() || (added.rows() == rows && added.cols() == cols && has_uniform_rows(added)),
+void check_scaled_sum(const ScaledSum& sum) {
+  const int64_t rows = sum.in.rows(), cols = sum.in.cols();
+  const auto fits = [&](const Tensor& t) { return t.rows() == rows && t.cols() == cols && has_uniform_rows(t); };
+  require(fits(sum.in) && fits(sum.out) && (sum.added.empty() || fits(sum.added)) &&
+              (sum.row_scale.empty() || sum.row_scale.elements() == rows) &&
+              (sum.col_scale.empty() || sum.col_scale.elements() == cols),
           "scale_rows_cols: shapes differ");
 }
 
@@ -184,7 +182,7 @@ void check_scaled_projection(const ScaledProjection& projection, const Tensor& g
 
 void check_average(const MomentumAverage& average) {
   check_state(average.momentum, average.in);
-  check_scale_rows_cols(average.in, average.in, average.row_scale, average.col_scale);
+  check_scaled_sum({average.in, average.in, average.row_scale, average.col_scale});
 }
 
 void check_parameter(const ParameterUpdate& p) {

@@ -57,8 +57,7 @@ void check_factored_second_moment(const Tensor& row_state, const Tensor& col_sta
 void check_factored_squares(const Tensor& row_squares, const Tensor& col_squares, const Tensor& grad);
 void check_factored_scales(const Tensor& row_state, const Tensor& col_state, const Tensor& row_scale,
                            const Tensor& col_scale);
-void check_scale_rows_cols(const Tensor& out, const Tensor& in, const Tensor& row_scale, const Tensor& col_scale,
-                           const Tensor& added = {});
+void check_scaled_sum(const ScaledSum& sum);
 void check_quantize(const Tensor& out, const Tensor& in);
 void check_dequantize(const Tensor& out, const Tensor& in);
 void check_quantize_weight(const Tensor& out, const Tensor& in);

@@ -147,7 +147,7 @@ Difference scale_rows_cols(Backend& backend, const CheckShapes& s) {
   const RandomMatrix in = bench.normal(s.gradients, rows, cols);
   const RandomMatrix by_row = bench.normal(DType::kF32, 1, rows), by_col = bench.normal(DType::kF32, 1, cols);
   const Tensor out = bench.poisoned(s.gradients, {rows, cols});
-  backend.scale_rows_cols(out, in.tensor, by_row.tensor.view({rows}), by_col.tensor.view({cols}), 0.5f);
+  backend.scale_rows_cols({out, in.tensor, by_row.tensor.view({rows}), by_col.tensor.view({cols}), 0.5f});
   Comparison comparison;
   const std::vector<double> left = by_row.row(0), right = by_col.row(0);
   for (const int64_t row : spread(rows, 8)) {

@@ -90,7 +90,7 @@ TEST_P(JoinedOps, ScaledMomentumUpdate) {
           if (joined) {
             device->scaled_momentum_update(update, m, row, col, 0.9f, s.data(), {squares.as<float>(), true});
           } else {
-            if (scaled) device->scale_rows_cols(update, update, row, col, 1.0f);
+            if (scaled) device->scale_rows_cols({update, update, row, col, 1.0f});
             if (momentum) device->momentum_update(update, m, 0.9f, s.data());
             device->sum_squares(squares, update, true);
           }
@@ -112,7 +112,7 @@ TEST_P(JoinedOps, ScaledMomentumUpdateOfManyTiles) {
   const Tensor row = state(device, 5, DType::kF32, {rows}), col = state(device, 6, DType::kF32, {cols}),
                squares = device.poisoned(DType::kF32, {2});
   device->scaled_momentum_update(update, {}, row, col, 0.9f, s.data(), {squares.as<float>(), false});
-  device->scale_rows_cols(again, again, row, col, 1.0f);
+  device->scale_rows_cols({again, again, row, col, 1.0f});
   device->sum_squares(squares.slice(1, 1), again, false);
   EXPECT_TRUE(device.bits(update) == device.bits(again));
   EXPECT_EQ(device.bits(squares.slice(0, 1)), device.bits(squares.slice(1, 1)));
@@ -243,7 +243,7 @@ TEST_P(JoinedOps, FactoredMomentWithProjection) {
           } else {
             device->factored_second_moment(row, col, row_scale, col_scale, grad, 1e-30f, s.data());
             device->generate_projection(plain, kind, kKey, &s.data()->projection_index);
-            device->scale_rows_cols(scaled, plain, {}, of_rows ? row_scale : col_scale, 1.0f);
+            device->scale_rows_cols({scaled, plain, {}, of_rows ? row_scale : col_scale, 1.0f});
           }
           bits[joined] = bits_of(device, {row, col, row_scale, col_scale, plain, scaled});
         }
@@ -294,7 +294,7 @@ TEST_P(JoinedOps, AverageWithScalesAndBesideAnUpdate) {
             device->apply_update(weight, {}, update, {}, squares.as<float>(), nullptr, n, kKey, s.data(), &average);
           } else {
             device->apply_update(weight, {}, update, {}, squares.as<float>(), nullptr, n, kKey, s.data());
-            device->scale_rows_cols(in, in, row, col, 1.0f);
+            device->scale_rows_cols({in, in, row, col, 1.0f});
             device->ema({.momentum = m, .in = in, .beta1 = 0.9f}, s.data());
           }
           bits[joined] = bits_of(device, {m, weight});
@@ -311,12 +311,34 @@ TEST_P(JoinedOps, ScaleWithAnAddend) {
       TestDevice device(backend());
       const Tensor in = device.random(1, DType::kF32, {rows, cols}), added = device.random(2, type, {rows, cols}),
                    col = device.random(3, DType::kF32, {cols}), out = device.poisoned(dtype(), {rows, cols});
-      device->scale_rows_cols(out, in, {}, col, -1.0f, added);
-      device->scale_rows_cols(in, in, {}, col, -1.0f);
+      device->scale_rows_cols({out, in, {}, col, -1.0f, added});
+      device->scale_rows_cols({in, in, {}, col, -1.0f});
       Values sum = device.read(added);
       const Values scaled = device.read(in);
       for (size_t i = 0; i < sum.size(); ++i) sum[i] = static_cast<float>(sum[i]) + static_cast<float>(scaled[i]);
       EXPECT_EQ(device.bits(out), device.bits(device.upload(sum, dtype(), {rows, cols})));
+    }
+  }
+}
+
+// A momentum of a rank that fills octets or not, beside a gradient of octets or not.
+TEST_P(JoinedOps, ScaleBesideAnotherSum) {
+  for (DType type : {DType::kF32, DType::kBF16}) {
+    for (const int64_t cols : {7, 24}) {
+      for (const int64_t more : {5, 40, 1100}) {
+        TestDevice device(backend());
+        const Tensor row = device.random(1, DType::kF32, {33}), col = device.random(2, DType::kF32, {more}),
+                     in = device.random(3, DType::kF32, {9, more}), momentum = device.random(4, type, {9, more});
+        std::vector<uint8_t> bits[2];
+        for (int joined = 0; joined < 2; ++joined) {
+          const Tensor gradient = device.random(5, dtype(), {33, cols}), out = device.poisoned(dtype(), {9, more});
+          const ScaledSum sum = {gradient, gradient, row, {}, 0.7f}, other = {out, in, {}, col, -1.0f, momentum};
+          device->scale_rows_cols(sum, joined ? &other : nullptr);
+          if (!joined) device->scale_rows_cols(other);
+          bits[joined] = bits_of(device, {gradient, out});
+        }
+        EXPECT_EQ(bits[0], bits[1]) << dtype_name(type) << " " << cols << " " << more;
+      }
     }
   }
 }

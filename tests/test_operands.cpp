@@ -173,11 +173,11 @@ TEST(Operands, RowsAndColumns) {
   EXPECT_REFUSED(check_factored_scales(cols, cols, rows, cols));
   EXPECT_REFUSED(check_factored_scales(rows, cols, rows, rows));
   EXPECT_REFUSED(check_factored_scales(tensor({rows.elements()}, kBF16), cols, rows, cols));
-  EXPECT_NO_THROW(check_scale_rows_cols(x, x, rows, cols));
-  EXPECT_NO_THROW(check_scale_rows_cols(x, x, {}, {}));
-  EXPECT_REFUSED(check_scale_rows_cols(tensor({8, 5}), x, rows, cols));
-  EXPECT_REFUSED(check_scale_rows_cols(x, x, cols, {}));
-  EXPECT_REFUSED(check_scale_rows_cols(x, x, {}, rows));
+  EXPECT_NO_THROW(check_scaled_sum({x, x, rows, cols}));
+  EXPECT_NO_THROW(check_scaled_sum({x, x}));
+  EXPECT_REFUSED(check_scaled_sum({tensor({8, 5}), x, rows, cols}));
+  EXPECT_REFUSED(check_scaled_sum({x, x, cols}));
+  EXPECT_REFUSED(check_scaled_sum({x, x, {}, rows}));
 }
 
 TEST(Operands, EightBitWeights) {

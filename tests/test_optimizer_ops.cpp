@@ -198,9 +198,9 @@ TEST_P(OptimizerOps, ScaleRowsCols) {
         Values expected = device.read(in);
         const Values r = rows ? device.read(rows) : Values(37, 1.0), c = cols ? device.read(cols) : Values(83, 1.0);
         for (size_t i = 0; i < expected.size(); ++i) expected[i] *= -0.3 * r[i / 83] * c[i % 83];
-        device->scale_rows_cols(out, in, rows, cols, -0.3f);
+        device->scale_rows_cols({out, in, rows, cols, -0.3f});
         EXPECT_LE(relative_error(device.read(out), expected), tolerance(out_dtype));
-        device->scale_rows_cols(in, in, rows, cols, -0.3f);
+        device->scale_rows_cols({in, in, rows, cols, -0.3f});
         EXPECT_LE(relative_error(device.read(in), expected), tolerance(dtype()));
       }
     }
@@ -427,7 +427,7 @@ TEST_P(OptimizerOps, AreIndependentOfThreads) {
                  squares = device.poisoned(DType::kF32, {1});
     const DeviceValue<StepScalars> s(device, scalars_of());
     device->factored_second_moment(row, col, row_scale, col_scale, g, 1e-30f, s.data());
-    device->scale_rows_cols(g, g, row_scale, col_scale, 1.0f);
+    device->scale_rows_cols({g, g, row_scale, col_scale, 1.0f});
     device->momentum_update(g, momentum, 0.9f, s.data());
     device->sum_squares(squares, g, false);
     device->apply_update(weight, {}, g, {}, squares.as<float>(), nullptr, n * m, kKey, s.data());

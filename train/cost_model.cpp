@@ -91,7 +91,8 @@ struct Operations {
     const Work both = product + classifier + input_gradient;  // after the logits and the losses
     if (config.gradients.blocks == GradientBlocks::kWhole) return both + gradient;
     // In blocks the logits are computed again for every pass over the gradient.
-    return both + gradient_passes(config.optimizer, config.optimizer.compress_embeddings) * (product + classifier + gradient);
+    return both +
+           gradient_passes(config.optimizer, config.optimizer.compress_embeddings) * (product + classifier + gradient);
   }
 
   // A block's gradients of a micro-batch, added to sums: of rank r by a product, in full by reading them once more.

@@ -72,7 +72,7 @@ class CpuBackend : public Backend {
   void factored_scales(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
                        const StepScalars* scalars) override;
   void full_second_moment(Tensor grad, Tensor second_moment, float eps1, const StepScalars* scalars) override;
-  void scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor, Tensor added) override;
+  void scale_rows_cols(const ScaledSum& sum, const ScaledSum* beside) override;
   void momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) override;
   void scaled_momentum_update(Tensor update, Tensor momentum, Tensor row_scale, Tensor col_scale, float beta1,
                               const StepScalars* scalars, SquaresTarget squares) override;

@@ -110,7 +110,7 @@ void CpuBackend::factored_second_moment(Tensor row_state, Tensor col_state, Tens
   average_and_scale(row_state, col_state, row_scale, col_scale, scalars->beta2);
   if (!projection) return;
   generate_projection(projection->plain, projection->kind, projection->key, projection->index);
-  scale_rows_cols(projection->scaled, projection->plain, {}, projection->of_rows ? row_scale : col_scale, 1.0f, {});
+  scale_rows_cols({projection->scaled, projection->plain, {}, projection->of_rows ? row_scale : col_scale}, nullptr);
 }
 
 // *target.out (+)= the squares of x.
@@ -170,9 +170,10 @@ void CpuBackend::full_second_moment(Tensor grad, Tensor second_moment, float eps
   });
 }
 
-void CpuBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor,
-                                 Tensor added) {
-  check_scale_rows_cols(out, in, row_scale, col_scale, added);
+void CpuBackend::scale_rows_cols(const ScaledSum& sum, const ScaledSum* beside) {
+  check_scaled_sum(sum);
+  const Tensor &out = sum.out, &in = sum.in, &row_scale = sum.row_scale, &col_scale = sum.col_scale, &added = sum.added;
+  const float factor = sum.factor;
   const int64_t rows = in.rows(), cols = in.cols();
   const Profiler::Scope scope(profiler, "scale_rows_cols", 0, static_cast<double>(in.bytes() + out.bytes()));
   dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
@@ -203,6 +204,7 @@ void CpuBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor
       }
     });
   });
+  if (beside) scale_rows_cols(*beside, nullptr);
 }
 
 void CpuBackend::momentum_update(Tensor update, Tensor momentum, float beta1, const StepScalars* scalars) {
@@ -221,7 +223,7 @@ void CpuBackend::momentum_update(Tensor update, Tensor momentum, float beta1, co
 
 void CpuBackend::scaled_momentum_update(Tensor update, Tensor momentum, Tensor row_scale, Tensor col_scale, float beta1,
                                         const StepScalars* scalars, SquaresTarget squares) {
-  if (!row_scale.empty() || !col_scale.empty()) scale_rows_cols(update, update, row_scale, col_scale, 1.0f, {});
+  if (!row_scale.empty() || !col_scale.empty()) scale_rows_cols({update, update, row_scale, col_scale}, nullptr);
   if (!momentum.empty()) momentum_update(update, momentum, beta1, scalars);
   leave_squares(squares, update);
 }

@@ -9,39 +9,79 @@
 
 namespace {
 
-// out = in * (factor * row_scale) * col_scale + added (unless added.data is null), kWidth columns a thread; `vectors`:
-// rows of octets, which the momenta of ranks that are no multiple of 8 do not have.
-template <typename Out, typename In, int kWidth>
-__global__ void __launch_bounds__(kStateThreads)
-    scale_rows_cols_kernel(VectorView<Out, kWidth> out, VectorView<In, kWidth> in, const float* row_scale,
-                           const float* col_scale, float factor, AnyView added, int64_t rows, int64_t cols,
-                           bool vectors) {
-  const uint32_t groups = static_cast<uint32_t>((cols + kWidth - 1) / kWidth);
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kStateThreads + threadIdx.x;
+// A ScaledSum on the device; `added` may have no data. `vectors`: rows of octets, which the momenta of ranks that are
+// no multiple of 8 do not have.
+struct SumViews {
+  AnyView out, in, added;
+  const float *row_scale = nullptr, *col_scale = nullptr;
+  float factor = 1.0f;
+  int64_t rows = 0, cols = 0;
+  bool vectors = false;
+
+  int64_t groups(int width) const { return rows * divide_up(cols, width); }
+};
+
+SumViews sum_views(const ScaledSum& sum) {
+  check_scaled_sum(sum);
+  return {.out = any_view(sum.out),
+          .in = any_view(sum.in),
+          .added = sum.added.empty() ? AnyView{} : any_view(sum.added),
+          .row_scale = sum.row_scale.as<const float>(),
+          .col_scale = sum.col_scale.as<const float>(),
+          .factor = sum.factor,
+          .rows = sum.in.rows(),
+          .cols = sum.in.cols(),
+          .vectors = has_octet_rows(sum.out) && has_octet_rows(sum.in) && begins_aligned(sum.col_scale) &&
+                     (sum.added.empty() || has_octet_rows(sum.added))};
+}
+
+// Group `index` of kWidth columns; load(row, column, x) and store(row, column, x) do so with all of a group.
+template <int kWidth, typename Load, typename Store>
+__device__ inline void scaled_sum(const SumViews& s, int64_t index, Load&& load, Store&& store) {
+  const uint32_t groups = static_cast<uint32_t>((s.cols + kWidth - 1) / kWidth);
   const int64_t row = index <= 0xffffffffll ? static_cast<uint32_t>(index) / groups : index / groups;
-  if (row >= rows) return;
+  if (row >= s.rows) return;
   const int64_t column = (index - row * groups) * kWidth;
-  const float row_factor = row_scale ? factor * row_scale[row] : factor;
-  if (vectors) {
+  const float row_factor = s.row_scale ? s.factor * s.row_scale[row] : s.factor;
+  if (s.vectors) {
     float x[kWidth], scales[kWidth];
-    unpack(in.load_again(row, column), x);
-    if (col_scale) unpack(load_vector<kWidth>(col_scale + column), scales);
+    load(row, column, x);
+    if (s.col_scale) unpack(load_vector<kWidth>(s.col_scale + column), scales);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) x[i] *= col_scale ? row_factor * scales[i] : row_factor;
-    if (added.data) {
+    for (int i = 0; i < kWidth; ++i) x[i] *= s.col_scale ? row_factor * scales[i] : row_factor;
+    if (s.added.data) {
       float more[kWidth];
-      added.load_octet(row, column, more);
+      s.added.load_octet(row, column, more);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) x[i] += more[i];
     }
-    out.store(row, column, x);
+    store(row, column, x);
     return;
   }
-  for (int64_t j = column; j < column + kWidth && j < cols; ++j) {
-    float x = in.load_one(row, j) * (col_scale ? row_factor * col_scale[j] : row_factor);
-    if (added.data) x += added.load_one(row, j);
-    out.store_one(row, j, x);
+  for (int64_t j = column; j < column + kWidth && j < s.cols; ++j) {
+    float x = s.in.load_one(row, j) * (s.col_scale ? row_factor * s.col_scale[j] : row_factor);
+    if (s.added.data) x += s.added.load_one(row, j);
+    s.out.store_one(row, j, x);
   }
+}
+
+// The first sum's types are known, kWidth columns a thread; `beside` has the blocks after its, octets of any type.
+template <typename Out, typename In, int kWidth>
+__global__ void __launch_bounds__(kStateThreads)
+    scale_rows_cols_kernel(SumViews sum, unsigned blocks, SumViews beside) {
+  if (blockIdx.x >= blocks) {
+    const int64_t index = static_cast<int64_t>(blockIdx.x - blocks) * kStateThreads + threadIdx.x;
+    scaled_sum<kOctet>(
+        beside, index, [&](int64_t row, int64_t column, auto& x) { beside.in.load_octet(row, column, x); },
+        [&](int64_t row, int64_t column, const auto& x) { beside.out.store_octet(row, column, x); });
+    return;
+  }
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kStateThreads + threadIdx.x;
+  const VectorView<Out, kWidth> out = {static_cast<Out*>(sum.out.data), sum.out.pitch};
+  const VectorView<In, kWidth> in = {static_cast<In*>(sum.in.data), sum.in.pitch};
+  scaled_sum<kWidth>(
+      sum, index, [&](int64_t row, int64_t column, auto& x) { unpack(in.load_again(row, column), x); },
+      [&](int64_t row, int64_t column, const auto& x) { out.store(row, column, x); });
 }
 
 __global__ void __launch_bounds__(kStateThreads, 4)  // 64 registers: with less it spills
@@ -141,23 +181,17 @@ void CudaBackend::full_second_moment(Tensor grad, Tensor second_moment, float ep
          block_tensor(second_moment), grad.elements(), eps1, scalars);
 }
 
-void CudaBackend::scale_rows_cols(Tensor out, Tensor in, Tensor row_scale, Tensor col_scale, float factor,
-                                  Tensor added) {
-  check_scale_rows_cols(out, in, row_scale, col_scale, added);
-  const int64_t rows = in.rows(), cols = in.cols();
-  const Timed timed(*this, "scale_rows_cols", 0, static_cast<double>(in.bytes() + out.bytes() + added.bytes()));
-  if (in.elements() == 0) return;
-  const bool vectors = has_octet_rows(out) && has_octet_rows(in) && begins_aligned(col_scale) &&
-                       (added.empty() || has_octet_rows(added));
-  const AnyView added_view = added.empty() ? AnyView{} : any_view(added);
-  dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
+void CudaBackend::scale_rows_cols(const ScaledSum& sum, const ScaledSum* beside) {
+  const SumViews views = sum_views(sum), beside_views = beside ? sum_views(*beside) : SumViews{};
+  const auto bytes = [](const ScaledSum& s) { return s.in.bytes() + s.out.bytes() + s.added.bytes(); };
+  const Timed timed(*this, "scale_rows_cols", 0, static_cast<double>(bytes(sum) + (beside ? bytes(*beside) : 0)));
+  dispatch(sum.out.dtype, sum.in.dtype, [&]<typename Out, typename In>() {
     constexpr int kWidth = kVectorWidth<Out, In>;
+    const auto blocks = static_cast<unsigned>(divide_up(views.groups(kWidth), kStateThreads));
+    const auto more = static_cast<unsigned>(divide_up(beside_views.groups(kOctet), kStateThreads));
+    if (blocks + more == 0) return;
     launch("scale_rows_cols", scale_rows_cols_kernel<Out, In, kWidth>,
-           {.grid = dim3(static_cast<unsigned>(divide_up(rows * divide_up(cols, kWidth), kStateThreads))),
-            .block = kStateThreads,
-            .stream = stream_},
-           vector_view<Out, kWidth>(out), vector_view<In, kWidth>(in), row_scale.as<const float>(),
-           col_scale.as<const float>(), factor, added_view, rows, cols, vectors);
+           {.grid = dim3(blocks + more), .block = kStateThreads, .stream = stream_}, views, blocks, beside_views);
   });
 }
 
@@ -174,9 +208,9 @@ void CudaBackend::scaled_momentum_update(Tensor update, Tensor momentum, Tensor 
                                          float beta1, const StepScalars* scalars, SquaresTarget squares) {
   const bool scaled = !row_scale.empty() || !col_scale.empty();
   if (!momentum.empty()) check_state(momentum, update);
-  check_scale_rows_cols(update, update, row_scale, col_scale);
+  check_scaled_sum({update, update, row_scale, col_scale});
   if (update.cols() % kOctet != 0 || !update.contiguous() || !takes_scales(update)) {
-    if (scaled) scale_rows_cols(update, update, row_scale, col_scale, 1.0f, {});
+    if (scaled) scale_rows_cols({update, update, row_scale, col_scale}, nullptr);
     if (!momentum.empty()) momentum_update(update, momentum, beta1, scalars);
     if (squares.out) sum_squares(Tensor::of(squares.out, DType::kF32, {1}), {&update, 1}, squares.accumulate);
     return;

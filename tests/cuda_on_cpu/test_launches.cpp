@@ -54,6 +54,14 @@ TEST(Launches, FloraFused) {
     expect_launches_of_a_layer(options_of(OptimizerKind::kFlora, GradientMode::kFused, dtype), 29);
 }
 
+TEST(Launches, FloraFusedWithResidual) {
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    FakeOptions options = options_of(OptimizerKind::kFlora, GradientMode::kFused, dtype);
+    options.optimizer.residual = true;
+    expect_launches_of_a_layer(options, 29);
+  }
+}
+
 TEST(Launches, AdafactorFused) {
   expect_launches_of_a_layer(options_of(OptimizerKind::kAdafactor, GradientMode::kFused, DType::kBF16), 17);
 }
