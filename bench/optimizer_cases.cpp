@@ -101,7 +101,7 @@ class OptimizerCases : CaseList {
       const Tensor x = in.normal(gradient, {rows, cols}), row = in.empty(kF32, {rows}), col = in.empty(kF32, {cols});
       in.backend.fill_constant(row, -1.0f);
       in.backend.fill_constant(col, 1.0f);
-      return Call{[=, &in] { in.backend.scale_rows_cols(x, x, row, col, 1.0f); }};
+      return Call{[=, &in] { in.backend.scale_rows_cols({x, x, row, col}); }};
     });
     for (DType dtype : {kBF16, DType::kI8}) {
       add(std::string("momentum_update ") + dtype_name(dtype), shape, [=](Inputs& in) {

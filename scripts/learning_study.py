@@ -87,6 +87,7 @@ for name, flags in [
     flora("cosine", 4, 200, "--residual"),
     flora("cosine", 16, 200, "--residual"),
     flora("cosine", 4, 200, "--residual", "--compress-embeddings"),
+    flora("cosine", 8, 200, "--residual", "--compress-embeddings"),
     flora("cosine", 16, 200, "--residual", "--compress-embeddings"),
 ]:
     SETTINGS[name + " matrix lr 1/10"] = ([*flags, "--matrix-lr-scale", "0.1"], 8e-3)
