@@ -18,9 +18,14 @@ OptimizerConfig checked(OptimizerConfig config) {
   return config;
 }
 
+bool keeps_momentum(const OptimizerConfig& config, const Parameter& parameter) {
+  const bool outside = parameter.matrix && parameter.layer < 0;
+  return config.beta1 > 0 && (config.embedding_momentum || !outside);
+}
+
 // Whether the momentum of a parameter is kept in a projection.
 bool compresses_momentum(const OptimizerConfig& config, const Parameter& parameter) {
-  return config.factored && parameter.matrix && config.beta1 > 0 &&
+  return config.factored && parameter.matrix && keeps_momentum(config, parameter) &&
          is_compressed(parameter, config.rank, config.compress_embeddings, config.projection);
 }
 
@@ -78,7 +83,11 @@ void Flora::add_states(Entry& entry) {
   const Compression shape = compression(entry);
   const Tensor compressed =
       Tensor::of(nullptr, config_.state_dtype, {shape.compressed_rows(), shape.compressed_cols()});
-  entry.momentum = entry.compressed ? states_.add(p, "momentum", compressed) : add_momentum(p);
+  if (entry.compressed) {
+    entry.momentum = states_.add(p, "momentum", compressed);
+  } else if (keeps_momentum(config_, p)) {
+    entry.momentum = add_momentum(p);
+  }
   if (entry.factored) {
     entry.row = states_.add(p, "row", Tensor::of(nullptr, DType::kF32, {p.rows}));
     entry.col = states_.add(p, "col", Tensor::of(nullptr, DType::kF32, {p.cols}));
@@ -94,7 +103,7 @@ void Flora::reserve_scratch(const Entry& entry) {
     col_scale_.reserve(p.cols);
   }
   if (!entry.compressed) {
-    if (has_momentum() && config_.clip > 0) copied_momentum_.reserve(gradient_block_rows(p, config_.blocks) * p.cols);
+    if (entry.momentum >= 0 && config_.clip > 0) copied_momentum_.reserve(gradient_block_rows(p, config_.blocks) * p.cols);
     return;
   }
   const Compression shape = compression(entry);
@@ -242,9 +251,10 @@ void Flora::to_update(const Entry& entry, Tensor gradient, const RowRange& rows,
     if (squares.out) backend_.sum_squares(Tensor::of(squares.out, DType::kF32, {1}), gradient, squares.accumulate);
     return;
   }
-  if (!entry.factored && !has_momentum() && !squares.out) return;
+  const bool has_momentum = entry.momentum >= 0;
+  if (!entry.factored && !has_momentum && !squares.out) return;
   const Tensor momentum = rows.of(states_.get(entry.momentum));
-  backend_.scaled_momentum_update(gradient, keep_momentum && has_momentum() ? copied_momentum(momentum) : momentum,
+  backend_.scaled_momentum_update(gradient, keep_momentum && has_momentum ? copied_momentum(momentum) : momentum,
                                   row_scale, col_scale, beta1, scalars, squares);
 }
 

@@ -46,7 +46,6 @@ class Flora final : public Optimizer {
     int momentum = -1, row = -1, col = -1, second_moment = -1;
   };
 
-  bool has_momentum() const { return config_.beta1 > 0; }
   Compression compression(const Entry& entry) const { return {entry.parameter, config_.rank}; }
   void add_states(Entry& entry);
   void reserve_scratch(const Entry& entry);

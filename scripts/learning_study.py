@@ -25,6 +25,7 @@ import struct
 import subprocess
 import sys
 from array import array
+from fractions import Fraction
 from pathlib import Path
 
 FIELDS = ["size", "setting", "lr", "seed", "tokens", "tokens_per_step", "validation_loss", "state_bytes", "step_ms",
@@ -34,11 +35,14 @@ GPT2_END_OF_TEXT = 50256
 # name: layers, channels, heads, sequence length
 SIZES = {"1m": (5, 128, 4, 128), "3m": (4, 256, 4, 128), "10m": (8, 320, 5, 128)}
 
-def flora(projection, fraction, kappa, *more):
-    """Rank as a fraction of the width."""
+def flora(projection, fraction, kappa, *more, matrix_lr=""):
+    """Rank as a fraction of the width; what the defaults would choose is said. matrix_lr: as in 1/10."""
     name = f"flora {projection} C/{fraction} kappa {kappa}" + "".join(" " + flag.lstrip("-") for flag in more)
-    return name, ["--optimizer", "flora", "--rank", f"C/{fraction}", "--projection", projection, "--kappa", str(kappa),
-                  *more]
+    flags = ["--optimizer", "flora", "--rank", f"C/{fraction}", "--projection", projection, "--kappa", str(kappa), *more]
+    flags += [default for default in ("--residual=false", "--embedding-momentum")
+              if not any(flag.startswith(default.split("=")[0]) for flag in more)]
+    flags += ["--matrix-lr-scale", str(float(Fraction(matrix_lr or 1)))]
+    return name + (f" matrix lr {matrix_lr}" if matrix_lr else ""), flags
 
 
 # name -> flags and the learning rate that the sweep begins at; the order is that of the runs.
@@ -83,22 +87,23 @@ SETTINGS |= {
         ["--optimizer", "adafactor", "--beta1", "0", "--gradients", "fused", "--matrix-lr-scale", "0.1"], 8e-3),
     "adamw half-life matrix lr 1/10": (["--optimizer", "adamw", *HALF_LIFE, "--matrix-lr-scale", "0.1"], 8e-3),
 }
-for name, flags in [
-    flora("cosine", 4, 200, "--residual"),
-    flora("cosine", 16, 200, "--residual"),
-    flora("cosine", 4, 200, "--residual", "--compress-embeddings"),
-    flora("cosine", 8, 200, "--residual", "--compress-embeddings"),
-    flora("cosine", 16, 200, "--residual", "--compress-embeddings"),
-]:
-    SETTINGS[name + " matrix lr 1/10"] = ([*flags, "--matrix-lr-scale", "0.1"], 8e-3)
+SETTINGS |= {name: (flags, 8e-3) for name, flags in [
+    flora("cosine", 4, 200, "--residual", matrix_lr="1/10"),
+    flora("cosine", 16, 200, "--residual", matrix_lr="1/10"),
+    flora("cosine", 4, 200, "--residual", matrix_lr="1/5"),
+    flora("cosine", 4, 200, "--residual", "--embedding-momentum=false", matrix_lr="1/10"),
+    flora("cosine", 8, 200, "--residual", "--embedding-momentum=false", matrix_lr="1/10"),
+    flora("cosine", 16, 200, "--residual", "--embedding-momentum=false", matrix_lr="1/10"),
+    flora("cosine", 4, 200, "--residual", "--compress-embeddings", matrix_lr="1/10"),
+    flora("cosine", 8, 200, "--residual", "--compress-embeddings", matrix_lr="1/10"),
+    flora("cosine", 16, 200, "--residual", "--compress-embeddings", matrix_lr="1/10"),
+    flora("cosine", 4, 200, matrix_lr="3"),
+]}
 SETTINGS |= {
-    "flora cosine C/4 kappa 200 residual matrix lr 1/5": (
-        [*flora("cosine", 4, 200, "--residual")[1], "--matrix-lr-scale", "0.2"], 8e-3),
     "adafactor matrix lr 1/10": (
         ["--optimizer", "adafactor", "--gradients", "fused", "--matrix-lr-scale", "0.1"], 8e-3),
     "adafactor int8 momentum matrix lr 1/10": (
         ["--optimizer", "adafactor", "--gradients", "fused", "--state-dtype", "int8", "--matrix-lr-scale", "0.1"], 8e-3),
-    "flora cosine C/4 kappa 200 matrix lr 3": ([*flora("cosine", 4, 200)[1], "--matrix-lr-scale", "3"], 2e-3),
 }
 
 

@@ -126,9 +126,13 @@ void check_options(const Options& o) {
   only_for({"rank", "kappa", "projection", "transfer", "compress-embeddings"},
            flora || gradients == GradientMode::kCompressed || engine.gradients.accumulation_rank > 0, optimizer);
   only_for({"kappa", "transfer", "residual"}, flora, optimizer);
-  only_for(
-      {"decay-rate", "eps1", "eps2", "update-clip", "no-factored", "scale-parameter", "relative-step", "warmup-init"},
-      adaptive, optimizer);
+  only_for({"compress-embeddings"},
+           engine.optimizer.embedding_momentum || engine.gradients.accumulation_rank > 0 ||
+               gradients == GradientMode::kCompressed,
+           "--embedding-momentum=false");
+  only_for({"embedding-momentum", "decay-rate", "eps1", "eps2", "update-clip", "no-factored", "scale-parameter",
+            "relative-step", "warmup-init"},
+           adaptive, optimizer);
   only_for({"beta2", "eps"}, kind == OptimizerKind::kAdamW, optimizer);
   only_for({"half-life"}, kind != OptimizerKind::kSgd, optimizer);
   only_for({"beta2"}, engine.optimizer.half_life == 0, "--half-life, which gives it");

@@ -85,6 +85,9 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
   }
   choose_micro_batch(o, cpu, undecided);
   o.choose("residual", optimizer.residual, flora && has_orthonormal_rows(optimizer.projection));
+  // A run that is resumed and does not say is older than the option.
+  o.choose("embedding-momentum", optimizer.embedding_momentum,
+           !optimizer.residual || optimizer.compress_embeddings || !o.resume.empty());
   o.choose("lr", o.schedule.peak, default_rate(optimizer, config.channels));
   o.choose("matrix-lr-scale", optimizer.matrix_lr_scale, flora && optimizer.residual ? 0.1f : 1.0f);
   o.choose("weight-decay", optimizer.weight_decay, sgd ? 0.0f : 0.1f);
