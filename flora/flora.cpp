@@ -103,7 +103,8 @@ void Flora::reserve_scratch(const Entry& entry) {
     col_scale_.reserve(p.cols);
   }
   if (!entry.compressed) {
-    if (entry.momentum >= 0 && config_.clip > 0) copied_momentum_.reserve(gradient_block_rows(p, config_.blocks) * p.cols);
+    if (entry.momentum >= 0 && config_.clip > 0)
+      copied_momentum_.reserve(gradient_block_rows(p, config_.blocks) * p.cols);
     return;
   }
   const Compression shape = compression(entry);

@@ -5,9 +5,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <memory>
 
 #include "tests/backends.h"
 #include "tests/device_value.h"
+#include "tests/fake_model.h"
 
 namespace {
 
@@ -337,6 +339,35 @@ TEST(Flora, StateIsSmallAndNamed) {
   EXPECT_EQ(bench.state("col").elements(), 200);
   EXPECT_EQ(bench.optimizer().state().size(), 3u);
   EXPECT_EQ(bench.optimizer().compressed_parameters(), std::vector<std::string>{"w"});
+}
+
+// As with beta1 = 0, and what is in the blocks, and every vector, as with a momentum for all.
+TEST(Flora, EmbeddingsMayGoWithoutMomentum) {
+  for (OptimizerKind kind : {OptimizerKind::kFlora, OptimizerKind::kAdafactor}) {
+    for (DType state : {DType::kF32, DType::kI8}) {
+      const auto trained = [&](float beta1, bool embedding_momentum) {
+        FakeOptions options;
+        options.optimizer.kind = kind;
+        options.optimizer.rank = 8;
+        options.optimizer.kappa = 2;
+        options.optimizer.residual = kind == OptimizerKind::kFlora;
+        options.optimizer.state_dtype = state;
+        options.optimizer.beta1 = beta1;
+        options.optimizer.embedding_momentum = embedding_momentum;
+        auto model = std::make_unique<FakeModel>(options);
+        for (uint32_t t = 1; t <= 3; ++t) model->step(t);
+        return model;
+      };
+      const auto some = trained(0.9f, false), none = trained(0, true), all = trained(0.9f, true);
+      const std::vector<double> weights = some->weights(), without = none->weights(), with = all->weights();
+      size_t i = 0;
+      for (const Parameter& p : some->store().parameters()) {
+        for (int64_t j = 0; j < p.elements(); ++j, ++i)
+          ASSERT_EQ(weights[i], p.embedding ? without[i] : with[i]) << p.name;
+      }
+      EXPECT_EQ(some->optimizer().state().size() + 2, all->optimizer().state().size());
+    }
+  }
 }
 
 TEST(Flora, RejectsWhatCannotBeMeant) {

@@ -126,6 +126,7 @@ TEST_P(Blocks, ChangeTheRoundingOnly) {
     configs.push_back(config);
     config.optimizer.projection = ProjectionKind::kCosine;
     config.optimizer.residual = true;
+    config.optimizer.embedding_momentum = tied;
     configs.push_back(config);
   }
   // fp32: sums in another order. bf16: a rounding of a weight goes the other way now and then.

@@ -112,6 +112,7 @@ TEST(PlanVariants, AreWhatIsAllocated) {
   with("no momentum", [](EngineConfig& c) { c.optimizer.beta1 = 0; });
   with("sgd with momentum", [](EngineConfig& c) { c.optimizer.kind = OptimizerKind::kSgd, c.optimizer.beta1 = 0.9f; });
   with("unfactored", [](EngineConfig& c) { c.optimizer.factored = false; });
+  with("no momentum of embeddings", [](EngineConfig& c) { c.optimizer.embedding_momentum = false; });
   with("embeddings compressed", [](EngineConfig& c) { c.optimizer.compress_embeddings = true; });
   with("embeddings' sums compressed", [](EngineConfig& c) {
     c.gradients.kind = GradientMode::kCompressed, c.gradients.accumulation_rank = 4,

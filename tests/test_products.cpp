@@ -42,6 +42,7 @@ struct Mode {
   bool compress_embeddings = false;
   int64_t rank = 8;
   GradientBlocks blocks = GradientBlocks::kWhole;
+  bool residual = true;
 };
 
 const Mode kModes[] = {
@@ -56,6 +57,8 @@ const Mode kModes[] = {
     {"Flora, compressed embeddings", OptimizerKind::kFlora, GradientMode::kCompressed, 2, 16, kF32, true},
     {"Flora of rank 5", OptimizerKind::kFlora, GradientMode::kCompressed, 2, 3, kF32, true, 5},
     {"Flora in blocks", OptimizerKind::kFlora, GradientMode::kFused, 1, 0, kF32, false, 8, GradientBlocks::kAll},
+    {"Flora as published", OptimizerKind::kFlora, GradientMode::kFused, 1, 0, kF32, false, 8, GradientBlocks::kWhole,
+     false},
 };
 
 // Weights are in products with activations only, states in products with gradients only.
@@ -71,6 +74,7 @@ TEST_P(GpuProducts, OfEveryMixOfDTypes) {
             config.shapes.dtype = activation;
             config.optimizer.kind = mode.optimizer;
             config.optimizer.rank = mode.rank;
+            config.optimizer.residual = mode.residual && mode.optimizer == OptimizerKind::kFlora;
             config.optimizer.state_dtype = state;
             config.optimizer.compress_embeddings = config.gradients.compress_embeddings = mode.compress_embeddings;
             config.gradients.gradient_dtype = gradient;

@@ -50,6 +50,8 @@ USAGE = [
     (["--optimizer", "sgd", "--kappa", 8], ["--kappa", "sgd"]),
     (["--beta2", 0.9], ["--beta2", "flora"]),
     (["--residual", "--projection", "gaussian"], ["--residual", "--projection gaussian"]),
+    (["--compress-embeddings", "--embedding-momentum=false"], ["--compress-embeddings", "--embedding-momentum=false"]),
+    (["--optimizer", "adamw", "--embedding-momentum"], ["--embedding-momentum", "adamw"]),
     (["--optimizer", "adafactor", "--residual"], ["--residual", "adafactor"]),
     (["--optimizer", "adamw", "--beta2", 0.9, "--half-life", 10**6], ["--beta2", "--half-life"]),
     (["--optimizer", "sgd", "--half-life", 10**6], ["--half-life", "sgd"]),

@@ -127,20 +127,21 @@ def test_the_settings_by_name_train(data, tmp_path, name):
     assert {key: options[key] for key in said} == pytest.approx(said)
 
 
-@pytest.mark.parametrize("flags,residual,lr,matrix_lr_scale", [
-    ([], True, 1 / 128, 0.1),
-    (["--rank", 16, "--residual=false"], False, 0.5 / 128, 1),
-    (["--rank", 16, "--projection", "gaussian"], False, 5e-4, 1),
-    (["--matrix-lr-scale", 1, "--lr", 2e-3], True, 2e-3, 1),
-    (["--optimizer", "adafactor"], False, 5e-4, 1),
-    (["--optimizer", "adamw"], False, 6e-4, 1),
-    (["--optimizer", "sgd"], False, 0.1, 1),
+@pytest.mark.parametrize("flags,residual,embedding_momentum,lr,matrix_lr_scale", [
+    ([], True, False, 1 / 128, 0.1),
+    (["--rank", 16, "--residual=false"], False, True, 0.5 / 128, 1),
+    (["--rank", 16, "--projection", "gaussian"], False, True, 5e-4, 1),
+    (["--matrix-lr-scale", 1, "--lr", 2e-3, "--embedding-momentum"], True, True, 2e-3, 1),
+    (["--rank", 16, "--compress-embeddings"], True, True, 1 / 128, 0.1),
+    (["--optimizer", "adafactor"], False, True, 5e-4, 1),
+    (["--optimizer", "adamw"], False, True, 6e-4, 1),
+    (["--optimizer", "sgd"], False, True, 0.1, 1),
 ])
-def test_the_learning_rates_that_nobody_chose(data, tmp_path, flags, residual, lr, matrix_lr_scale):
-    """docs/learning.md says where those of Flora are from; tiny has 128 channels."""
+def test_what_an_update_rule_does_unless_told(data, tmp_path, flags, residual, embedding_momentum, lr, matrix_lr_scale):
+    """docs/learning.md says where Flora's are from; tiny has 128 channels."""
     succeed("--data", data / "text_train_*.bin", *TINY, *flags, "--steps", 1, "--out", tmp_path)
     options = metrics(tmp_path)[0]["options"]
-    assert options["residual"] is residual
+    assert (options["residual"], options["embedding_momentum"]) == (residual, embedding_momentum)
     assert (options["lr"], options["matrix_lr_scale"]) == pytest.approx((lr, matrix_lr_scale))
 
 

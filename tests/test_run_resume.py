@@ -8,7 +8,8 @@ import shutil
 import signal
 
 import pytest
-from program import TINY, call, fail, losses, metrics, same_state, samples, start_training, steps_saved, stop, succeed
+from program import (TINY, call, fail, losses, metrics, same_state, samples, start_training, steps_saved, stop, succeed,
+                     write_state)
 
 STEPS = 150
 
@@ -148,6 +149,16 @@ def test_what_may_change_changes_nothing(train, tmp_path):
     assert same_state(run, tmp_path / "b")
     options = json.loads((tmp_path / "b/latest/trainer_state.json").read_text())["options"]
     assert options["recompute"] == "block" and options["log_every"] == 3
+
+
+def test_a_run_from_before_the_option_keeps_its_embedding_momentum(train, tmp_path):
+    run = train("run", "--rank", 16, "--embedding-momentum", "--steps", 4)
+    state = run / "latest/trainer_state.json"
+    written = json.loads(state.read_text())
+    del written["options"]["embedding_momentum"]
+    write_state(state, written)
+    succeed("--resume", run, "--out", tmp_path / "more", "--steps", 6)
+    assert json.loads((tmp_path / "more/latest/trainer_state.json").read_text())["options"]["embedding_momentum"]
 
 
 def test_what_is_learned_may_change_when_asked_for(train, tmp_path):
