@@ -19,8 +19,8 @@ OptimizerConfig checked(OptimizerConfig config) {
 }
 
 bool keeps_momentum(const OptimizerConfig& config, const Parameter& parameter) {
-  const bool outside = parameter.matrix && parameter.layer < 0;
-  return config.beta1 > 0 && (config.embedding_momentum || !outside);
+  const bool large_table = parameter.long_lived && is_elongated(parameter);
+  return config.beta1 > 0 && (config.embedding_momentum || !large_table);
 }
 
 // Whether the momentum of a parameter is kept in a projection.

@@ -113,7 +113,7 @@ struct OptimizerConfig {
   bool relative_step = false;  // lr_t = min(1e-2 or, with warmup_init, 1e-6 t; 1/sqrt(t)) instead of the schedule
   bool warmup_init = false;
   bool compress_embeddings = false;
-  bool embedding_momentum = true;  // of the matrices outside of the blocks, embeddings and head
+  bool embedding_momentum = true;  // of the token embedding and the head, where they are elongated
   ProjectionKind projection = ProjectionKind::kCosine;
   TransferKind transfer = TransferKind::kReencode;
   bool residual = false;  // what the projection does not hold is used at full weight; orthonormal projections only

@@ -3,13 +3,14 @@
 
 #include <algorithm>
 
+bool is_elongated(const Parameter& p) { return std::max(p.rows, p.cols) > 4 * std::min(p.rows, p.cols); }
+
 bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embeddings, ProjectionKind projection) {
-  constexpr int64_t kLargestRatio = 4;
   if (!parameter.matrix || rank <= 0) return false;
-  const int64_t small = std::min(parameter.rows, parameter.cols), large = std::max(parameter.rows, parameter.cols);
+  const int64_t small = std::min(parameter.rows, parameter.cols);
   // r orthonormal rows of length r span everything, and nothing is saved.
   if (has_orthonormal_rows(projection) ? small <= rank : small < rank) return false;
-  return compress_embeddings || large <= kLargestRatio * small;
+  return compress_embeddings || !is_elongated(parameter);
 }
 
 float unbiased_factor(ProjectionKind kind, const Compression& shape) {

@@ -16,6 +16,9 @@
 // True when a gradient or momentum of this shape is held in a projection of rank r (docs/design.md, section Flora).
 bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embeddings, ProjectionKind projection);
 
+// More than four times as long as wide, or as wide as long: such matrices are compressed only where embeddings are.
+bool is_elongated(const Parameter& parameter);
+
 // True for projections with orthonormal rows: they decode to less than was there (r / d of it on average), Gaussian and
 // Rademacher ones to what was there and noise.
 inline bool has_orthonormal_rows(ProjectionKind kind) { return kind == ProjectionKind::kCosine; }

@@ -217,8 +217,8 @@ void describe(Options& o, Visitor& v) {
     "Flora, Adafactor: lr = min(1e-2, 1/sqrt(t)) instead of lr and schedule", Switch{}, fixed);
   v(optimizer.warmup_init, "warmup-init", "", "with relative-step: lr = min(1e-6 t, 1/sqrt(t))", Switch{}, fixed);
   v(optimizer.embedding_momentum, "embedding-momentum", "",
-    "Flora, Adafactor: momentum of the embeddings and the head, too; default: off with residual, unless "
-    "compress-embeddings",
+    "Flora, Adafactor: momentum of the token embedding and the head, too, if they have more than four rows a column; "
+    "default: off with residual, unless compress-embeddings",
     Switch{}, fixed);
   v(optimizer.compress_embeddings, "compress-embeddings", "",
     "Flora: compress matrices of any aspect ratio, embeddings too", Switch{}, fixed);
