@@ -38,7 +38,7 @@ if [ ! -e $text/king_james_val_000000.bin ] && command -v bible >/dev/null; then
     echo "the program 'bible' prints something else; going on with other text"
   fi
 fi
-flags=(--optimizer flora --rank 32 --residual --gradients fused --dtype fp32 --lr 3e-3 --seq-len 64 --micro-batch 4)
+flags=(--optimizer flora --rank 32 --matrix-lr-scale 0.3 --gradients fused --dtype fp32 --seq-len 64 --micro-batch 4)
 flags+=(--model "${MODEL:-scripts/demo_model.json}")
 prompt="The "
 if [ -e $text/king_james_val_000000.bin ]; then

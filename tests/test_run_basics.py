@@ -133,7 +133,9 @@ def test_the_settings_by_name_train(data, tmp_path, name):
     (["--rank", 16, "--projection", "gaussian"], False, True, 5e-4, 1),
     (["--matrix-lr-scale", 1, "--lr", 2e-3, "--embedding-momentum"], True, True, 2e-3, 1),
     (["--rank", 16, "--compress-embeddings"], True, True, 1 / 128, 0.1),
-    (["--optimizer", "adafactor"], False, True, 5e-4, 1),
+    (["--rank", 16, "--scale-parameter"], True, False, 0.5 / 128, 1),
+    (["--optimizer", "adafactor"], False, True, 1 / 128, 0.1),
+    (["--optimizer", "adafactor", "--scale-parameter"], False, True, 5e-4, 1),
     (["--optimizer", "adamw"], False, True, 6e-4, 1),
     (["--optimizer", "sgd"], False, True, 0.1, 1),
 ])

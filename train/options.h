@@ -174,7 +174,7 @@ void describe(Options& o, Visitor& v) {
   v(optimizer.kappa, "kappa", "steps", "Flora: steps between two projections", at_least(1), fixed);
   v(schedule.peak, "lr", "",
     "peak learning rate; default: 1 / channels for flora (without residual 0.5 / channels, with gaussian or rademacher "
-    "projections 5e-4), 5e-4 for adafactor, 6e-4 for adamw, 0.1 for sgd",
+    "projections 5e-4) and adafactor (with scale-parameter 5e-4), 6e-4 for adamw, 0.1 for sgd",
     kAboveZero, said);
   v(schedule.kind, "schedule", "", "of the learning rate after the warmup (wsd: constant, then 1-sqrt cooldown)",
     kScheduleNames, said);
@@ -184,7 +184,7 @@ void describe(Options& o, Visitor& v) {
     said);
   v(optimizer.matrix_lr_scale, "matrix-lr-scale", "",
     "factor on the learning rate of the blocks' matrices; embeddings, the head, biases and LayerNorms keep lr; "
-    "default: 0.1 with residual, else 1",
+    "default: 0.1 with residual and for adafactor, unless scale-parameter; else 1",
     kAboveZero, said);
   v(optimizer.weight_decay, "weight-decay", "", "of matrices and embeddings, times lr; default: 0.1, sgd 0",
     at_least(0), said);

@@ -49,13 +49,18 @@ void choose_micro_batch(Options& o, bool cpu, Undecided undecided) {
   shapes.head_chunk = std::min(shapes.head_chunk, micro_tokens);
 }
 
-// Flora as measured at two widths (docs/learning.md): with --residual the blocks' matrices have a tenth of this rate,
-// and without it about as much outside of the projection.
+// As measured (docs/learning.md): the blocks' matrices learn best at a tenth of the rate of embeddings and vectors.
+// Flora without --residual moves them so far by itself, outside of its projection.
+bool scales_matrix_rates(const OptimizerConfig& optimizer) {
+  const bool whole = optimizer.kind == OptimizerKind::kAdafactor || optimizer.residual;
+  return whole && !optimizer.scale_parameter && !optimizer.relative_step;
+}
+
 float default_rate(const OptimizerConfig& optimizer, int64_t channels) {
+  if (scales_matrix_rates(optimizer)) return 1.0f / static_cast<float>(channels);
   switch (optimizer.kind) {
     case OptimizerKind::kFlora:
-      if (!has_orthonormal_rows(optimizer.projection)) return 5e-4f;
-      return (optimizer.residual ? 1.0f : 0.5f) / static_cast<float>(channels);
+      return has_orthonormal_rows(optimizer.projection) ? 0.5f / static_cast<float>(channels) : 5e-4f;
     case OptimizerKind::kAdafactor: return 5e-4f;
     case OptimizerKind::kAdamW: return 6e-4f;
     case OptimizerKind::kSgd: return 0.1f;
@@ -89,7 +94,7 @@ void choose_defaults(Options& o, bool cpu, Gpt2Config& config, bool from_scratch
   o.choose("embedding-momentum", optimizer.embedding_momentum,
            !optimizer.residual || optimizer.compress_embeddings || !o.resume.empty());
   o.choose("lr", o.schedule.peak, default_rate(optimizer, config.channels));
-  o.choose("matrix-lr-scale", optimizer.matrix_lr_scale, flora && optimizer.residual ? 0.1f : 1.0f);
+  o.choose("matrix-lr-scale", optimizer.matrix_lr_scale, scales_matrix_rates(optimizer) ? 0.1f : 1.0f);
   o.choose("weight-decay", optimizer.weight_decay, sgd ? 0.0f : 0.1f);
   o.choose("beta1", optimizer.beta1, sgd ? 0.0f : 0.9f);
   o.choose("warmup-steps", o.schedule.warmup_steps, percent(o.steps, 5));
