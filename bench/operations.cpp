@@ -178,6 +178,17 @@ void add_optimizers() {
                                     &scalars.projection_index);
     };
   });
+  add("flora/cosine_down", [=](Bench& b) {
+    const Tensor s = b.tensor({kRank, m}), g = b.tensor({n, m}), scale = b.tensor({n}, 1.0f, 0.1f);
+    const CosineProjection p = {kRank, true, {1, RandomPurpose::kProjection, 2, 0}, &scalars.projection_index};
+    return [=, &b] { b.backend.cosine_down(s, g, scale, p); };
+  });
+  add("flora/cosine_up", [=](Bench& b) {
+    const Tensor s = b.tensor({kRank, m}), g = b.tensor({n, m}), squares = b.tensor({1}, 1.0f, 0.0f);
+    const Tensor rows = b.tensor({n}, 1.0f, 0.1f), cols = b.tensor({m}, 1.0f, 0.1f);
+    const CosineProjection p = {kRank, true, {1, RandomPurpose::kProjection, 2, 0}, &scalars.projection_index};
+    return [=, &b] { b.backend.cosine_up({g, g, rows, cols}, s, p, 1e-3f, {squares.as<float>()}); };
+  });
   add_matmul("flora/down", kRank, m, n, {});
   add_matmul("flora/up", n, m, kRank, {.transpose_a = true, .accumulate = true, .alpha = 1e-3f});
   add("flora/apply", [=](Bench& b) {

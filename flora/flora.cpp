@@ -70,6 +70,11 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
     entry.parameter = parameter;
     entry.factored = config_.factored && parameter.matrix;
     entry.compressed = compresses_momentum(config_, parameter);
+    // Of a matrix whose rows are projected a transform needs all rows at once.
+    const Compression shape = compression(entry);
+    entry.transformed = entry.compressed && config_.projection == ProjectionKind::kCosine &&
+                        backend.transforms_cosines(shape.rank, shape.dimension()) &&
+                        !(shape.wide() && gradient_block_rows(parameter, config_.blocks) > 0);
     if (gradient_block_rows(parameter, config_.blocks) > 0 && !entry.factored)
       throw std::invalid_argument("a gradient in blocks needs a factored second moment");
     add_states(entry);
@@ -108,8 +113,10 @@ void Flora::reserve_scratch(const Entry& entry) {
     return;
   }
   const Compression shape = compression(entry);
-  projection_.reserve(shape.projection_elements());
-  scaled_projection_.reserve(shape.projection_elements());
+  if (!entry.transformed || config_.transfer != TransferKind::kRestart) {
+    projection_.reserve(shape.projection_elements());
+    scaled_projection_.reserve(shape.projection_elements());
+  }
   compressed_.reserve(shape.compressed_elements());
   if (decodes_momentum_ || config_.residual) decoded_momentum_.reserve(shape.compressed_elements());
   if (config_.transfer != TransferKind::kRestart) {
@@ -153,7 +160,7 @@ void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, con
 
   // What needs all of the gradient before any of the update can be made costs a pass of its own where it is in blocks.
   const bool residual = keeps_residual(entry);
-  if (residual) gradient.pass([&](const RowRange& rows, const Tensor& g) { compress(entry, g, rows); });
+  if (residual) gradient.pass([&](const RowRange& rows, const Tensor& g) { compress(entry, g, rows, scalars); });
   ScaledSum difference;  // made beside the first rows of D
   if (residual) difference = momentum_less_s(entry);
   bool made = !residual;
@@ -163,7 +170,7 @@ void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, con
   const bool twice = config_.clip > 0 && !gradient.whole();
   if (twice) {
     gradient.pass([&](const RowRange& rows, const Tensor& g) {
-      if (!residual) compress(entry, g, rows);
+      if (!residual) compress(entry, g, rows, scalars);
       to_update(entry, g, rows, true, {squares, rows.begin > 0}, beside_update(), scalars);
     });
   }
@@ -172,7 +179,7 @@ void Flora::update(const Parameter& parameter, Tensor weight, Tensor master, con
   const bool beside = entry.compressed && gradient.whole() && !transfers && weight.dtype != DType::kI8;
   const MomentumAverage average = entry.compressed ? average_of(entry) : MomentumAverage{};
   gradient.pass([&](const RowRange& rows, const Tensor& g) {
-    if (!twice && !residual) compress(entry, g, rows);
+    if (!twice && !residual) compress(entry, g, rows, scalars);
     to_update(entry, g, rows, false, config_.clip > 0 && !twice ? SquaresTarget{squares} : SquaresTarget{},
               beside_update(), scalars);
     apply(entry, weight, master, g, rows, beside ? &average : nullptr, scalars);
@@ -214,7 +221,7 @@ bool Flora::second_moment(const Entry& entry, const Gradient& gradient, StepScal
   const Tensor row_scale = row_scale_.tensor({entry.parameter.rows}),
                col_scale = col_scale_.tensor({entry.parameter.cols});
   if (whole) {
-    const bool projects = entry.compressed && !transfer_due_;
+    const bool projects = entry.compressed && !entry.transformed && !transfer_due_;
     ScaledProjection projection;
     if (projects) {
       projection = {.plain = projection_of(entry, projection_),
@@ -245,10 +252,17 @@ void Flora::to_update(const Entry& entry, Tensor gradient, const RowRange& rows,
                col_scale = entry.factored ? col_scale_.tensor({p.cols}) : Tensor{};
   if (entry.compressed) {
     const bool residual = keeps_residual(entry);
-    backend_.scale_rows_cols({gradient, gradient, row_scale, col_scale, residual ? 1.0f : 1.0f - beta1}, beside);
+    const ScaledSum scaled = {gradient, gradient, row_scale, col_scale, residual ? 1.0f : 1.0f - beta1};
     const Tensor momentum = residual ? compressed_of(entry, decoded_momentum_) : momentum_numbers(entry);
-    project_rows_up(backend_, gradient, momentum, projection_of(entry, projection_), compression(entry), rows.begin,
-                    beta1, true);
+    const Compression shape = compression(entry);
+    if (entry.transformed) {
+      if (beside) backend_.scale_rows_cols(*beside);
+      backend_.cosine_up(scaled, shape.wide() ? momentum : rows.of(momentum),
+                         cosine_projection(entry, decoder(scalars)), beta1, squares);
+      return;
+    }
+    backend_.scale_rows_cols(scaled, beside);
+    project_rows_up(backend_, gradient, momentum, projection_of(entry, projection_), shape, rows.begin, beta1, true);
     if (squares.out) backend_.sum_squares(Tensor::of(squares.out, DType::kF32, {1}), gradient, squares.accumulate);
     return;
   }
@@ -284,36 +298,41 @@ void Flora::apply(const Entry& entry, Tensor weight, Tensor master, Tensor updat
 // U, the gradient scaled on both sides, is never stored: for S = down(U) the diagonal on the projection's side scales
 // the projection, the other one the small result.
 
-// Makes the projections, unless they are there: the one that decodes in this step, and the one that S is made with,
-// scaled. They are the same unless a transfer is due.
+// Makes the projections, unless they are there or transforms do without: the one that decodes in this step, and the one
+// that S is made with, scaled. They are the same unless a transfer is due after D.
 void Flora::begin_momentum(const Entry& entry, bool projected, StepScalars* scalars) {
-  if (projected) {
-    decode_momentum(entry);
-    return;
-  }
+  if (transfer_due_ && config_.residual) transfer_momentum(entry, scalars);
+  decode_momentum(entry);
+  if (projected || entry.transformed) return;
   const Compression shape = compression(entry);
   const Tensor p = projection_of(entry, projection_), scaled = projection_of(entry, scaled_projection_);
-  generate(entry, p, &scalars->projection_index);
+  generate(entry, p, decoder(scalars));
   Tensor encoder = p;
-  if (transfer_due_) {
+  if (transfer_due_ && !config_.residual) {
     generate(entry, scaled, &scalars->next_projection_index);
     encoder = scaled;
-    if (config_.residual) {
-      decode_momentum(entry);
-      change_projection(entry, p, scaled);
-      backend_.copy(p.data, scaled.data, p.bytes());
-    }
   }
   const Tensor scale = shape.wide() ? row_scale_.tensor({shape.rows}) : col_scale_.tensor({shape.cols});
   backend_.scale_rows_cols({scaled, encoder, {}, scale});
-  decode_momentum(entry);
+}
+
+// The number of the projection that D is decoded with: with `residual` a transfer comes before.
+const uint32_t* Flora::decoder(const StepScalars* scalars) const {
+  return config_.residual ? &scalars->next_projection_index : &scalars->projection_index;
 }
 
 // S gets its part from these rows of the gradient.
-void Flora::compress(const Entry& entry, Tensor gradient, const RowRange& rows) {
+void Flora::compress(const Entry& entry, Tensor gradient, const RowRange& rows, StepScalars* scalars) {
   if (!entry.compressed) return;
-  project_rows_down(backend_, compressed_of(entry, compressed_), gradient, projection_of(entry, scaled_projection_),
-                    compression(entry), rows.begin);
+  const Compression shape = compression(entry);
+  const Tensor s = compressed_of(entry, compressed_);
+  if (entry.transformed) {
+    backend_.cosine_down(shape.wide() ? s : rows.of(s), gradient,
+                         shape.wide() ? row_scale_.tensor({shape.rows}) : col_scale_.tensor({shape.cols}),
+                         cosine_projection(entry, &scalars->next_projection_index));
+    return;
+  }
+  project_rows_down(backend_, s, gradient, projection_of(entry, scaled_projection_), shape, rows.begin);
 }
 
 // With `residual`: what D decodes is M - S, which beta1 makes the new momentum less S.
@@ -337,16 +356,44 @@ MomentumAverage Flora::average_of(const Entry& entry) const {
           .beta1 = config_.beta1};
 }
 
-// The momentum goes to a new projection.
+// The stored momentum goes to the next projection. This happens whatever the gate says, because the next step decodes
+// with that one.
 void Flora::transfer_momentum(const Entry& entry, StepScalars* scalars) {
-  const Tensor p_new = projection_of(entry, scaled_projection_);
+  const Compression shape = compression(entry);
+  const Tensor stored = states_.get(entry.momentum);
+  if (config_.transfer == TransferKind::kRestart) {
+    zero_state(backend_, stored);
+    return;
+  }
+  decode_momentum(entry);
+  const Tensor momentum = momentum_numbers(entry);
+  const Tensor p_old = projection_of(entry, projection_), p_new = projection_of(entry, scaled_projection_);
+  generate(entry, p_old, &scalars->projection_index);
   generate(entry, p_new, &scalars->next_projection_index);
-  change_projection(entry, projection_of(entry, projection_), p_new);
+  const Tensor moved = compressed_of(entry, moved_);
+  transfer(backend_, moved, momentum, p_old, p_new, square_.tensor({shape.rank, shape.rank}), shape,
+           config_.transfer == TransferKind::kUnbiased ? unbiased_factor(config_.projection, shape) : 1.0f);
+  if (config_.transfer == TransferKind::kRescale) {
+    const Tensor before = squares_.slice(2, 1), after = squares_.slice(3, 1);
+    backend_.sum_squares(before, momentum, false);
+    backend_.sum_squares(after, moved, false);
+    backend_.restore_norm(moved, before.as<float>(), after.as<float>());
+  }
+  if (stored.dtype == DType::kI8) {
+    backend_.quantize(stored, moved);
+  } else {
+    backend_.convert(stored, moved);
+  }
 }
 
 // p <- the parameter's projection number *index.
 void Flora::generate(const Entry& entry, Tensor p, const uint32_t* index) {
   backend_.generate_projection(p, config_.projection, projection_key(entry), index);
+}
+
+CosineProjection Flora::cosine_projection(const Entry& entry, const uint32_t* index) const {
+  const Compression shape = compression(entry);
+  return {.rank = shape.rank, .of_rows = shape.wide(), .key = projection_key(entry), .index = index};
 }
 
 RandomKey Flora::projection_key(const Entry& entry) const {
@@ -372,31 +419,6 @@ void Flora::decode_momentum(const Entry& entry) {
 // A compressed momentum as products take it: as it is stored, or what decode_momentum() has made of it.
 Tensor Flora::momentum_numbers(const Entry& entry) const {
   return decodes_momentum_ ? compressed_of(entry, decoded_momentum_) : states_.get(entry.momentum);
-}
-
-// The stored momentum moves from p_old to p_new. This happens whatever the gate says, because the next step decodes
-// with p_new.
-void Flora::change_projection(const Entry& entry, Tensor p_old, Tensor p_new) {
-  const Compression shape = compression(entry);
-  const Tensor stored = states_.get(entry.momentum), momentum = momentum_numbers(entry);
-  if (config_.transfer == TransferKind::kRestart) {
-    zero_state(backend_, stored);
-    return;
-  }
-  const Tensor moved = compressed_of(entry, moved_);
-  transfer(backend_, moved, momentum, p_old, p_new, square_.tensor({shape.rank, shape.rank}), shape,
-           config_.transfer == TransferKind::kUnbiased ? unbiased_factor(config_.projection, shape) : 1.0f);
-  if (config_.transfer == TransferKind::kRescale) {
-    const Tensor before = squares_.slice(2, 1), after = squares_.slice(3, 1);
-    backend_.sum_squares(before, momentum, false);
-    backend_.sum_squares(after, moved, false);
-    backend_.restore_norm(moved, before.as<float>(), after.as<float>());
-  }
-  if (stored.dtype == DType::kI8) {
-    backend_.quantize(stored, moved);
-  } else {
-    backend_.convert(stored, moved);
-  }
 }
 
 Tensor Flora::copied_momentum(Tensor rows) {

@@ -43,6 +43,7 @@ class Flora final : public Optimizer {
     Parameter parameter;
     bool factored = false;    // row and col instead of second_moment
     bool compressed = false;  // momentum is [r, m] or [n, r]
+    bool transformed = false;  // by cosine transforms; else by products with projections that are made
     int momentum = -1, row = -1, col = -1, second_moment = -1;
   };
 
@@ -53,7 +54,7 @@ class Flora final : public Optimizer {
   // The parts of an update, in this order; compress() and to_update() for all rows or block by block.
   bool second_moment(const Entry& entry, const Gradient& gradient, StepScalars* scalars);
   void begin_momentum(const Entry& entry, bool projected, StepScalars* scalars);
-  void compress(const Entry& entry, Tensor gradient, const RowRange& rows);
+  void compress(const Entry& entry, Tensor gradient, const RowRange& rows, StepScalars* scalars);
   ScaledSum momentum_less_s(const Entry& entry) const;
   void to_update(const Entry& entry, Tensor gradient, const RowRange& rows, bool keep_momentum, SquaresTarget squares,
                  const ScaledSum* beside, StepScalars* scalars);
@@ -61,8 +62,9 @@ class Flora final : public Optimizer {
              const MomentumAverage* average, StepScalars* scalars);
   void transfer_momentum(const Entry& entry, StepScalars* scalars);
 
+  const uint32_t* decoder(const StepScalars* scalars) const;
   void generate(const Entry& entry, Tensor p, const uint32_t* index);
-  void change_projection(const Entry& entry, Tensor p_old, Tensor p_new);
+  CosineProjection cosine_projection(const Entry& entry, const uint32_t* index) const;
   RandomKey projection_key(const Entry& entry) const;
   MomentumAverage average_of(const Entry& entry) const;
   Tensor projection_of(const Entry& entry, const Scratch& scratch) const;

@@ -15,6 +15,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -91,6 +92,15 @@ struct ScaledProjection {
   Tensor plain, scaled;  // [r, d], of one dtype
   bool of_rows = false;  // d is the number of rows, and the row scales are meant; else the columns
   ProjectionKind kind = ProjectionKind::kGaussian;
+  RandomKey key = {};
+  const uint32_t* index = nullptr;
+};
+
+// A cosine projection [r, d] that is not made but multiplied with as the transform it is. Its numbers are those of
+// generate_projection().
+struct CosineProjection {
+  int64_t rank = 0;
+  bool of_rows = false;  // the rows of a matrix are projected, from d to r of them; else its columns
   RandomKey key = {};
   const uint32_t* index = nullptr;
 };
@@ -292,6 +302,22 @@ class Backend {
   // element k*d + j; or, with r <= d, rows of a cosine transform with random signs, which are orthonormal
   // (cosine_projection.h).
   virtual void generate_projection(Tensor projection, ProjectionKind kind, RandomKey key, const uint32_t* index) = 0;
+
+  // Whether cosine_down() and cosine_up() are there for projections of this shape, and faster than products with a
+  // projection that is made.
+  virtual bool transforms_cosines(int64_t /*rank*/, int64_t /*dimension*/) const { return false; }
+  // out (+)= P diag(scale) in, [r, m] of [d, m] (of_rows); else out (+)= in diag(scale) P^T, [n, r] of [n, d]. scale
+  // (fp32) may be empty.
+  virtual void cosine_down(Tensor /*out*/, Tensor /*in*/, Tensor /*scale*/, const CosineProjection& /*projection*/,
+                           bool /*accumulate*/ = false) {
+    throw std::logic_error("cosine_down: not on this device");
+  }
+  // out = the scaled sum + alpha P^T in, [d, m] of [r, m] (of_rows), or + alpha in P, [n, d] of [n, r]. sum.in is empty
+  // or out, sum.added is empty. `squares`: of out.
+  virtual void cosine_up(const ScaledSum& /*sum*/, Tensor /*in*/, const CosineProjection& /*projection*/,
+                         float /*alpha*/, SquaresTarget /*squares*/ = {}) {
+    throw std::logic_error("cosine_up: not on this device");
+  }
 
   // Factored second moment of grad [n, m]: row_state[i] <- beta2 row_state[i] + (1-beta2) mean_j(g^2 + eps1), col_state
   // alike; then row_scale[i] = rsqrt(row_state[i] / mean(row_state)), col_scale[j] = rsqrt(col_state[j]). All fp32.

@@ -180,6 +180,34 @@ void check_scaled_projection(const ScaledProjection& projection, const Tensor& g
           "factored_second_moment: the projection has another shape than the scales");
 }
 
+namespace {
+
+// `whole` [d, m] or [n, d] and `projected` [r, m] or [n, r] belong to the projection.
+void check_cosine_projection(const Tensor& whole, const Tensor& projected, const CosineProjection& p) {
+  const int64_t dimension = p.of_rows ? whole.rows() : whole.cols();
+  require(is_matrix(whole) && is_matrix(projected) && has_uniform_rows(whole) && has_uniform_rows(projected),
+          "cosine projection: matrices in fp32 or bf16");
+  require(p.rank > 0 && p.rank <= dimension && (p.of_rows ? projected.rows() : projected.cols()) == p.rank &&
+              (p.of_rows ? projected.cols() == whole.cols() : projected.rows() == whole.rows()),
+          "cosine projection: shapes differ");
+}
+
+}  // namespace
+
+void check_cosine_down(const Tensor& out, const Tensor& in, const Tensor& scale, const CosineProjection& projection) {
+  check_cosine_projection(in, out, projection);
+  require(scale.empty() || (scale.dtype == DType::kF32 && scale.contiguous() &&
+                            scale.elements() == (projection.of_rows ? in.rows() : in.cols())),
+          "cosine_down: one scale for each column of the projection");
+}
+
+void check_cosine_up(const ScaledSum& sum, const Tensor& in, const CosineProjection& projection) {
+  check_cosine_projection(sum.out, in, projection);
+  check_scaled_sum({sum.out, sum.out, sum.row_scale, sum.col_scale});
+  require((sum.in.empty() || (sum.in.data == sum.out.data && sum.in.dtype == sum.out.dtype)) && sum.added.empty(),
+          "cosine_up: what is scaled is the result's old value");
+}
+
 void check_average(const MomentumAverage& average) {
   check_state(average.momentum, average.in);
   check_scaled_sum({average.in, average.in, average.row_scale, average.col_scale});

@@ -63,6 +63,8 @@ void check_dequantize(const Tensor& out, const Tensor& in);
 void check_quantize_weight(const Tensor& out, const Tensor& in);
 void check_dequantize_weight(const Tensor& out, const Tensor& in);
 void check_scaled_projection(const ScaledProjection& projection, const Tensor& grad);
+void check_cosine_down(const Tensor& out, const Tensor& in, const Tensor& scale, const CosineProjection& projection);
+void check_cosine_up(const ScaledSum& sum, const Tensor& in, const CosineProjection& projection);
 void check_average(const MomentumAverage& average);
 // Elementwise work on a gradient (or what is added) and a state of the same length, both contiguous.
 void check_state(const Tensor& state, const Tensor& grad);

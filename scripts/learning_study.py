@@ -104,6 +104,9 @@ SETTINGS |= {
         ["--optimizer", "adafactor", "--gradients", "fused", "--matrix-lr-scale", "0.1"], 8e-3),
     "adafactor int8 momentum matrix lr 1/10": (
         ["--optimizer", "adafactor", "--gradients", "fused", "--state-dtype", "int8", "--matrix-lr-scale", "0.1"], 8e-3),
+    "adafactor embedding-momentum=false matrix lr 1/10": (
+        ["--optimizer", "adafactor", "--gradients", "fused", "--embedding-momentum=false", "--matrix-lr-scale", "0.1"],
+        8e-3),
 }
 
 

@@ -136,7 +136,7 @@ def test_bytes_and_flops(toy):
 
 def test_the_list_of_operations_is_complete():
     text = (ROOT / "kernels/backend.h").read_text()
-    declared = re.findall(r"virtual void (\w+)\(", text[text.index("// ---- elementwise"):])
+    declared = re.findall(r"virtual void (\w+)\([^;]*\) = 0;", text[text.index("// ---- elementwise"):])
     assert set(declared) == set(OPERATIONS) - {"copy", "fill"}
 
 

@@ -8,6 +8,8 @@
 
 #include "kernels/backend.h"
 
+class CosineTransform;
+
 class CpuBackend : public Backend {
  public:
   explicit CpuBackend(const CpuOptions& options);
@@ -68,6 +70,10 @@ class CpuBackend : public Backend {
   void factored_second_moment(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale, Tensor grad,
                               float eps1, const StepScalars* scalars, SquaresTarget squares,
                               const ScaledProjection* projection) override;
+  bool transforms_cosines(int64_t rank, int64_t dimension) const override;
+  void cosine_down(Tensor out, Tensor in, Tensor scale, const CosineProjection& projection, bool accumulate) override;
+  void cosine_up(const ScaledSum& sum, Tensor in, const CosineProjection& projection, float alpha,
+                 SquaresTarget squares) override;
   void factored_squares(Tensor row_squares, Tensor col_squares, Tensor grad, float eps1, bool accumulate) override;
   void factored_scales(Tensor row_state, Tensor col_state, Tensor row_scale, Tensor col_scale,
                        const StepScalars* scalars) override;
@@ -102,6 +108,8 @@ class CpuBackend : public Backend {
   // The same memory as one piece, for operations that do not use thread_scratch(): partial sums of all threads.
   float* shared_scratch(size_t bytes) const;
 
+  CosineTransform& cosine_transform(int64_t length);
+
   void leave_squares(SquaresTarget target, const Tensor& x);
   void leave_squares(SquaresTarget target, std::span<const ParameterUpdate> parameters);
   void add_squares(const Tensor& row_sums, const Tensor& col_sums, const Tensor& grad, bool accumulate);
@@ -113,6 +121,7 @@ class CpuBackend : public Backend {
   size_t allocated_ = 0;
   bool threads_checked_ = false;
   bool heaps_are_mapped_ = false;  // each thread has allocated
+  std::unordered_map<int64_t, std::unique_ptr<CosineTransform>> cosine_transforms_;  // by length, some KB each
   std::unordered_map<void*, size_t> device_blocks_, host_blocks_;
 };
 

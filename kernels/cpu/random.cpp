@@ -7,9 +7,7 @@
 #include "kernels/cpu/state_blocks.h"
 #include "kernels/operands.h"
 
-namespace {
-
-// out[i] = +-magnitude, sign `first + i` of the stream: 128 per block, 32 per word, a set bit is +.
+// 128 per block, 32 per word, a set bit is +.
 void fill_signs(float* out, uint64_t first, int64_t count, float magnitude, const RandomKey& key, uint32_t step) {
   constexpr int64_t kPerBlock = 128;
   const uint32_t magnitude_bits = float_to_bits(magnitude);
@@ -25,6 +23,8 @@ void fill_signs(float* out, uint64_t first, int64_t count, float magnitude, cons
     i += used;
   }
 }
+
+namespace {
 
 // Elements first .. first + count - 1 of a cosine projection.
 void fill_cosines(float* out, uint64_t first, int64_t count, const CosineBasis& basis, const RandomKey& key,

@@ -27,6 +27,9 @@ void store_block_stochastic(const Tensor& tensor, int64_t begin, int64_t count, 
 // out[i] = normal number `first + i` of the stream (key, step).
 void fill_normals(float* out, uint64_t first, int64_t count, const RandomKey& key, uint32_t step);
 
+// out[i] = +-magnitude, sign `first + i` of the stream.
+void fill_signs(float* out, uint64_t first, int64_t count, float magnitude, const RandomKey& key, uint32_t step);
+
 // f(begin, count) for every block of `elements`. f must not throw.
 template <typename F>
 void for_each_block(int threads, int64_t elements, F&& f) {

@@ -141,6 +141,11 @@ def cases():
     yield make_case("adafactor_half_life_unfactored", 6, 11, kind="adafactor", rank=0, factored=False, half_life=3000,
                     tokens_per_step=1000)
     yield make_case("residual_unclipped", 6, 11, rank=3, kappa=4, projection="cosine", residual=True, clip=0.0)
+    # Ranks that a CPU has cosine transforms for instead of products.
+    transformed = dict(rank=20, kappa=3, projection="cosine")
+    for side, rows, cols in (("wide", 24, 30), ("tall", 30, 24)):
+        yield make_case(f"transformed_{side}", rows, cols, check_steps=(4, 10), **transformed)
+        yield make_case(f"transformed_{side}_residual", rows, cols, residual=True, check_steps=(4, 10), **transformed)
     yield make_case("adamw_half_life", 6, 11, kind="adamw", half_life=7_100_000, tokens_per_step=131072)
     yield make_case("adamw", 6, 11, kind="adamw", weight_decay=0.1)
     yield make_case("adamw_no_momentum", 6, 11, kind="adamw", beta1=0.0, beta2=0.999)
@@ -154,6 +159,7 @@ def cases():
     yield make_case("int8_tall_transfer", 45, 30, rank=8, kappa=4, projection="cosine", transfer="rescale",
                     **eight_bit)
     yield make_case("int8_residual", 33, 70, rank=8, kappa=4, projection="cosine", residual=True, **eight_bit)
+    yield make_case("int8_transformed", 30, 24, residual=True, **transformed, **eight_bit)
     yield make_case("int8_uncompressed", 20, 33, rank=64, **eight_bit)
     yield make_case("int8_unfactored", 20, 33, factored=False, **eight_bit)
     yield make_case("int8_adamw", 20, 33, kind="adamw", **eight_bit)
