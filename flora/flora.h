@@ -41,8 +41,8 @@ class Flora final : public Optimizer {
   // What one parameter keeps from step to step, as numbers in states_; -1 for what it does not need.
   struct Entry {
     Parameter parameter;
-    bool factored = false;    // row and col instead of second_moment
-    bool compressed = false;  // momentum is [r, m] or [n, r]
+    bool factored = false;     // row and col instead of second_moment
+    bool compressed = false;   // momentum is [r, m] or [n, r]
     bool transformed = false;  // by cosine transforms; else by products with projections that are made
     int momentum = -1, row = -1, col = -1, second_moment = -1;
   };

@@ -37,7 +37,7 @@ struct Case {
 };
 
 // All radices, lengths and numbers of vectors that no register divides, one vector, all frequencies.
-constexpr Case kCases[] = {{4, 3, 2},    {6, 1, 6},    {10, 33, 3},  {14, 16, 5},  {90, 35, 40}, {98, 40, 98},
+constexpr Case kCases[] = {{4, 3, 2},     {6, 1, 6},    {10, 33, 3},   {14, 16, 5},   {90, 35, 40}, {98, 40, 98},
                            {250, 19, 33}, {256, 31, 1}, {320, 21, 64}, {768, 17, 64}, {1024, 9, 30}};
 
 // The layouts: vectors are the columns or the rows of a matrix, which may be part of a larger one.
@@ -148,13 +148,35 @@ TEST(CosineTransform, AVectorHasTheSameBitsAlone) {
   }
 }
 
+// To nearest even, NaN to NaN, whether a register is full or not.
+TEST(CosineTransform, Bf16IsRoundedAsEverywhere) {
+  TestDevice device("cpu");
+  const int64_t d = 32, vectors = 41, rank = 20;
+  const DeviceValue<uint32_t> index(device, 1);
+  const CosineProjection p = {.rank = rank, .key = kKey, .index = index.data()};
+  Values values = device.read(device.random(1, DType::kF32, {vectors, d}));
+  values[3] = std::nan("");
+  values[40 * d + 1] = INFINITY;
+  const Tensor in = device.upload(values, DType::kF32, {vectors, d});
+  const Tensor exact = device.poisoned(DType::kF32, {vectors, rank}),
+               rounded = device.poisoned(DType::kBF16, {vectors, rank});
+  device->cosine_down(exact, in, {}, p);
+  device->cosine_down(rounded, in, {}, p);
+  for (int64_t i = 0; i < exact.elements(); ++i)
+    EXPECT_EQ(rounded.as<bf16>()[i].bits, from_float<bf16>(exact.as<float>()[i]).bits) << i;
+  EXPECT_TRUE(std::isnan(exact.as<float>()[0]));
+  EXPECT_FALSE(std::isfinite(exact.as<float>()[40 * rank]));
+  EXPECT_TRUE(std::isfinite(exact.as<float>()[rank]));
+}
+
 // Where a product is as fast, or a length has a factor that no butterfly is written for.
 TEST(CosineTransform, IsForHighRanksAndLengthsOfSmallFactors) {
   TestDevice device("cpu");
   EXPECT_TRUE(device->transforms_cosines(256, 768));
   EXPECT_TRUE(device->transforms_cosines(64, 1600));
   EXPECT_FALSE(device->transforms_cosines(8, 768));
-  for (const int64_t length : {0, 1, 2, 3, 767, 2 * 11 * 32, 2 * 13}) EXPECT_FALSE(device->transforms_cosines(256, length)) << length;
+  for (const int64_t length : {0, 1, 2, 3, 767, 2 * 11 * 32, 2 * 13})
+    EXPECT_FALSE(device->transforms_cosines(256, length)) << length;
 }
 
 TEST(CosineTransform, RefusesWhatDoesNotFit) {

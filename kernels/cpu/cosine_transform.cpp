@@ -101,37 +101,49 @@ void run_stage(Lanes* x, int64_t count, int64_t span, const float* roots) {
 
 // ---- from and to memory
 
+// A register of numbers from memory and to it; loops as short as this one compilers do not vectorise.
+inline void load_all(Lanes& out, const float* from) { std::memcpy(&out, from, sizeof out); }
+inline void store_all(float* to, const Lanes& in) { std::memcpy(to, &in, sizeof in); }
+
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+inline void load_all(Lanes& out, const bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  out = reinterpret_cast<Lanes>(__builtin_convertvector(halves, Words) << 16);
+}
+
+// As from_float<bf16>() rounds.
+inline void store_all(bf16* to, const Lanes& in) {
+  const Words bits = reinterpret_cast<Words>(in);
+  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Words is_nan = reinterpret_cast<Words>((bits & 0x7fffffffu) > 0x7f800000u);
+  const Halves halves = __builtin_convertvector(((is_nan & (bits | 0x00400000u)) | (~is_nan & rounded)) >> 16, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
 // `count` numbers, at most kLanes; 0 after them.
 template <typename T>
 inline void load_lanes(Lanes& out, const T* from, int64_t count) {
-  if (std::is_same_v<T, float> && count == kLanes) {
-    std::memcpy(&out, from, sizeof out);
+  if (count == kLanes) {
+    load_all(out, from);
     return;
   }
-  float values[kLanes];
-  if (count == kLanes) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) values[l] = to_float(from[l]);
-  } else {
-    for (int l = 0; l < kLanes; ++l) values[l] = l < count ? to_float(from[l]) : 0.0f;
-  }
-  std::memcpy(&out, values, sizeof out);
+  T values[kLanes] = {};
+  std::copy_n(from, count, values);
+  load_all(out, values);
 }
 
 template <typename T>
 inline void store_lanes(T* to, int64_t count, const Lanes& in) {
-  if (std::is_same_v<T, float> && count == kLanes) {
-    std::memcpy(to, &in, sizeof in);
+  if (count == kLanes) {
+    store_all(to, in);
     return;
   }
-  float values[kLanes];
-  std::memcpy(values, &in, sizeof in);
-  if (count == kLanes) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) to[l] = from_float<T>(values[l]);
-  } else {
-    for (int l = 0; l < count; ++l) to[l] = from_float<T>(values[l]);
-  }
+  T values[kLanes];
+  store_all(values, in);
+  std::copy_n(values, count, to);
 }
 
 #if defined(__AVX512F__)
@@ -298,7 +310,8 @@ CosineTransform::CosineTransform(int64_t length) : length_(length) {
     outputs_.push_back(static_cast<uint32_t>(at) ^ 1u);
   }
   for (int64_t a = 0; a < 4 * length; ++a)
-    cosines_.push_back(static_cast<float>(std::cos(std::numbers::pi * static_cast<double>(a) / (2.0 * static_cast<double>(length)))));
+    cosines_.push_back(
+        static_cast<float>(std::cos(std::numbers::pi * static_cast<double>(a) / (2.0 * static_cast<double>(length)))));
 }
 
 void CosineTransform::fourier(Lanes* x) const {
@@ -315,9 +328,9 @@ void CosineTransform::fourier(Lanes* x) const {
   }
 }
 
-// With z[n] = v[2 n] + i v[2 n + 1] of the reordered numbers v, Z their transform, k = f up to the half and d - f above,
-// w = e^(-2 pi i k / d): V[k] = (1 - i w) / 2 Z[k] + (1 + i w) / 2 Z*[d/2 - k], and frequency f is Re(e^(-i pi f / 2 d)
-// V[f]), where V[d - k] = V*[k].
+// With z[n] = v[2 n] + i v[2 n + 1] of the reordered numbers v, Z their transform, k = f up to the half and d - f
+// above, w = e^(-2 pi i k / d): V[k] = (1 - i w) / 2 Z[k] + (1 + i w) / 2 Z*[d/2 - k], and frequency f is Re(e^(-i pi f
+// / 2 d) V[f]), where V[d - k] = V*[k].
 CosineTransform::Frequency CosineTransform::frequency(uint32_t f) const {
   const uint32_t d = static_cast<uint32_t>(length_), half = d / 2, k = f <= half ? f : d - f;
   const auto cosine = [&](uint32_t a) { return cosines_[a % (4 * d)]; };
@@ -337,7 +350,8 @@ const CosineTransform::Projection& CosineTransform::projection(const CosineProje
   const PhiloxWords words = philox_block(p.key, *p.index, kPermutationBlock);
   projection_.frequencies.resize(static_cast<size_t>(p.rank));
   for (int64_t k = 0; k < p.rank; ++k)
-    projection_.frequencies[static_cast<size_t>(k)] = frequency(cosine_frequency(basis, words, static_cast<uint32_t>(k)));
+    projection_.frequencies[static_cast<size_t>(k)] =
+        frequency(cosine_frequency(basis, words, static_cast<uint32_t>(k)));
   projection_.signs.resize(static_cast<size_t>(length_));
   fill_signs(projection_.signs.data(), 0, length_, 1.0f, p.key, *p.index);
   return projection_;
@@ -366,7 +380,8 @@ void CpuBackend::cosine_down(Tensor out, Tensor in, Tensor scale, const CosinePr
     const Vectors<const In> from(in, p.of_rows);
     const Vectors<Out> to(out, p.of_rows);
     parallel_blocks(threads_, divide_up(from.count, kLanes), 1, [&](int64_t begin, int64_t end) {
-      Lanes* const x = reinterpret_cast<Lanes*>(thread_scratch(static_cast<size_t>(transform.length()) * sizeof(Lanes)));
+      Lanes* const x =
+          reinterpret_cast<Lanes*>(thread_scratch(static_cast<size_t>(transform.length()) * sizeof(Lanes)));
       for (int64_t first = begin * kLanes; first < std::min(from.count, end * kLanes); first += kLanes) {
         const int64_t count = std::min<int64_t>(kLanes, from.count - first);
         read_vectors(from, first, count, [&](int64_t j, const Lanes& numbers) {
@@ -397,8 +412,7 @@ void CpuBackend::cosine_up(const ScaledSum& sum, Tensor in, const CosineProjecti
                            SquaresTarget squares) {
   check_cosine_up(sum, in, p);
   const Tensor& out = sum.out;
-  const Profiler::Scope scope(profiler, "cosine_up", 0,
-                              static_cast<double>(sum.in.bytes() + out.bytes() + in.bytes()));
+  const Profiler::Scope scope(profiler, "cosine_up", 0, static_cast<double>(sum.in.bytes() + out.bytes() + in.bytes()));
   CosineTransform& transform = cosine_transform(p.of_rows ? out.rows() : out.cols());
   const CosineTransform::Projection& projection = transform.projection(p);
   const float *const rows = sum.row_scale.as<float>(), *const columns = sum.col_scale.as<float>();
@@ -409,7 +423,8 @@ void CpuBackend::cosine_up(const ScaledSum& sum, Tensor in, const CosineProjecti
     const Vectors<Out> to(out, p.of_rows);
     const int64_t vectors = to.count, strips = divide_up(vectors, kLanes), chunk = divide_up(strips, kMostChunks);
     parallel_blocks(threads_, divide_up(strips, chunk), 1, [&](int64_t begin, int64_t end) {
-      Lanes* const x = reinterpret_cast<Lanes*>(thread_scratch(static_cast<size_t>(transform.length()) * sizeof(Lanes)));
+      Lanes* const x =
+          reinterpret_cast<Lanes*>(thread_scratch(static_cast<size_t>(transform.length()) * sizeof(Lanes)));
       for (int64_t part = begin; part < end; ++part) {
         for (int64_t first = part * chunk * kLanes; first < std::min(vectors, (part + 1) * chunk * kLanes);
              first += kLanes) {
