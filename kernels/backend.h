@@ -115,7 +115,7 @@ struct MomentumAverage {
 // out[i,j] = factor * in[i,j] * row_scale[i] * col_scale[j] + added[i,j]; an empty scale counts as ones, an empty
 // `added` as zeros; out may be in or added. Matrices [n, m], each fp32 or bf16; scales [n] and [m], fp32.
 struct ScaledSum {
-  Tensor out, in, row_scale = {}, col_scale = {};
+  Tensor out, in = {}, row_scale = {}, col_scale = {};
   float factor = 1.0f;
   Tensor added = {};
 };

@@ -35,6 +35,7 @@ struct CheckShapes {
   bool weight_codes = false;   // weights are stored in 8 bits
   int64_t rank = 0;            // of random projections
   ProjectionKind projection = ProjectionKind::kCosine;
+  bool transforms = false;  // the device has transforms for projections of this rank and width
   bool tf32 = false;  // products of fp32 operands may round them
 };
 

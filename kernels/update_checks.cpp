@@ -55,6 +55,48 @@ Difference projection(Backend& backend, const CheckShapes& s) {
   return comparison.allowing(1e-3);
 }
 
+// The vectors that are projected are columns (of_rows), or else rows; against the projection that is made.
+Difference cosine_transform(Backend& backend, const CheckShapes& s, bool up, bool of_rows) {
+  constexpr int64_t kVectors = 40;
+  CheckBench bench(backend);
+  const int64_t d = s.channels, r = s.rank;
+  const StepScalars* const scalars = bench.upload(StepScalars{});
+  const CosineProjection p = {.rank = r,
+                              .of_rows = of_rows,
+                              .key = {.seed = 3, .purpose = RandomPurpose::kProjection, .tensor = 5},
+                              .index = &scalars->step};
+  const Tensor made = bench.poisoned(DType::kF32, {r, d});
+  backend.generate_projection(made, ProjectionKind::kCosine, p.key, p.index);
+  const std::vector<double> projection = bench.read(made, 0, r);
+  const auto weight = [&](int64_t k, int64_t j) { return projection[static_cast<size_t>(k * d + j)]; };
+  const int64_t from = up ? r : d, to = up ? d : r;  // numbers of a vector, before and after
+  const RandomMatrix in =
+      of_rows ? bench.normal(s.gradients, from, kVectors) : bench.normal(s.gradients, kVectors, from);
+  const DType dtype = up ? s.gradients : DType::kF32;
+  const Tensor out = of_rows ? bench.poisoned(dtype, {to, kVectors}) : bench.poisoned(dtype, {kVectors, to});
+  if (up) {
+    backend.cosine_up({.out = out}, in.tensor, p, 1.0f);
+  } else {
+    backend.cosine_down(out, in.tensor, {}, p);
+  }
+  Comparison comparison;
+  for (const int64_t v : spread(kVectors, 5)) {
+    std::vector<double> vector;
+    for (int64_t i = 0; i < from; ++i) vector.push_back(of_rows ? in.at(i, v) : in.at(v, i));
+    for (const int64_t o : spread(to, 50)) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < from; ++i) {
+        const double product = vector[static_cast<size_t>(i)] * (up ? weight(i, o) : weight(o, i));
+        sum += product, size += std::abs(product);
+      }
+      comparison.add(of_rows ? bench.read(out, o)[static_cast<size_t>(v)] : bench.read(out, v)[static_cast<size_t>(o)],
+                     sum, size);
+    }
+  }
+  comparison.require(bench.all_finite(out));
+  return comparison.allowing(rounding_of(dtype));
+}
+
 // About 1 each.
 struct Factors {
   Tensor tensor;
@@ -350,6 +392,13 @@ std::vector<Check> update_checks(const CheckShapes& s) {
     const std::string shape = (together ? vectors : of_gradients) + with_states;
     add("adamw_update", shape, adamw_update, together);
     add("sgd_update", shape, sgd_update, together);
+  }
+  for (const bool of_rows : {false, true}) {
+    if (!s.transforms) break;
+    const std::string shape = std::string(of_rows ? "columns" : "rows") + " of " + std::to_string(s.channels) + " " +
+                              dtype_name(s.gradients) + " rank " + std::to_string(s.rank);
+    add("cosine_down", shape, cosine_transform, false, of_rows);
+    add("cosine_up", shape, cosine_transform, true, of_rows);
   }
   if (!projects) return checks;
   const DType projected = s.activations == DType::kBF16 ? DType::kBF16 : s.gradients;

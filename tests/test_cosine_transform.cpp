@@ -175,6 +175,7 @@ TEST(CosineTransform, IsForHighRanksAndLengthsOfSmallFactors) {
   EXPECT_TRUE(device->transforms_cosines(256, 768));
   EXPECT_TRUE(device->transforms_cosines(64, 1600));
   EXPECT_FALSE(device->transforms_cosines(8, 768));
+  EXPECT_FALSE(device->transforms_cosines(256, 128));
   for (const int64_t length : {0, 1, 2, 3, 767, 2 * 11 * 32, 2 * 13})
     EXPECT_FALSE(device->transforms_cosines(256, length)) << length;
 }

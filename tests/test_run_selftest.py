@@ -13,6 +13,7 @@ def test_the_cpu_computes_what_it_should():
     operations = {row.split()[0] for row in rows}
     assert {"matmul", "attention_forward", "attention_backward", "layernorm_backward", "classifier", "adamw_update",
             "generate_projection", "embedding_backward", "gelu_backward", "bias_backward"} <= operations
+    assert {"cosine_down", "cosine_up"} <= operations
     assert any("[2,33,128] fp32 2 heads" in row for row in rows)  # the model's shapes
     assert any("bf16" in row for row in rows)
 

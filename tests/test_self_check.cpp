@@ -48,7 +48,7 @@ TEST_P(SelfCheck, ADeviceThatWorksPasses) {
   config.optimizer.projection = ProjectionKind::kRademacher;
   configs.push_back(config);
   for (const EngineConfig& each : configs) {
-    for (const Check& check : checks_of(each, false)) {
+    for (const Check& check : checks_of(each, false, device.backend())) {
       const Difference difference = check.run(device.backend());
       EXPECT_TRUE(difference.agrees()) << check.operation << " " << check.shape << ": " << difference.largest
                                        << ", allowed " << difference.allowed;
@@ -65,7 +65,7 @@ TEST_P(SelfCheck, WhatWasPassedIsNotCheckedAgain) {
   PassedChecks nothing(file);
   const CheckedDevice late = check_device(config, false, *device, nothing, -1);
   EXPECT_EQ(late.checked, 0);
-  EXPECT_EQ(late.left, static_cast<int>(checks_of(config, false).size()));
+  EXPECT_EQ(late.left, static_cast<int>(checks_of(config, false, *device).size()));
   const CheckedDevice first = check_device(config, false, *device, nothing, kNoLimit);
   EXPECT_EQ(first.checked, late.left);
   EXPECT_EQ(first.left, 0);

@@ -119,7 +119,7 @@ bool print_check(const Check& check, Backend& backend) {
 
 }  // namespace
 
-std::vector<Check> checks_of(const EngineConfig& config, bool tf32) {
+std::vector<Check> checks_of(const EngineConfig& config, bool tf32, const Backend& backend) {
   const ActivationShapes& shapes = config.shapes;
   const CheckShapes s = {.batch = shapes.batch,
                          .sequence = shapes.sequence,
@@ -135,6 +135,8 @@ std::vector<Check> checks_of(const EngineConfig& config, bool tf32) {
                          .weight_codes = config.weight_dtype == DType::kI8,
                          .rank = config.optimizer.rank,
                          .projection = config.optimizer.projection,
+                         .transforms = config.optimizer.projection == ProjectionKind::kCosine &&
+                                       backend.transforms_cosines(config.optimizer.rank, config.model.channels),
                          .tf32 = tf32};
   std::vector<Check> checks = model_checks(s);
   for (const Check& check : rounding_checks(s)) checks.push_back(check);
@@ -175,7 +177,7 @@ CheckedDevice check_device(const EngineConfig& config, bool tf32, Backend& backe
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
   const auto elapsed = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
-  std::vector<Check> checks = checks_of(config, tf32);
+  std::vector<Check> checks = checks_of(config, tf32, backend);
   std::erase_if(checks, [&](const Check& check) { return passed.contains(backend, check); });
   CheckedDevice device;
   if (checks.empty()) return device;
@@ -233,7 +235,7 @@ bool selftest(Options options) {
   int wrong = 0;
   for (const EngineConfig& config : configs) {
     const Workspace workspace(config, *backend);
-    for (const Check& check : checks_of(config, options.tf32)) {
+    for (const Check& check : checks_of(config, options.tf32, *backend)) {
       if (!done.insert(check.operation + check.shape).second) continue;
       wrong += print_check(check, *backend) ? 0 : 1;
     }

@@ -12,7 +12,7 @@
 #include "train/options.h"
 
 // Every operation of the checks that a run of this configuration makes, at its shapes.
-std::vector<Check> checks_of(const EngineConfig& config, bool tf32);
+std::vector<Check> checks_of(const EngineConfig& config, bool tf32, const Backend& backend);
 
 // Checks that devices have passed, by device, driver, build, operation and shape, as lines of a file: this machine's
 // cache folder ($XDG_CACHE_HOME or ~/.cache), unless another is given. A file that cannot be read or written is empty:

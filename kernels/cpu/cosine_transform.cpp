@@ -361,7 +361,7 @@ const CosineTransform::Projection& CosineTransform::projection(const CosineProje
 
 bool CpuBackend::transforms_cosines(int64_t rank, int64_t dimension) const {
   const int64_t doublings = std::bit_width(static_cast<uint64_t>(std::max<int64_t>(dimension, 1) - 1));
-  return rank >= 4 * doublings && CosineTransform::has_length(dimension);
+  return rank >= 4 * doublings && rank <= dimension && CosineTransform::has_length(dimension);
 }
 
 CosineTransform& CpuBackend::cosine_transform(int64_t length) {
