@@ -36,7 +36,7 @@ struct CheckShapes {
   int64_t rank = 0;            // of random projections
   ProjectionKind projection = ProjectionKind::kCosine;
   bool transforms = false;  // the device has transforms for projections of this rank and width
-  bool tf32 = false;  // products of fp32 operands may round them
+  bool tf32 = false;        // products of fp32 operands may round them
 };
 
 // Every operation of forward and backward passes, the ones that take longest first; those of updates; and what rounds

@@ -21,6 +21,7 @@ CONFIGURATIONS = [
     # name, B, T, flags
     ("adamw 4x64", 4, 64, ["--optimizer", "adamw"]),
     ("adamw 2x512", 2, 512, ["--optimizer", "adamw"]),
+    ("flora r256 fused 4x64", 4, 64, ["--optimizer", "flora", "--rank", "256", "--gradients", "fused"]),
     ("flora r64 fused 2x512", 2, 512, ["--optimizer", "flora", "--rank", "64", "--gradients", "fused"]),
     ("flora r256 fused 2x512", 2, 512, ["--optimizer", "flora", "--rank", "256", "--gradients", "fused"]),
 ]
