@@ -70,11 +70,9 @@ Flora::Flora(const OptimizerConfig& config, const std::vector<Parameter>& parame
     entry.parameter = parameter;
     entry.factored = config_.factored && parameter.matrix;
     entry.compressed = compresses_momentum(config_, parameter);
-    // Of a matrix whose rows are projected a transform needs all rows at once.
     const Compression shape = compression(entry);
-    entry.transformed = entry.compressed && config_.projection == ProjectionKind::kCosine &&
-                        backend.transforms_cosines(shape.rank, shape.dimension()) &&
-                        !(shape.wide() && gradient_block_rows(parameter, config_.blocks) > 0);
+    const bool in_parts = shape.wide() && gradient_block_rows(parameter, config_.blocks) > 0;
+    entry.transformed = entry.compressed && !in_parts && is_transformed(backend, config_.projection, shape);
     if (gradient_block_rows(parameter, config_.blocks) > 0 && !entry.factored)
       throw std::invalid_argument("a gradient in blocks needs a factored second moment");
     add_states(entry);

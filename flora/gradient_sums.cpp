@@ -20,13 +20,12 @@ uint32_t gradient_phases(const Parameter& parameter) {
 // The gradient of this micro-batch is complete: it is added to the sum, unless it was written in its place.
 void Gradients::add_to_sum(Entry& e) {
   if (e.keep == Keep::kProjectedSum) {
-    const Compression shape = compression(e);
-    const Tensor p = projection(e);
     if (e.sum.dtype == DType::kF32) {
-      project_down(backend_, e.sum, buffer_of(e), p, shape, e.sum_written);
+      project(e, e.sum, e.sum_written);
     } else {
+      const Compression shape = compression(e);
       const Tensor projected = projected_.tensor({shape.compressed_rows(), shape.compressed_cols()});
-      project_down(backend_, projected, buffer_of(e), p, shape, false);
+      project(e, projected, false);
       add_rounded(e, projected);
     }
   } else if (e.buffered) {
@@ -34,6 +33,16 @@ void Gradients::add_to_sum(Entry& e) {
   }
   e.sum_written = true;
   e.buffer_written = false;
+}
+
+// out (+)= the projected gradient of this micro-batch.
+void Gradients::project(Entry& e, Tensor out, bool accumulate) {
+  const Compression shape = compression(e);
+  if (is_transformed(backend_, config_.projection, shape)) {
+    backend_.cosine_down(out, buffer_of(e), {}, cosine_projection(e), accumulate);
+  } else {
+    project_down(backend_, out, buffer_of(e), projection(e), shape, accumulate);
+  }
 }
 
 // sum (+)= added, rounded stochastically in bf16.
@@ -71,23 +80,35 @@ Tensor Gradients::whole(Entry& e) {
 // the scale of a gradient for optimizers and for clipping.
 void Gradients::decode_sum(const Entry& e, Tensor out, bool accumulate) {
   const Compression shape = compression(e);
+  const float factor = unbiased_factor(config_.projection, shape);
+  if (is_transformed(backend_, config_.projection, shape)) {
+    backend_.cosine_up({.out = out, .in = accumulate ? out : Tensor{}}, e.sum, cosine_projection(e), factor);
+    return;
+  }
   const Tensor p = projection(e);
   Tensor sum = e.sum;
   if (p.dtype == DType::kF32 && sum.dtype != DType::kF32) {  // else both would meet in bf16: another projection
     sum = projected_.tensor({shape.compressed_rows(), shape.compressed_cols()});
     backend_.convert(sum, e.sum);
   }
-  project_up(backend_, out, sum, p, shape, unbiased_factor(config_.projection, shape), accumulate);
+  project_up(backend_, out, sum, p, shape, factor, accumulate);
 }
 
 // The accumulation projection of step t, into the scratch: purpose 3, index t.
 Tensor Gradients::projection(const Entry& e) {
   const Compression shape = compression(e);
   const Tensor p = projection_.tensor({shape.rank, shape.dimension()});
-  const RandomKey key{
-      .seed = config_.seed, .purpose = RandomPurpose::kAccumulationProjection, .tensor = e.parameter.hash()};
-  backend_.generate_projection(p, config_.projection, key, &scalars_->step);
+  backend_.generate_projection(p, config_.projection, projection_key(e), &scalars_->step);
   return p;
+}
+
+CosineProjection Gradients::cosine_projection(const Entry& e) const {
+  const Compression shape = compression(e);
+  return {.rank = shape.rank, .of_rows = shape.wide(), .key = projection_key(e), .index = &scalars_->step};
+}
+
+RandomKey Gradients::projection_key(const Entry& e) const {
+  return {.seed = config_.seed, .purpose = RandomPurpose::kAccumulationProjection, .tensor = e.parameter.hash()};
 }
 
 // ---- memory
@@ -127,7 +148,8 @@ void Gradients::reserve_buffers() {
     const uint32_t phases = buffer_phases(p);
     if (e.keep == Keep::kProjectedSum) {
       const Compression shape = compression(e);
-      projection_.reserve(shape.projection_elements(), phases);
+      const bool transformed = is_transformed(backend_, config_.projection, shape);
+      if (!transformed) projection_.reserve(shape.projection_elements(), phases);
       if (config_.accumulation_dtype != DType::kF32) projected_.reserve(shape.compressed_elements(), phases);
     }
     if (!e.buffered) continue;

@@ -185,6 +185,9 @@ class Gradients final : public GradientSink {
   Tensor whole(Entry& e);
   void decode_sum(const Entry& e, Tensor out, bool accumulate);
   Tensor projection(const Entry& e);
+  RandomKey projection_key(const Entry& e) const;
+  CosineProjection cosine_projection(const Entry& e) const;
+  void project(Entry& e, Tensor out, bool accumulate);
   Compression compression(const Entry& e) const { return {e.parameter, config_.accumulation_rank}; }
 
   // Ranks.

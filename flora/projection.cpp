@@ -13,6 +13,10 @@ bool is_compressed(const Parameter& parameter, int64_t rank, bool compress_embed
   return compress_embeddings || !is_elongated(parameter);
 }
 
+bool is_transformed(const Backend& backend, ProjectionKind kind, const Compression& shape) {
+  return kind == ProjectionKind::kCosine && backend.transforms_cosines(shape.rank, shape.dimension());
+}
+
 float unbiased_factor(ProjectionKind kind, const Compression& shape) {
   if (!has_orthonormal_rows(kind)) return 1.0f;
   return static_cast<float>(shape.dimension()) / static_cast<float>(shape.rank);

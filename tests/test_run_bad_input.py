@@ -71,6 +71,8 @@ USAGE = [
     (["--data", ""], ["--data needs a value"]),
     (["--data="], ["--data needs a value"]),
     (["--seed", 2**64], ["--seed", "out of range"]),
+    (["--residual=2"], ["--residual", "true or false", "2"]),
+    (["--profile=maybe"], ["--profile", "true or false", "maybe"]),
     (["--lr", 1e-46], ["--lr 1e-46", "0"]),
     (["--beta1", 0.99999999], ["--beta1", "1 in fp32"]),
     (["--threads", 100000], ["--threads", "1024"]),

@@ -115,7 +115,7 @@ std::string suggestion(std::string word, const std::vector<std::string>& names, 
 struct ToCommandLine {
   CLI::App& app;
   std::map<std::string, std::function<void(const std::string&)>> setters;  // by flag, from the text of a value
-  std::map<std::string, bool> switches;                                    // by flag, as CLI11 reads them
+  std::map<std::string, std::string> switches;                             // by flag: "true", or the text given
   std::string current_group;
   void group(const char* name) { current_group = name; }
 
@@ -188,7 +188,7 @@ class Parser {
       if (app_.get_option("--" + name)->count() == 0) continue;
       options_.given.push_back(name);
       const auto found = visitor_.switches.find(name);
-      if (found != visitor_.switches.end()) visitor_.setters.at(name)(found->second ? "true" : "false");
+      if (found != visitor_.switches.end()) visitor_.setters.at(name)(found->second);
     }
     if (app_.get_option("--config")->count() > 0) take_config_file();
     const Command found = command();

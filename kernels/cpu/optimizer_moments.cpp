@@ -2,6 +2,7 @@
 // and writes what it changes once.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/state_blocks.h"
@@ -97,12 +98,14 @@ void CpuBackend::factored_second_moment(Tensor row_state, Tensor col_state, Tens
                                         const ScaledProjection* projection) {
   check_factored_second_moment(row_state, col_state, row_scale, col_scale, grad);
   if (projection) check_scaled_projection(*projection, grad);
-  leave_squares(squares, grad);
   const int64_t rows = grad.rows(), cols = grad.cols();
   const Profiler::Scope scope(profiler, "factored_second_moment", 4.0 * rows * cols, static_cast<double>(grad.bytes()));
-  if (scalars->gate == 0) return;
+  if (scalars->gate == 0 && !squares.out) return;
   add_squares(row_scale, col_scale, grad, false);
   float *row = row_scale.as<float>(), *col = col_scale.as<float>();
+  if (squares.out)
+    *squares.out = static_cast<float>(std::accumulate(row, row + rows, squares.accumulate ? double{*squares.out} : 0.0));
+  if (scalars->gate == 0) return;
 #pragma omp simd
   for (int64_t i = 0; i < rows; ++i) row[i] = row[i] / static_cast<float>(cols) + eps1;
 #pragma omp simd
