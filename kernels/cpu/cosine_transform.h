@@ -18,8 +18,7 @@ typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 
 // The transform of length d is a Fourier transform of d/2 complex numbers (Makhoul, "A fast cosine transform in one and
 // two dimensions", IEEE Transactions on Acoustics, Speech and Signal Processing 28, 1980), 2.5 d log2(d) operations,
-// and four products for each frequency that is wanted. Work is done in x [d], complex number n in x[2 n] and x[2 n +
-// 1].
+// and four products for each frequency that is wanted. Work is done in x [d], where a complex number takes two places.
 //
 //   frequencies of v:           x[input(j)] = v[j] for all j, fourier(x), then read(x, frequency)
 //   sum of some frequencies:    x = 0, add(x, frequency, amount) for each, fourier(x), then v[j] = x[output(j)]

@@ -104,7 +104,8 @@ void CpuBackend::factored_second_moment(Tensor row_state, Tensor col_state, Tens
   add_squares(row_scale, col_scale, grad, false);
   float *row = row_scale.as<float>(), *col = col_scale.as<float>();
   if (squares.out)
-    *squares.out = static_cast<float>(std::accumulate(row, row + rows, squares.accumulate ? double{*squares.out} : 0.0));
+    *squares.out =
+        static_cast<float>(std::accumulate(row, row + rows, squares.accumulate ? double{*squares.out} : 0.0));
   if (scalars->gate == 0) return;
 #pragma omp simd
   for (int64_t i = 0; i < rows; ++i) row[i] = row[i] / static_cast<float>(cols) + eps1;
