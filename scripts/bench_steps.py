@@ -81,26 +81,34 @@ def main():
     parser.add_argument("--pytorch", default="", help="a Python that has torch and transformers (default: one of "
                         "build/pytorch, which is installed), or none")
     parser.add_argument("--compile", action="store_true", help="PyTorch's torch.compile, too: minutes more")
+    parser.add_argument("--filter", default="", help="only configurations whose names hold this text, and AdamW's")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="fp32, bf16 or both (default)")
     parser.add_argument("--profile", action="store_true", help="print the profile of each configuration")
     arguments = parser.parse_args()
+    dtypes = arguments.dtypes.split(",")
+    if not set(dtypes) <= set(DTYPES):
+        parser.error(f"--dtypes takes {' and '.join(DTYPES)}")
+    lengths = {row[2] for row in CONFIGURATIONS if arguments.filter in row[0]}
+    configurations = [row for row in CONFIGURATIONS
+                      if arguments.filter in row[0] or (row[0].startswith("adamw") and row[2] in lengths)]
     best, pytorch, version = {}, {}, ""
     with tempfile.TemporaryDirectory() as folder:
         write_shard(os.path.join(folder, "bench.bin"))
         for _ in range(arguments.rounds):
-            for name, batch, length, flags in CONFIGURATIONS:
-                for dtype in DTYPES:
+            for name, batch, length, flags in configurations:
+                for dtype in dtypes:
                     result = run_steps(folder, dtype, batch, length, flags, arguments.steps, arguments.threads,
                                        arguments.profile)
                     if (name, dtype) not in best or result["seconds"] < best[name, dtype]["seconds"]:
                         best[name, dtype] = result
-    for _, batch, length, _ in CONFIGURATIONS:
-        for dtype in DTYPES:
+    for _, batch, length, _ in configurations:
+        for dtype in dtypes:
             if arguments.pytorch != "none" and (batch, length, dtype) not in pytorch:
                 rates, found = pytorch_rates(arguments.pytorch, dtype, batch, length, arguments.threads, arguments.compile)
                 pytorch[batch, length, dtype], version = rates, found or version
     print(f"{next(iter(best.values()))['device']}\nPyTorch {version or 'not measured'}")
     print(f"{'configuration':23s} {'dtype':5s} {'tokens/s':>8s} {'s/step':>7s} {'GFLOP/s':>8s} {'MFU':>6s} {'/ adamw':>8s} "
-          f"{'/ fp32':>7s} {'/ PyTorch':>9s}  PyTorch's best, tokens/s")
+          f"{'/ ' + dtypes[0]:>7s} {'/ PyTorch':>9s}  PyTorch's best, tokens/s")
     for (name, dtype), result in best.items():
         batch, length = next(row[1:3] for row in CONFIGURATIONS if row[0] == name)
         rate = batch * length / result["seconds"]
@@ -108,7 +116,7 @@ def main():
         rates = pytorch.get((batch, length, dtype))
         way = max(rates, key=rates.get) if rates else ""
         print(f"{name:23s} {dtype:5s} {rate:8.1f} {result['seconds']:7.3f} {result['peak'] / 1e9:8.0f} {result['mfu']:6.1%} "
-              f"{result['seconds'] / adamw:8.3f} {best[name, 'fp32']['seconds'] / result['seconds']:7.2f} "
+              f"{result['seconds'] / adamw:8.3f} {best[name, dtypes[0]]['seconds'] / result['seconds']:7.2f} "
               + (f"{rate / rates[way]:9.2f}  {way} {rates[way]:.1f}" if rates else f"{'-':>9s}"))
     if arguments.profile:
         for (name, dtype), result in best.items():

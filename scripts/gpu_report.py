@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gpu_measurements import correctness, kernels, learning, machine, memory, parallel, render, steps, streaming, training
 from gpu_measurements.results import Results, ResultsError, read
-from gpu_measurements.session import Session, say
+from gpu_measurements.session import Session, asked_to_end, end_if_asked, say
 from gpu_measurements.sizes import DRY, REAL
 
 
@@ -114,7 +114,7 @@ def measure(arguments):
         raise ResultsError("nvidia-smi names no GPU; --dry-run --out FOLDER runs the report without one")
     path = folder_of(arguments) / f"{machine.file_name(description['gpu'])}.json"
     results = Results(path, description, arguments.dry_run)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_end.set())
     data = ",".join(str(Path(glob).absolute()) for glob in arguments.data.split(",") if glob)
     session = Session(sizes, results, dry_run=arguments.dry_run, time_limit=arguments.time_limit, data=data,
                       llmc=str(Path(arguments.llmc).resolve()) if arguments.llmc else "", missing=arguments.missing,
@@ -124,6 +124,7 @@ def measure(arguments):
         for part in chosen(names, parts):
             session.run_part(part, parts[part]())
             write_page(path)
+        end_if_asked()
     finally:
         session.close()
         if path.exists():

@@ -24,6 +24,15 @@ PART_SECONDS = 530  # nine minutes, less ten seconds to end in
 PATH = os.environ.get("PATH", "") + ":/usr/local/cuda/bin"  # for nvcc and compute-sanitizer
 
 
+# Set by SIGTERM, whose handler must not interrupt what starts a command or writes the results.
+asked_to_end = threading.Event()
+
+
+def end_if_asked():
+    if asked_to_end.is_set():
+        raise SystemExit(143)
+
+
 class ItemFailed(Exception):
     """Why an item has no value, one line."""
 
@@ -83,7 +92,11 @@ class Session:
         self.most_free = None
 
     def close(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for _ in range(20):  # what was killed may end, and write, a moment later
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                break
+            time.sleep(0.1)
 
     def device_memory(self):
         """Bytes free on the device when nothing of ours runs: the most it ever said in this call, since the driver may
@@ -109,6 +122,7 @@ class Session:
             self.run_item(part, item)
 
     def run_item(self, part, item):
+        end_if_asked()
         began = time.monotonic()
         self.commands, values = [], {}
         try:
@@ -145,6 +159,7 @@ class Session:
     def execute(self, command, *, timeout=None, environment=None, watch=None, record=True):
         """Runs a command to its end, or until `watch` (called every 20 ms) returns true, or until the time is over;
         then it and whatever it started are killed."""
+        end_if_asked()
         command = [str(part) for part in command]
         if record:
             prefix = "".join(f"{name}={value} " for name, value in (environment or {}).items())
@@ -170,6 +185,7 @@ class Session:
         expired = False
         try:
             while process.poll() is None and not (watch and watch()):
+                end_if_asked()
                 expired = time.monotonic() > limit
                 if expired:
                     break
