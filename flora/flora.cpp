@@ -294,7 +294,7 @@ void Flora::apply(const Entry& entry, Tensor weight, Tensor master, Tensor updat
 // ---- compressed momentum
 //
 // U, the gradient scaled on both sides, is never stored: for S = down(U) the diagonal on the projection's side scales
-// the projection, the other one the small result.
+// the projection (or what is transformed), the other one the small result.
 
 // Makes the projections, unless they are there or transforms do without: the one that decodes in this step, and the one
 // that S is made with, scaled. They are the same unless a transfer is due after D.
@@ -363,10 +363,11 @@ void Flora::transfer_momentum(const Entry& entry, StepScalars* scalars) {
     zero_state(backend_, stored);
     return;
   }
-  decode_momentum(entry);
+  const bool before_d = config_.residual, is_made = !before_d && !entry.transformed;  // as D needed it
+  if (before_d) decode_momentum(entry);
   const Tensor momentum = momentum_numbers(entry);
   const Tensor p_old = projection_of(entry, projection_), p_new = projection_of(entry, scaled_projection_);
-  generate(entry, p_old, &scalars->projection_index);
+  if (!is_made) generate(entry, p_old, &scalars->projection_index);
   generate(entry, p_new, &scalars->next_projection_index);
   const Tensor moved = compressed_of(entry, moved_);
   transfer(backend_, moved, momentum, p_old, p_new, square_.tensor({shape.rank, shape.rank}), shape,

@@ -5,7 +5,8 @@
 // Fira (arXiv 2410.01623) and arXiv 2512.07112; see docs/design.md.
 //
 // State of a compressed parameter [n, m]: momentum r max(n, m), row and column statistics n + m. An update makes two
-// matmuls of 2 r n m operations and eight passes over the gradient and the weight (docs/design.md, "Flora, exactly").
+// matmuls of 2 r n m operations (or transforms, see projection.h) and eight passes over the gradient and the weight
+// (docs/design.md, "Flora, exactly").
 #pragma once
 
 #include <span>

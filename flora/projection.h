@@ -1,6 +1,6 @@
 // projection.h: what random projections do to a matrix: compress it, decode it, and carry a compressed matrix from one
 // projection to the next. Each costs one matmul of 2 r n m operations (a transfer: 2 r^2 (n + m)), or a CPU's cosine
-// transforms of 5 n m log2(d) in its place; a projection is generated when it is needed and never stored.
+// transforms of 2.5 n m log2(d) in its place; a projection is generated when it is needed and never stored.
 //
 // Of a parameter [n, m] the smaller dimension d is compressed, with P [r, d] from the generator:
 //   n <  m: d = n, down(G) = P G   [r, m], up(M) = P^T M
@@ -37,8 +37,8 @@ struct Compression {
   int64_t projection_elements() const { return rank * dimension(); }
 };
 
-// Whether the device has cosine transforms for it, which need no projection and all of a vector at once; otherwise a
-// projection is made, and multiplied with.
+// Whether the device has cosine transforms for it, which need no projection but all of a vector at once (not so where
+// the rows of a gradient in blocks are projected); otherwise a projection is made, and multiplied with.
 bool is_transformed(const Backend& backend, ProjectionKind kind, const Compression& shape);
 
 // What up(down(G)) is multiplied by to be G on average: d / r for orthonormal rows, else 1.

@@ -100,7 +100,8 @@ struct ScaledProjection {
 // generate_projection().
 struct CosineProjection {
   int64_t rank = 0;
-  bool of_rows = false;  // the rows of a matrix are projected, from d to r of them; else its columns
+  bool of_rows =
+      false;  // of [d, m] to [r, m]: the vectors are the columns; else of [n, d] to [n, r], they are the rows
   RandomKey key = {};
   const uint32_t* index = nullptr;
 };
@@ -396,9 +397,9 @@ struct CpuOptions {
 
 std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options = {});
 
-// Stands for a CUDA device that is not here, to plan a run on it: name() and workspace_bytes() are the CUDA backend's,
-// memory_available() is 0 (unknown), runtime_bytes() an assumption (cuda_workspace.h). Throws std::runtime_error when
-// asked to allocate or to measure.
+// Stands for a CUDA device that is not here, to plan a run on it: name(), workspace_bytes() and what operations there
+// are are the CUDA backend's, memory_available() is 0 (unknown), runtime_bytes() an assumption (cuda_workspace.h).
+// Throws std::runtime_error when asked to allocate or to measure.
 std::unique_ptr<Backend> make_planning_backend();
 
 struct CudaOptions {

@@ -20,6 +20,7 @@ class PlanningBackend final : public CpuBackend {
   void* allocate_host(size_t) override { return refuse(); }
   bool has_update_stream() const override { return true; }
   size_t workspace_bytes(const KernelShapes& shapes) const override { return cuda_workspace_bytes(shapes); }
+  bool transforms_cosines(int64_t, int64_t) const override { return false; }
 
  private:
   [[noreturn]] static void* refuse() {

@@ -393,14 +393,15 @@ std::vector<Check> update_checks(const CheckShapes& s) {
     add("adamw_update", shape, adamw_update, together);
     add("sgd_update", shape, sgd_update, together);
   }
-  for (const bool of_rows : {false, true}) {
-    if (!s.transforms) break;
-    const std::string shape = std::string(of_rows ? "columns" : "rows") + " of " + std::to_string(s.channels) + " " +
-                              dtype_name(s.gradients) + " rank " + std::to_string(s.rank);
-    add("cosine_down", shape, cosine_transform, false, of_rows);
-    add("cosine_up", shape, cosine_transform, true, of_rows);
-  }
   if (!projects) return checks;
+  if (s.transforms) {
+    for (const bool of_rows : {false, true}) {
+      const std::string shape = std::string(of_rows ? "columns" : "rows") + " of " + std::to_string(s.channels) + " " +
+                                dtype_name(s.gradients) + " rank " + std::to_string(s.rank);
+      add("cosine_down", shape, cosine_transform, false, of_rows);
+      add("cosine_up", shape, cosine_transform, true, of_rows);
+    }
+  }
   const DType projected = s.activations == DType::kBF16 ? DType::kBF16 : s.gradients;
   // What one micro-batch leaves, and the fp32 sum of several.
   std::vector<DType> gradients = {s.gradients};

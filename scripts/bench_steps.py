@@ -91,6 +91,8 @@ def main():
     lengths = {row[2] for row in CONFIGURATIONS if arguments.filter in row[0]}
     configurations = [row for row in CONFIGURATIONS
                       if arguments.filter in row[0] or (row[0].startswith("adamw") and row[2] in lengths)]
+    if not configurations:
+        parser.error("--filter matches none of: " + ", ".join(row[0] for row in CONFIGURATIONS))
     best, pytorch, version = {}, {}, ""
     with tempfile.TemporaryDirectory() as folder:
         write_shard(os.path.join(folder, "bench.bin"))

@@ -7,6 +7,7 @@
 #include <numbers>
 
 #include "kernels/cosine_projection.h"
+#include "kernels/cpu/cosine_transform.h"
 #include "tests/backends.h"
 #include "tests/device_value.h"
 
@@ -37,8 +38,8 @@ struct Case {
 };
 
 // All radices, lengths and numbers of vectors that no register divides, one vector, all frequencies.
-constexpr Case kCases[] = {{4, 3, 2},     {6, 1, 6},    {10, 33, 3},   {14, 16, 5},   {90, 35, 40}, {98, 40, 98},
-                           {250, 19, 33}, {256, 31, 1}, {320, 21, 64}, {768, 17, 64}, {1024, 9, 30}};
+constexpr Case kCases[] = {{4, 3, 2},     {6, 1, 6},     {10, 33, 3},  {14, 16, 5},   {90, 35, 40},  {98, 40, 98},
+                           {250, 19, 33}, {4, 20000, 4}, {256, 31, 1}, {320, 21, 64}, {768, 17, 64}, {1024, 9, 30}};
 
 // The layouts: vectors are the columns or the rows of a matrix, which may be part of a larger one.
 template <typename F>
@@ -176,8 +177,10 @@ TEST(CosineTransform, IsForHighRanksAndLengthsOfSmallFactors) {
   EXPECT_TRUE(device->transforms_cosines(64, 1600));
   EXPECT_FALSE(device->transforms_cosines(8, 768));
   EXPECT_FALSE(device->transforms_cosines(256, 128));
-  for (const int64_t length : {0, 1, 2, 3, 767, 2 * 11 * 32, 2 * 13})
-    EXPECT_FALSE(device->transforms_cosines(256, length)) << length;
+  for (const int64_t length : {0, 1, 2, 3, 63, 765, 2 * 11 * 32, 2 * 13 * 2})
+    EXPECT_FALSE(device->transforms_cosines(40, length)) << length;
+  for (const int64_t length : {0, 2, 3, 26, 767}) EXPECT_FALSE(CosineTransform::has_length(length)) << length;
+  EXPECT_TRUE(CosineTransform::has_length(4));
 }
 
 TEST(CosineTransform, RefusesWhatDoesNotFit) {

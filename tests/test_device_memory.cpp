@@ -34,6 +34,7 @@ TEST(PlanningBackend, AllocatesNothing) {
   EXPECT_GT(backend->host_memory_available(), 0u);
   EXPECT_EQ(backend->runtime_bytes(), size_t{896} << 20);
   EXPECT_EQ(backend->description(), "a CUDA device that is not here");
+  EXPECT_FALSE(backend->transforms_cosines(256, 768));
 }
 
 // ---- devices that are here

@@ -121,6 +121,12 @@ TEST(PlanVariants, AreWhatIsAllocated) {
   });
   with("rank above every matrix", [](EngineConfig& c) { c.optimizer.rank = 1000; });
   for (const TransferKind transfer : {TransferKind::kReencode, TransferKind::kRestart, TransferKind::kRescale}) {
+    with("transforms instead of projections", [&](EngineConfig& c) {
+      c.optimizer.rank = c.gradients.accumulation_rank = c.model.channels - 4;
+      c.optimizer.transfer = transfer, c.optimizer.residual = transfer == TransferKind::kReencode;
+      c.optimizer.projection = c.gradients.projection = ProjectionKind::kCosine;
+      c.gradients.kind = GradientMode::kCompressed, c.gradients.micro_batches = 2;
+    });
     for (const auto projection : {ProjectionKind::kGaussian, ProjectionKind::kRademacher, ProjectionKind::kCosine}) {
       with("transfer", [&](EngineConfig& c) {
         c.optimizer.residual = projection == ProjectionKind::kCosine;

@@ -47,6 +47,8 @@ TEST_P(SelfCheck, ADeviceThatWorksPasses) {
   config.weight_dtype = config.optimizer.state_dtype = DType::kI8,
   config.optimizer.projection = ProjectionKind::kRademacher;
   configs.push_back(config);
+  config.optimizer.projection = ProjectionKind::kCosine, config.optimizer.rank = 32;  // by transforms
+  configs.push_back(config);
   for (const EngineConfig& each : configs) {
     for (const Check& check : checks_of(each, false, device.backend())) {
       const Difference difference = check.run(device.backend());

@@ -95,7 +95,8 @@ struct Operations {
            gradient_passes(config.optimizer, config.optimizer.compress_embeddings) * (product + classifier + gradient);
   }
 
-  // A block's gradients of a micro-batch, added to sums: of rank r by a product, in full by reading them once more.
+  // A block's gradients of a micro-batch, added to sums: of rank r by a product, in full by reading them once more. A
+  // CPU's transforms (flora/projection.h) take less, here and in update(), than the products that are counted.
   Work accumulate() const {
     if (config.gradients.micro_batches == 1) return {};
     const double rank = static_cast<double>(config.gradients.accumulation_rank);

@@ -60,7 +60,7 @@ class CosineTransform {
     std::vector<Frequency> frequencies;  // [r]
     std::vector<float> signs;            // [d]
   };
-  // In memory that is kept for the next call, which ends what this one returned.
+  // In memory of this object: the next call overwrites what this one returned.
   const Projection& projection(const CosineProjection& p);
 
  private:

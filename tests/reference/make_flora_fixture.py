@@ -145,7 +145,9 @@ def cases():
     transformed = dict(rank=20, kappa=3, projection="cosine")
     for side, rows, cols in (("wide", 24, 30), ("tall", 30, 24)):
         yield make_case(f"transformed_{side}", rows, cols, check_steps=(4, 10), **transformed)
-        yield make_case(f"transformed_{side}_residual", rows, cols, residual=True, check_steps=(4, 10), **transformed)
+        for transfer in ("reencode", "restart", "rescale", "unbiased"):
+            yield make_case(f"transformed_{side}_residual_{transfer}", rows, cols, residual=True, transfer=transfer,
+                            check_steps=(10,), **transformed)
     yield make_case("adamw_half_life", 6, 11, kind="adamw", half_life=7_100_000, tokens_per_step=131072)
     yield make_case("adamw", 6, 11, kind="adamw", weight_decay=0.1)
     yield make_case("adamw_no_momentum", 6, 11, kind="adamw", beta1=0.0, beta2=0.999)
@@ -179,6 +181,9 @@ def cases():
         for side, rows, cols in (("wide", 6, 11), ("tall", 11, 6)):
             yield make_case(f"accumulated_{kind}_{side}", rows, cols,
                             accumulation={"micro_batches": 3, "rank": 4, "projection": kind}, **plain)
+    for side, rows, cols in (("wide", 24, 30), ("tall", 30, 24)):
+        yield make_case(f"accumulated_transformed_{side}", rows, cols,
+                        accumulation={"micro_batches": 3, "rank": 20, "projection": "cosine"}, **plain)
     yield make_case("accumulated_uncompressed", 3, 20,
                     accumulation={"micro_batches": 3, "rank": 4, "projection": "gaussian"}, **plain)
     yield make_case("accumulated_flora", 6, 11, rank=3, kappa=2, steps=5, check_steps=(5,),
