@@ -120,8 +120,9 @@ class CpuBackend : public Backend {
   size_t workspace_bytes_ = 0;
   size_t allocated_ = 0;
   bool threads_checked_ = false;
-  bool heaps_are_mapped_ = false;                                                    // each thread has allocated
-  std::unordered_map<int64_t, std::unique_ptr<CosineTransform>> cosine_transforms_;  // by length d, 28 d bytes each
+  bool heaps_are_mapped_ = false;  // each thread has allocated
+  std::unordered_map<int64_t, std::unique_ptr<CosineTransform>>
+      cosine_transforms_;  // by length d, some 40 d bytes each
   std::unordered_map<void*, size_t> device_blocks_, host_blocks_;
 };
 
