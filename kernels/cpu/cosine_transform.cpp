@@ -272,8 +272,6 @@ double sum_of(const Lanes& values) {
   return sum;
 }
 
-constexpr int64_t kMostChunks = 1024;
-
 }  // namespace
 
 bool CosineTransform::has_length(int64_t length) {
@@ -417,11 +415,11 @@ void CpuBackend::cosine_up(const ScaledSum& sum, Tensor in, const CosineProjecti
   const CosineTransform::Projection& projection = transform.projection(p);
   const float *const rows = sum.row_scale.as<float>(), *const columns = sum.col_scale.as<float>();
   const bool keeps = !sum.in.empty();
-  std::array<double, kMostChunks> partials{};
+  std::array<double, kMaxSumChunks> partials{};
   dispatch(out.dtype, in.dtype, [&]<typename Out, typename In>() {
     const Vectors<const In> from(in, p.of_rows);
     const Vectors<Out> to(out, p.of_rows);
-    const int64_t vectors = to.count, strips = divide_up(vectors, kLanes), chunk = divide_up(strips, kMostChunks);
+    const int64_t vectors = to.count, strips = divide_up(vectors, kLanes), chunk = divide_up(strips, kMaxSumChunks);
     parallel_blocks(threads_, divide_up(strips, chunk), 1, [&](int64_t begin, int64_t end) {
       Lanes* const x =
           reinterpret_cast<Lanes*>(thread_scratch(static_cast<size_t>(transform.length()) * sizeof(Lanes)));

@@ -202,7 +202,7 @@ size_t CpuBackend::allocated_bytes() const { return allocated_; }
 size_t CpuBackend::workspace_bytes(const KernelShapes& shapes) const {
   const int64_t channels = std::max<int64_t>(shapes.channels, 1);
   int64_t per_thread = 4 * (4 * channels + 1024);  // embedding rows, reductions of the optimizers
-  static_assert(kLanes <= 16);                     // vectors of a cosine transform
+  static_assert(kLanes <= 16);  // so that this holds the vectors of a cosine transform, too: kLanes of C numbers
   per_thread = std::max(per_thread, attention_scratch_floats(shapes.sequence, channels, shapes.heads));
   if (shapes.any_bf16) per_thread = std::max(per_thread, kMatmulScratchFloats);
   const int64_t whole = (kMaxRowChunks + 1) * 4 * channels;  // bias and LayerNorm backward

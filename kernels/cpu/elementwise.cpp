@@ -9,7 +9,6 @@
 
 namespace {
 
-constexpr int64_t kMaxSumChunks = 1024;
 // Elements that are added in fp32, before they join a double: so few that their sum keeps 2e-6 where no vectors are.
 constexpr int64_t kSumSpan = 512;
 

@@ -49,6 +49,9 @@ void parallel_spans(int threads, std::initializer_list<Tensor> tensors, F&& f) {
   });
 }
 
+// A sum that is one number is made of at most so many partial ones, added in order.
+inline constexpr int64_t kMaxSumChunks = 1024;
+
 // Sums over rows are cut into at most kMaxRowChunks chunks whose size depends on the number of rows alone. Each chunk
 // adds its rows into a partial of its own, and add_partials() adds the partials in order.
 inline constexpr int64_t kMaxRowChunks = 64;

@@ -29,6 +29,7 @@ asked_to_end = threading.Event()
 
 
 def end_if_asked():
+    """Ends the program with 143, as SIGTERM would, if that came."""
     if asked_to_end.is_set():
         raise SystemExit(143)
 
