@@ -92,6 +92,8 @@ SETTINGS |= {name: (flags, 8e-3) for name, flags in [
     flora("cosine", 16, 200, "--residual", matrix_lr="1/10"),
     flora("cosine", 4, 200, "--residual", matrix_lr="1/5"),
     flora("cosine", 4, 200, "--residual", "--embedding-momentum=false", matrix_lr="1/10"),
+    flora("cosine", 4, 50, "--residual", "--embedding-momentum=false", matrix_lr="1/10"),
+    flora("cosine", 4, 1000, "--residual", "--embedding-momentum=false", matrix_lr="1/10"),
     flora("cosine", 8, 200, "--residual", "--embedding-momentum=false", matrix_lr="1/10"),
     flora("cosine", 16, 200, "--residual", "--embedding-momentum=false", matrix_lr="1/10"),
     flora("cosine", 4, 200, "--residual", "--compress-embeddings", matrix_lr="1/10"),
@@ -107,6 +109,9 @@ SETTINGS |= {
     "adafactor embedding-momentum=false matrix lr 1/10": (
         ["--optimizer", "adafactor", "--gradients", "fused", "--embedding-momentum=false", "--matrix-lr-scale", "0.1"],
         8e-3),
+    "adafactor int8 momentum embedding-momentum=false matrix lr 1/10": (
+        ["--optimizer", "adafactor", "--gradients", "fused", "--state-dtype", "int8", "--embedding-momentum=false",
+         "--matrix-lr-scale", "0.1"], 8e-3),
 }
 
 

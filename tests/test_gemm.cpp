@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/tile_product.h"
 
 namespace {
 
@@ -175,6 +176,42 @@ INSTANTIATE_TEST_SUITE_P(, Gemm, testing::Values(Which::kLibrary, Which::kOurs, 
                                               : which.param == Which::kOurs  ? "Ours"
                                                                              : "Bf16");
                          });
+
+// Rows and columns of the left operand that lie in any way, numbers of rows and registers that fill no tile; what is
+// overwritten is not read, and nothing beside the result is written.
+TEST(TileProduct, IsTheSumInFloat64) {
+  for (const int64_t m : {1, 2, 5, 6, 13, 64}) {
+    for (const int64_t n : {16, 48, 64, 112}) {
+      for (const int64_t k : {1, 3, 64, 300}) {
+        for (const bool transposed : {false, true}) {
+          for (const bool add : {false, true}) {
+            const int64_t ldb = n + 3, ldc = n + 1;
+            const LeftOperand left = {nullptr, transposed ? 1 : k + 2, transposed ? m + 5 : 1};
+            const Numbers a(m * left.row + k * left.step, 1), b(k * ldb, 2);
+            Numbers c(m * ldc, 3);
+            const std::vector<float> before(c.data(), c.data() + m * ldc);
+            for (int64_t i = 0; i < m && !add; ++i) std::fill_n(c.data() + i * ldc, n, NAN);
+            tile_product(m, n, k, {a.data(), left.row, left.step}, b.data(), ldb, c.data(), ldc, add);
+            for (int64_t i = 0; i < m; ++i) {
+              for (int64_t j = 0; j < n; ++j) {
+                double sum = add ? static_cast<double>(before[static_cast<size_t>(i * ldc + j)]) : 0.0, size = 1;
+                for (int64_t p = 0; p < k; ++p) {
+                  const double product = static_cast<double>(a.data()[i * left.row + p * left.step]) *
+                                         static_cast<double>(b.data()[p * ldb + j]);
+                  sum += product;
+                  size += std::abs(product);
+                }
+                ASSERT_NEAR(static_cast<double>(c.data()[i * ldc + j]), sum, 2e-7 * size)
+                    << m << " x " << n << " x " << k << ", number " << i << ", " << j;
+              }
+              ASSERT_EQ(c.data()[i * ldc + n], before[static_cast<size_t>(i * ldc + n)]) << "beside the result";
+            }
+          }
+        }
+      }
+    }
+  }
+}
 
 // kGemmBuffers, which a budget sets aside, holds what is packed twice over.
 TEST(LibraryProducts, PackLittleOfLargeMatrices) {

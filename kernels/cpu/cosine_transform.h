@@ -7,14 +7,7 @@
 #include <vector>
 
 #include "kernels/backend.h"
-
-// So many vectors that number j of each is one register: what is done to a vector is done to all.
-#if defined(__AVX512F__)
-inline constexpr int kLanes = 16;
-#else
-inline constexpr int kLanes = 8;
-#endif
-typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+#include "kernels/cpu/lanes.h"
 
 // The transform of length d is a Fourier transform of d/2 complex numbers (Makhoul, "A fast cosine transform in one and
 // two dimensions", IEEE Transactions on Acoustics, Speech and Signal Processing 28, 1980), 2.5 d log2(d) operations,

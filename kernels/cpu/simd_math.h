@@ -2,6 +2,7 @@
 // turns a loop over them into vector code (libm's are calls). About 12 instructions for 8 or 16 numbers at once.
 #pragma once
 
+#include "kernels/cpu/lanes.h"
 #include "kernels/tensor.h"
 
 // e^x with a relative error below 2e-7; 0 below -87, infinity above 88, NaN for NaN.
@@ -22,6 +23,22 @@ inline float simd_exp(float x) {
   const float power = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
   const float bounded = x > 88.0f ? __builtin_inff() : fraction * power;
   return x < -87.0f ? 0.0f : bounded;
+}
+
+// The same of a register, for x up to 88. Fused multiply-adds where the file is compiled with -ffp-contract=fast.
+inline void simd_exp(Lanes& out, const Lanes& x) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f, kRound = 12582912.0f;
+  const Lanes shifted = x * kLog2E + kRound;
+  const Lanes n = shifted - kRound;
+  const Lanes r = (x - n * kLn2High) - n * kLn2Low;
+  Lanes p = r * 0.001381454017f + 0.008368745109f;
+  p = p * r + 0.04166839078f;
+  p = p * r + 0.166665204f;
+  p = p * r + 0.4999999343f;
+  const Lanes fraction = r * r * p + r + 1.0f;
+  const Lanes power = reinterpret_cast<Lanes>((reinterpret_cast<Words>(shifted) << 23) + 0x3f800000u);
+  const Words is_zero = reinterpret_cast<Words>(x < -87.0f);
+  out = reinterpret_cast<Lanes>(reinterpret_cast<Words>(fraction * power) & ~is_zero);
 }
 
 // 1 / (1 + e^-x).
