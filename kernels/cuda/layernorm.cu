@@ -22,7 +22,7 @@ constexpr int kMostThreads = 1024;  // backward
 constexpr int64_t kSmallestChunk = 16;
 
 static_assert(kMostNormChannels == kForwardWarps * kWarp * kMostOctets * kOctet);
-static_assert(kMostNormChannels == 2 * kMostThreads * kOctet);
+static_assert(kMostNormChannels == 4 * (kMostThreads / 2) * kOctet);
 static_assert(kChannelMultiple == kOctet);
 
 // ---- forward
@@ -292,8 +292,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) layernorm_backward_kernel(B
 
 void launch_backward(cudaStream_t stream, const Backward& p, unsigned blocks) {
   require(p.channels <= kMostNormChannels, "layernorm: too many channels");
-  const int64_t octets = p.channels / kOctet, warps = (octets + kWarp - 1) / kWarp;
-  const unsigned threads = static_cast<unsigned>(std::min<int64_t>(warps * kWarp, kMostThreads));
+  const int64_t octets = p.channels / kOctet, per_thread = octets > 2 * 768 ? 4 : octets > kMostThreads ? 2 : 1;
+  const int64_t warps = divide_up(octets, per_thread * kWarp);
+  const unsigned threads = static_cast<unsigned>(warps * kWarp);
   dispatch(p.in.dtype, [&]<typename T>() {
     const auto run = [&]<int kRows, int kThreads, int kBlocks, bool kKeepWeight = true, int kOctets = 1>() {
       launch("layernorm_backward", layernorm_backward_kernel<T, kRows, kThreads, kBlocks, kKeepWeight, kOctets>,
@@ -304,14 +305,16 @@ void launch_backward(cudaStream_t stream, const Backward& p, unsigned blocks) {
              p);
     };
     // Small blocks have many rows under way; of larger ones several on a multiprocessor, which keep its memory busy
-    // while one waits at its barrier. Rows of four-byte numbers take twice the registers.
+    // while one waits at its barrier. Rows of four-byte numbers take twice the registers. Two octets a thread do not
+    // fit into the 64 registers of 1,024 threads.
     constexpr bool kHalf = sizeof(T) == 2;
     constexpr int kBlocks = kHalf ? 2 : 1;
+    if (per_thread == 4) return run.template operator()<1, kMostThreads / 2, 1, false, 4>();
+    if (per_thread == 2) return run.template operator()<1, 768, 1, false, 2>();
     if (threads <= 128) return run.template operator() < kHalf ? 4 : 2, 128, 4 > ();
     if (threads <= 256) return run.template operator()<2, 256, kBlocks + 1>();
     if (threads <= 512) return run.template operator() < kHalf ? 1 : 2, 512, kBlocks > ();
-    if (octets <= kMostThreads) return run.template operator()<1, kMostThreads, 1, kHalf>();
-    run.template operator()<1, kMostThreads, 1, false, 2>();
+    run.template operator()<1, kMostThreads, 1, kHalf>();
   });
 }
 
