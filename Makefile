@@ -45,7 +45,8 @@ comma    := ,
 WARNINGS := -Wall -Wextra $(if $(WERROR),-Werror) $(if $(findstring clang,$(CXX)),-Wno-pass-failed,-Wno-restrict)
 # -ffp-contract=off: fused multiply-adds only where the source says fma, so that random numbers are the same everywhere.
 CXXFLAGS := -std=c++20 -O3 -march=$(CPU_ARCH) -ffp-contract=off -fno-math-errno -fopenmp -g1 $(WARNINGS) -I.
-$(BUILD)/kernels/cpu/attention.o $(BUILD)/kernels/cpu/tile_product.o: CXXFLAGS += -ffp-contract=fast
+# Where there are none, all of them, and the compiler finds them.
+$(addprefix $(BUILD)/,kernels/cpu/attention.o kernels/cpu/tile_product.o tests/test_cpu_backend.o): CXXFLAGS += -ffp-contract=fast
 LDLIBS   := -lz -lpthread
 ifneq ($(BLAS),none)
   LDLIBS := -l$(BLAS) $(LDLIBS)

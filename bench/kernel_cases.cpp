@@ -62,12 +62,14 @@ std::vector<KernelCase> kernel_cases(const BenchModel& model) {
 size_t bench_workspace_bytes(const Backend& backend, const BenchModel& model) {
   size_t bytes = 0;
   for (int64_t sequence : model.attention_sequences) {
-    bytes = std::max(bytes, backend.workspace_bytes({.batch = model.tokens() / sequence,
-                                                     .sequence = sequence,
-                                                     .channels = model.channels,
-                                                     .heads = model.heads,
-                                                     .vocabulary = model.padded_vocabulary,
-                                                     .any_bf16 = true}));
+    for (const int64_t heads : {model.heads, model.wide_heads}) {
+      bytes = std::max(bytes, backend.workspace_bytes({.batch = model.tokens() / sequence,
+                                                       .sequence = sequence,
+                                                       .channels = model.channels,
+                                                       .heads = heads,
+                                                       .vocabulary = model.padded_vocabulary,
+                                                       .any_bf16 = true}));
+    }
   }
   return bytes;
 }

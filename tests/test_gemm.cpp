@@ -180,16 +180,16 @@ INSTANTIATE_TEST_SUITE_P(, Gemm, testing::Values(Which::kLibrary, Which::kOurs, 
 // Rows and columns of the left operand that lie in any way, numbers of rows and registers that fill no tile; what is
 // overwritten is not read, and nothing beside the result is written.
 TEST(TileProduct, IsTheSumInFloat64) {
-  for (const int64_t m : {1, 2, 5, 6, 13, 64}) {
-    for (const int64_t n : {16, 48, 64, 112}) {
+  for (const int64_t m : {1, 2, 3, 4, 5, 6, 13, 64}) {
+    for (const int64_t n : {16, 32, 48, 64, 112}) {
       for (const int64_t k : {1, 3, 64, 300}) {
         for (const bool transposed : {false, true}) {
           for (const bool add : {false, true}) {
             const int64_t ldb = n + 3, ldc = n + 1;
             const LeftOperand left = {nullptr, transposed ? 1 : k + 2, transposed ? m + 5 : 1};
             const Numbers a(m * left.row + k * left.step, 1), b(k * ldb, 2);
-            Numbers c(m * ldc, 3);
-            const std::vector<float> before(c.data(), c.data() + m * ldc);
+            Numbers c((m + 1) * ldc, 3);
+            const std::vector<float> before(c.data(), c.data() + (m + 1) * ldc);
             for (int64_t i = 0; i < m && !add; ++i) std::fill_n(c.data() + i * ldc, n, NAN);
             tile_product(m, n, k, {a.data(), left.row, left.step}, b.data(), ldb, c.data(), ldc, add);
             for (int64_t i = 0; i < m; ++i) {
@@ -206,6 +206,7 @@ TEST(TileProduct, IsTheSumInFloat64) {
               }
               ASSERT_EQ(c.data()[i * ldc + n], before[static_cast<size_t>(i * ldc + n)]) << "beside the result";
             }
+            ASSERT_TRUE(std::equal(before.end() - ldc, before.end(), c.data() + m * ldc)) << "after the result";
           }
         }
       }

@@ -79,8 +79,8 @@ TEST_P(LayerNorm, Forward) {
 
 // Models from small to large, each with other numbers per thread, and a length that does not fill the last vectors.
 TEST_P(LayerNorm, EveryWidth) {
-  for (const int64_t channels : row_lengths(
-           backend(), {256, 512, 776, 1024, 1280, 1536, 1600, 2048, 2304, 3072, 4096, 4099, 5120, 8192, 8200, 16384})) {
+  for (const int64_t channels : row_lengths(backend(), {256, 512, 776, 1024, 1280, 1536, 1600, 2048, 2304, 3072, 4096,
+                                                        4099, 5120, 8192, 8200, 12288, 12296, 16384})) {
     TestDevice device(backend());
     const int64_t rows = 5;
     const Tensor in = device.random(1, dtype(), {rows, channels}, 2),

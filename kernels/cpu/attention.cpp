@@ -27,8 +27,8 @@ static_assert(kPiece % kLanes == 0);
 // Rows in scratch end with zeros, so that products have whole registers.
 int64_t padded(int64_t numbers) { return divide_up(numbers, kPiece) * kPiece; }
 
-// Rows [begin, begin + rows) of one head, `out` [rows, padded(head_dim)]: `row` is the head's first element in token 0,
-// `stride` from token to token.
+// `rows` rows of one head, out[rows, padded(head_dim)]: `row` is the head's first element in the first token, `stride`
+// from token to token.
 template <typename T>
 void load_head(float* out, const T* row, int64_t stride, int64_t rows, int64_t head_dim, float factor = 1.0f) {
   const int64_t width = padded(head_dim);
@@ -72,7 +72,7 @@ struct QueryTile {
     for (int64_t piece = 0; piece < rows; piece += kPiece) f(piece, std::min(kPiece, rows - piece));
   }
 
-  // scores[keys, kTile] = rows[keys, width] transposed[width, kTile], for the keys that a query's piece sees.
+  // out[keys, kTile] = keys[keys, width] transposed[width, kTile], for the keys that a query's piece sees.
   void scores(float* out, const float* keys, const float* transposed, int64_t head_dim) const {
     const int64_t width = padded(head_dim), columns = padded(rows);
     const auto product = [&](int64_t key, int64_t count, int64_t piece) {
@@ -93,10 +93,11 @@ struct QueryTile {
     for_each_piece([&](int64_t piece, int64_t count) { product(begin + piece, count, piece, false); });
   }
 
-  // out[count, width] = scores[keys, kTile]^T keys[keys, width] of one piece.
-  void add_to_queries(float* out, const float* scores, const float* keys, int64_t piece, int64_t count,
-                      int64_t width) const {
-    tile_product(count, width, visible(piece, count), {scores + piece, 1, kTile}, keys, width, out, width, false);
+  // out[count, width] = scores[keys, kTile]^T rows_of_keys[keys, width] of one piece.
+  void sum_over_keys(float* out, const float* scores, const float* rows_of_keys, int64_t piece, int64_t count,
+                     int64_t width) const {
+    tile_product(count, width, visible(piece, count), {scores + piece, 1, kTile}, rows_of_keys, width, out, width,
+                 false);
   }
 
   // The number of keys that a piece's last query sees.
@@ -118,20 +119,20 @@ void for_each_head(const AttentionShape& s, int threads, F&& f) {
   }
 }
 
-// Scores [keys, kLanes of kTile] become exp(score - the query's maximum).
-void exponentiate(float* scores, int64_t keys, Lanes& maximum, Lanes& sum) {
+// Scores [keys, kLanes of stride] become exp(score - maximum) of each query. Writes the maxima and the sums.
+void exponentiate(float* scores, int64_t stride, int64_t keys, Lanes& maximum, Lanes& sum) {
   load_all(maximum, scores);
   for (int64_t key = 1; key < keys; ++key) {
     Lanes score;
-    load_all(score, scores + key * kTile);
+    load_all(score, scores + key * stride);
     maximum = score > maximum ? score : maximum;
   }
   sum = Lanes{};
   for (int64_t key = 0; key < keys; ++key) {
     Lanes score;
-    load_all(score, scores + key * kTile);
+    load_all(score, scores + key * stride);
     simd_exp(score, score - maximum);
-    store_all(scores + key * kTile, score);
+    store_all(scores + key * stride, score);
     sum += score;
   }
 }
@@ -156,11 +157,11 @@ void head_forward(const AttentionShape& s, Out* out, float* lse, const In* qkv, 
       float maxima[kPiece], sums[kPiece];
       for (int64_t i = 0; i < kPiece; i += kLanes) {
         Lanes maximum, sum;
-        exponentiate(scores + piece + i, tile.visible(piece, count), maximum, sum);
+        exponentiate(scores + piece + i, kTile, tile.visible(piece, count), maximum, sum);
         store_all(maxima + i, maximum);
         store_all(sums + i, sum);
       }
-      tile.add_to_queries(o, scores, v, piece, count, width);
+      tile.sum_over_keys(o, scores, v, piece, count, width);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t query = begin + piece + i;
         lse[query] = maxima[i] + std::log(sums[i]);
@@ -220,7 +221,7 @@ void head_backward(const AttentionShape& s, Grad* dqkv, const Grad* dout, const 
           store_all(ds_at, probability * (d_probability - query_delta));
         }
       }
-      tile.add_to_queries(dq, ds, k, piece, count, width);
+      tile.sum_over_keys(dq, ds, k, piece, count, width);
       store_head(dqkv + (begin + piece) * stride, stride, dq, count, head_dim, factor);
     });
     tile.add_to_keys(dv, p, d, width);
@@ -251,28 +252,29 @@ template <typename Out, typename In>
 void decode_heads(const AttentionShape& s, Out* out, const In* qkv, int64_t heads, float* scratch) {
   const int64_t head_dim = s.head_dim, stride = 3 * s.channels, width = heads * head_dim;
   float *const q = scratch, *const o = q + padded(width), *const wide = o + padded(width);
-  float* const scores = wide + padded(width);  // [sequence, kTile]: a column for each head
+  const int64_t columns = padded(heads);
+  float* const scores = wide + padded(width);  // [sequence, columns]: a column for each head
   load_head(q, qkv + (s.sequence - 1) * stride, stride, 1, width, 1.0f / std::sqrt(static_cast<float>(head_dim)));
   for_each_row(qkv + s.channels, stride, s.sequence, width, wide, [&](int64_t t, const float* keys) {
-    float* const row = scores + t * kTile;
+    float* const row = scores + t * columns;
     for (int64_t h = 0; h < heads; ++h) {
       float dot = 0;
 #pragma omp simd reduction(+ : dot)
       for (int64_t j = h * head_dim; j < (h + 1) * head_dim; ++j) dot += q[j] * keys[j];
       row[h] = dot;
     }
-    std::fill(row + heads, row + padded(heads), 0.0f);
+    std::fill(row + heads, row + columns, 0.0f);
   });
   float sums[kTile];
   for (int64_t h = 0; h < heads; h += kLanes) {
     Lanes maximum, sum;
-    exponentiate(scores + h, s.sequence, maximum, sum);
+    exponentiate(scores + h, columns, s.sequence, maximum, sum);
     store_all(sums + h, sum);
   }
   std::fill_n(o, width, 0.0f);
   for_each_row(qkv + 2 * s.channels, stride, s.sequence, width, wide, [&](int64_t t, const float* values) {
     for (int64_t h = 0; h < heads; ++h) {
-      const float p = scores[t * kTile + h];
+      const float p = scores[t * columns + h];
 #pragma omp simd
       for (int64_t j = h * head_dim; j < (h + 1) * head_dim; ++j) o[j] += p * values[j];
     }

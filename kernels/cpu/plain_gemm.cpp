@@ -1,6 +1,6 @@
 // plain_gemm.cpp: matrix products without a library. Compute-bound: 2 m n k operations, in tile_product() on pieces of
-// op(A) and op(B) that are packed for the caches: kDepth x kPanel of op(B), strip by strip, and kRows x kDepth of
-// op(A). Edges are padded with zeros while packing.
+// op(A) and op(B) that are packed for the caches: kPackedDepth x kPanel of op(B), strip by strip, the last one padded
+// with zeros, and kPackedRows x kPackedDepth of op(A).
 #include <algorithm>
 #include <vector>
 
@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t kRows = 48, kStrip = 64, kPanel = 1024, kDepth = 256;
+constexpr int64_t kPackedRows = 48, kStrip = 64, kPanel = 1024, kPackedDepth = 256;
 
 // Element (i, j) of op(X) is x[i * rows + j * cols].
 struct Strides {
@@ -38,24 +38,26 @@ void scale(float* c, int64_t stride, int64_t m, int64_t n, float beta) {
 // C += alpha op(A) op(B), row-major C.
 void multiply(int64_t m, int64_t n, int64_t k, float alpha, const float* a, Strides sa, const float* b, Strides sb,
               float* c, int64_t ldc) {
-  static thread_local std::vector<float> packed_a(kRows * kDepth), packed_b(kDepth * kPanel), tile(kRows * kStrip);
-  for (int64_t p = 0; p < k; p += kDepth) {
-    const int64_t depth = std::min(kDepth, k - p);
+  static thread_local std::vector<float> packed_a(kPackedRows * kPackedDepth), packed_b(kPackedDepth * kPanel);
+  static thread_local std::vector<float> tile(kPackedRows * kStrip);
+  for (int64_t p = 0; p < k; p += kPackedDepth) {
+    const int64_t depth = std::min(kPackedDepth, k - p);
     for (int64_t panel = 0; panel < n; panel += kPanel) {
       const int64_t columns = std::min(kPanel, n - panel);
       for (int64_t j = 0; j < columns; j += kStrip)
-        pack(&packed_b[static_cast<size_t>(j * kDepth)], kStrip, b + sb.at(p, panel + j), sb, depth,
+        pack(&packed_b[static_cast<size_t>(j * kPackedDepth)], kStrip, b + sb.at(p, panel + j), sb, depth,
              std::min(kStrip, columns - j));
-      for (int64_t i = 0; i < m; i += kRows) {
-        const int64_t rows = std::min(kRows, m - i);
+      for (int64_t i = 0; i < m; i += kPackedRows) {
+        const int64_t rows = std::min(kPackedRows, m - i);
         pack(packed_a.data(), depth, a + sa.at(i, p), sa, rows, depth);
         for (int64_t j = 0; j < columns; j += kStrip) {
-          tile_product(rows, kStrip, depth, {packed_a.data(), depth, 1}, &packed_b[static_cast<size_t>(j * kDepth)],
-                       kStrip, tile.data(), kStrip, false);
+          const int64_t used = std::min(kStrip, columns - j);
+          tile_product(rows, divide_up(used, 16) * 16, depth, {packed_a.data(), depth, 1},
+                       &packed_b[static_cast<size_t>(j * kPackedDepth)], kStrip, tile.data(), kStrip, false);
           for (int64_t row = 0; row < rows; ++row) {
             float* const to = c + (i + row) * ldc + panel + j;
-            for (int64_t col = 0; col < std::min(kStrip, columns - j); ++col)
-              to[col] += alpha * tile[static_cast<size_t>(row * kStrip + col)];
+            const float* const from = &tile[static_cast<size_t>(row * kStrip)];
+            for (int64_t col = 0; col < used; ++col) to[col] += alpha * from[col];
           }
         }
       }

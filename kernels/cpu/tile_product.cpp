@@ -11,7 +11,7 @@
 
 namespace {
 
-// Rows and columns (in registers) of a tile, for 32 registers or 16, of the length of Lanes or of half and a quarter.
+// Rows of a tile, and its columns in Lanes: 24 or 12 registers of 32 or 16, which are as long as Lanes or half of that.
 constexpr int kRows = 6;
 #if defined(__AVX512F__)
 constexpr int kColumns = 4;

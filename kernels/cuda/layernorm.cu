@@ -4,9 +4,9 @@
 // writes). Thread l of a row owns the octets (eight neighbouring channels) l, l + threads, ... and adds them in that
 // order, then the threads are added: every forward kernel here sums in this one order, so that adding first or inside,
 // and recomputing, give the same bits. Backward: reads dout, in and din and writes din. A block owns a chunk of rows
-// and a thread an octet of columns (two above 8,192 channels), whose sums for dweight and dbias stay in its registers
-// from the first row to the last; the two sums a row needs meet in shared memory, several rows at once, so that one
-// barrier serves them all and their loads overlap.
+// and a thread an octet of columns (two or four above 8,192 channels), whose sums for dweight and dbias stay in its
+// registers from the first row to the last; the two sums a row needs meet in shared memory, several rows at once, so
+// that one barrier serves them all and their loads overlap.
 #include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
@@ -18,11 +18,13 @@ namespace {
 constexpr float kEpsilon = 1e-5f;
 constexpr int kForwardWarps = 4;    // of a block: as many rows, or one wide row
 constexpr int kMostOctets = 16;     // forward: of a thread
-constexpr int kMostThreads = 1024;  // backward
+constexpr int kMostThreads = 1024;  // backward, with one octet each
+// With more octets each, as many as there are registers for.
+constexpr int kThreadsOfTwoOctets = 768, kThreadsOfFourOctets = 512;
 constexpr int64_t kSmallestChunk = 16;
 
 static_assert(kMostNormChannels == kForwardWarps * kWarp * kMostOctets * kOctet);
-static_assert(kMostNormChannels == 4 * (kMostThreads / 2) * kOctet);
+static_assert(kMostNormChannels == 4 * kThreadsOfFourOctets * kOctet);
 static_assert(kChannelMultiple == kOctet);
 
 // ---- forward
@@ -173,9 +175,9 @@ __device__ inline float add_input_gradient(float din, float n, float g, float rs
   return fmaf(rstd, fmaf(-n, mean_gn, g - mean_g), din);
 }
 
-// din, dout and in have type T. kOctets to a thread, kRows at once, kBlocks on a multiprocessor. Two octets a thread
-// are too many to keep between the two passes over a row; they are read again, from a cache. So is the weight without
-// kKeepWeight.
+// din, dout and in have type T. kOctets to a thread, kRows at once, kBlocks on a multiprocessor. Several octets a
+// thread are too many to keep between the two passes over a row; they are read again, from a cache. So is the weight
+// without kKeepWeight.
 template <typename T, int kRows, int kThreads, int kBlocks, bool kKeepWeight, int kOctets>
 __global__ void __launch_bounds__(kThreads, kBlocks) layernorm_backward_kernel(Backward p) {
   constexpr bool kKeep = kOctets == 1;
@@ -292,7 +294,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) layernorm_backward_kernel(B
 
 void launch_backward(cudaStream_t stream, const Backward& p, unsigned blocks) {
   require(p.channels <= kMostNormChannels, "layernorm: too many channels");
-  const int64_t octets = p.channels / kOctet, per_thread = octets > 2 * 768 ? 4 : octets > kMostThreads ? 2 : 1;
+  const int64_t octets = p.channels / kOctet;
+  const int64_t per_thread = octets <= kMostThreads ? 1 : octets <= 2 * kThreadsOfTwoOctets ? 2 : 4;
   const int64_t warps = divide_up(octets, per_thread * kWarp);
   const unsigned threads = static_cast<unsigned>(warps * kWarp);
   dispatch(p.in.dtype, [&]<typename T>() {
@@ -305,12 +308,11 @@ void launch_backward(cudaStream_t stream, const Backward& p, unsigned blocks) {
              p);
     };
     // Small blocks have many rows under way; of larger ones several on a multiprocessor, which keep its memory busy
-    // while one waits at its barrier. Rows of four-byte numbers take twice the registers. Two octets a thread do not
-    // fit into the 64 registers of 1,024 threads.
+    // while one waits at its barrier. Rows of four-byte numbers take twice the registers.
     constexpr bool kHalf = sizeof(T) == 2;
     constexpr int kBlocks = kHalf ? 2 : 1;
-    if (per_thread == 4) return run.template operator()<1, kMostThreads / 2, 1, false, 4>();
-    if (per_thread == 2) return run.template operator()<1, 768, 1, false, 2>();
+    if (per_thread == 4) return run.template operator()<1, kThreadsOfFourOctets, 1, false, 4>();
+    if (per_thread == 2) return run.template operator()<1, kThreadsOfTwoOctets, 1, false, 2>();
     if (threads <= 128) return run.template operator() < kHalf ? 4 : 2, 128, 4 > ();
     if (threads <= 256) return run.template operator()<2, 256, kBlocks + 1>();
     if (threads <= 512) return run.template operator() < kHalf ? 1 : 2, 512, kBlocks > ();
