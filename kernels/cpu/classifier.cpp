@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/lanes.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/simd_math.h"
 #include "kernels/operands.h"
@@ -24,13 +25,30 @@ float sum_of_exponentials(const T* logits, float maximum, int64_t count) {
   constexpr int64_t kPiece = 4096;
   float total = 0;
   for (int64_t begin = 0; begin < count; begin += kPiece) {
-    const int64_t end = std::min(count, begin + kPiece);
+    Lanes sums{};
+    for_each_lanes(std::min(kPiece, count - begin), [&](int64_t j, int64_t used) {
+      Lanes x;
+      load_lanes(x, logits + begin + j, used);
+      simd_exp(x, x - maximum);
+      for (int64_t l = used; l < kLanes; ++l) x[l] = 0.0f;
+      sums += x;
+    });
     float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = begin; j < end; ++j) sum += simd_exp(to_float(logits[j]) - maximum);
+    for (int l = 0; l < kLanes; ++l) sum += sums[l];
     total += sum;
   }
   return total;
+}
+
+// logits = factor e^(logits - shift).
+template <typename T>
+void exponentiate(T* logits, int64_t count, float shift, float factor) {
+  for_each_lanes(count, [&](int64_t j, int64_t used) {
+    Lanes x;
+    load_lanes(x, logits + j, used);
+    simd_exp(x, x - shift);
+    store_lanes(logits + j, used, x * factor);
+  });
 }
 
 template <typename T>
@@ -46,11 +64,8 @@ float classify_row(T* logits, int32_t target, int64_t vocabulary, int64_t padded
   const float target_logit = to_float(logits[target]);
   if (write_gradient) {
     const float factor = scale / sum;
-#pragma omp simd
-    for (int64_t j = 0; j < vocabulary; ++j) {
-      logits[j] = from_float<T>(simd_exp(to_float(logits[j]) - maximum) * factor);
-    }
-    logits[target] = from_float<T>(scale * (simd_exp(target_logit - maximum) / sum - 1.0f));
+    exponentiate(logits, vocabulary, maximum, factor);
+    logits[target] = from_float<T>(scale * (std::exp(target_logit - maximum) / sum - 1.0f));
     std::fill(logits + vocabulary, logits + padded, from_float<T>(0.0f));
   }
   if (lse) *lse = maximum + std::log(sum);
@@ -63,9 +78,8 @@ void gradient_of_row(T* logits, int32_t target, float lse, int64_t first, int64_
                      float scale) {
   const int64_t used = target < 0 ? 0 : std::clamp<int64_t>(vocabulary - first, 0, count), hit = target - first;
   const float target_logit = 0 <= hit && hit < used ? to_float(logits[hit]) : 0.0f;
-#pragma omp simd
-  for (int64_t j = 0; j < used; ++j) logits[j] = from_float<T>(scale * simd_exp(to_float(logits[j]) - lse));
-  if (0 <= hit && hit < used) logits[hit] = from_float<T>(scale * (simd_exp(target_logit - lse) - 1.0f));
+  exponentiate(logits, used, lse, scale);
+  if (0 <= hit && hit < used) logits[hit] = from_float<T>(scale * (std::exp(target_logit - lse) - 1.0f));
   std::fill(logits + used, logits + count, from_float<T>(0.0f));
 }
 

@@ -1,6 +1,7 @@
 // gelu.cpp: GELU in its tanh form. Memory-bound: one read and one write (backward: two reads, one write).
 // 0.5 (1 + tanh u) is the logistic function of 2u, which keeps its relative precision where 1 + tanh u cancels.
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/lanes.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/simd_math.h"
 #include "kernels/operands.h"
@@ -12,25 +13,26 @@ constexpr float kCubic = 0.044715f;
 
 template <typename T>
 void gelu_span(T* out, const T* in, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const float x = to_float(in[i]);
-    const float twice_u = kTwoSqrt2OverPi * __builtin_fmaf(kCubic * x * x, x, x);
-    out[i] = from_float<T>(x * simd_logistic(twice_u));
-  }
+  for_each_lanes(count, [&](int64_t i, int64_t used) {
+    Lanes x, s;
+    load_lanes(x, in + i, used);
+    simd_logistic(s, kTwoSqrt2OverPi * (kCubic * x * x * x + x));
+    store_lanes(out + i, used, x * s);
+  });
 }
 
 // gelu'(x) = s + x s (1 - s) d(2u)/dx with s = logistic(2u).
 template <typename T>
 void gelu_gradient_span(T* d, const T* in, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const float x = to_float(in[i]);
-    const float square = kCubic * x * x;
-    const float s = simd_logistic(kTwoSqrt2OverPi * __builtin_fmaf(square, x, x));
-    const float slope = kTwoSqrt2OverPi * __builtin_fmaf(3.0f, square, 1.0f);
-    d[i] = from_float<T>(to_float(d[i]) * __builtin_fmaf(x * s * (1.0f - s), slope, s));
-  }
+  for_each_lanes(count, [&](int64_t i, int64_t used) {
+    Lanes x, s, d_out;
+    load_lanes(x, in + i, used);
+    load_lanes(d_out, d + i, used);
+    const Lanes square = kCubic * x * x;
+    simd_logistic(s, kTwoSqrt2OverPi * (square * x + x));
+    const Lanes slope = kTwoSqrt2OverPi * (3.0f * square + 1.0f);
+    store_lanes(d + i, used, d_out * (x * s * (1.0f - s) * slope + s));
+  });
 }
 
 }  // namespace

@@ -33,8 +33,8 @@ inline void load_all(Lanes& out, const bf16* from) {
 inline void store_all(bf16* to, const Lanes& in) {
   const Words bits = reinterpret_cast<Words>(in);
   const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Words is_nan = reinterpret_cast<Words>((bits & 0x7fffffffu) > 0x7f800000u);
-  const Halves halves = __builtin_convertvector(((is_nan & (bits | 0x00400000u)) | (~is_nan & rounded)) >> 16, Halves);
+  const Words kept = in != in ? bits | 0x00400000u : rounded;
+  const Halves halves = __builtin_convertvector(kept >> 16, Halves);
   std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -59,6 +59,14 @@ inline void store_lanes(T* to, int64_t count, const Lanes& in) {
   T values[kLanes];
   store_all(values, in);
   std::copy_n(values, count, to);
+}
+
+// f(i, numbers from i on, at most kLanes) for all of [0, count).
+template <typename F>
+inline void for_each_lanes(int64_t count, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(i, kLanes);
+  if (i < count) f(i, count - i);
 }
 
 #if defined(__AVX512F__)

@@ -37,19 +37,23 @@ const uint32_t* random_words(Words& words, int64_t begin, int64_t count, const R
   return words + skip;
 }
 
+// Of values: compilers do not vectorise std::clamp()'s choice between references.
+int8_t to_code(float rounded) {
+  const float above = rounded < -kMostWeightCode ? -kMostWeightCode : rounded;
+  return static_cast<int8_t>(static_cast<int32_t>(above > kMostWeightCode ? kMostWeightCode : above));
+}
+
 void encode_nearest(int8_t* codes, const float* in, int64_t count, float scale) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float x = std::clamp(in[i] / scale, -kMostWeightCode, kMostWeightCode);
-    codes[i] = static_cast<int8_t>(std::nearbyint(x));
-  }
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) codes[i] = to_code(std::nearbyint(in[i] / scale));
 }
 
 // floor(x / scale + u) without rounding the sum: u >= 1 - fraction.
 void encode_stochastic(int8_t* codes, const float* in, const uint32_t* words, int64_t count, float scale) {
+#pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const float x = in[i] / scale, whole = std::floor(x);
-    const float code = whole + (uniform_from_word(words[i]) >= 1.0f - (x - whole) ? 1.0f : 0.0f);
-    codes[i] = static_cast<int8_t>(std::clamp(code, -kMostWeightCode, kMostWeightCode));
+    codes[i] = to_code(whole + (uniform_from_word(words[i]) >= 1.0f - (x - whole) ? 1.0f : 0.0f));
   }
 }
 
