@@ -44,9 +44,10 @@ comma    := ,
 # -Wno-pass-failed: Clang leaves some loops of `omp simd` alone.
 WARNINGS := -Wall -Wextra $(if $(WERROR),-Werror) $(if $(findstring clang,$(CXX)),-Wno-pass-failed,-Wno-restrict)
 # -ffp-contract=off: fused multiply-adds only where the source says fma, so that random numbers are the same everywhere.
-# -fno-trapping-math: nobody looks at exceptions, and GCC does not vectorise what is computed for one of two choices else.
+# -fno-trapping-math: nobody looks at floating-point exceptions; while they count, GCC leaves choices between computed
+# numbers out of vector code.
 CXXFLAGS := -std=c++20 -O3 -march=$(CPU_ARCH) -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp -g1 $(WARNINGS) -I.
-# Where there are none, all of them, and the compiler finds them.
+# Files of sums and exponentials, without random numbers: here the compiler fuses what it can.
 $(addprefix $(BUILD)/,$(addprefix kernels/cpu/,attention.o classifier.o gelu.o tile_product.o) \
   tests/test_cpu_backend.o): CXXFLAGS += -ffp-contract=fast
 LDLIBS   := -lz -lpthread

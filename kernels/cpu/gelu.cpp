@@ -1,5 +1,6 @@
-// gelu.cpp: GELU in its tanh form. Memory-bound: one read and one write (backward: two reads, one write).
-// 0.5 (1 + tanh u) is the logistic function of 2u, which keeps its relative precision where 1 + tanh u cancels.
+// gelu.cpp: GELU in its tanh form. One read and one write (backward: two reads, one write): memory-bound in fp32, bound
+// by instructions in bf16 (docs/performance.md). 0.5 (1 + tanh u) is the logistic function of 2u, which keeps its
+// relative precision where 1 + tanh u cancels.
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/lanes.h"
 #include "kernels/cpu/parallel.h"
