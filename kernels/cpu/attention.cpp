@@ -62,11 +62,11 @@ void transpose_tile(float* out, const float* in, int64_t width) {
   }
 }
 
-// Queries [begin, begin + rows) of a head. f(piece, count) for each of their pieces: queries begin + piece and after
-// it.
+// Queries [begin, begin + rows) of a head, in pieces, and their products with keys.
 struct QueryTile {
   int64_t begin, rows;
 
+  // f(piece, count) for each piece: `count` queries from begin + piece on.
   template <typename F>
   void for_each_piece(F&& f) const {
     for (int64_t piece = 0; piece < rows; piece += kPiece) f(piece, std::min(kPiece, rows - piece));
