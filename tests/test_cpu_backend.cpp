@@ -61,25 +61,92 @@ TEST(CpuBackend, CountsOperationsInTheProfiler) {
   EXPECT_EQ(profiler.entries().at("matmul").flops, 2.0 * 8 * 8 * 8);
 }
 
-float exp_of(float x) {
+float exp2_of(float x) {
   Lanes result;
-  simd_exp(result, Lanes{} + x);
+  simd_exp2(result, Lanes{} + x);
   return result[kLanes - 1];
 }
 
-TEST(SimdMath, ExpIsAccurateAndSaturates) {
+TEST(SimdMath, Exp2IsAccurateAndSaturates) {
   double largest = 0;
-  for (float x = -87; x <= 88; x += 0.00037f) {
-    const double exact = std::exp(static_cast<double>(x));
-    largest = std::max(largest, std::abs(exp_of(x) - exact) / exact);
+  for (float x = -126; x <= 127.5f; x += 0.00051f) {
+    const double exact = std::exp2(static_cast<double>(x));
+    largest = std::max(largest, std::abs(exp2_of(x) - exact) / exact);
   }
   EXPECT_LE(largest, 2e-7);
-  EXPECT_EQ(exp_of(0.0f), 1.0f);
-  EXPECT_EQ(exp_of(-INFINITY), 0.0f);
-  EXPECT_EQ(exp_of(-1000.0f), 0.0f);
-  EXPECT_EQ(exp_of(89.0f), INFINITY);
-  EXPECT_EQ(exp_of(INFINITY), INFINITY);
-  EXPECT_TRUE(std::isnan(exp_of(NAN)));
+  for (int n = -126; n <= 127; ++n) EXPECT_EQ(exp2_of(static_cast<float>(n)), std::ldexp(1.0f, n)) << n;
+  for (const float low : {-126.75f, -127.0f, -1000.0f, -INFINITY}) EXPECT_EQ(exp2_of(low), 0.0f) << low;
+  for (const float high : {127.75f, 128.0f, 1000.0f, INFINITY}) EXPECT_EQ(exp2_of(high), INFINITY) << high;
+  // Quiet and signalling, of either sign, with any payload.
+  for (const uint32_t bits : {0x7fc00000u, 0xffc00000u, 0x7fffffffu, 0xffffffffu, 0x7f800001u, 0xff812345u}) {
+    EXPECT_TRUE(std::isnan(exp2_of(bits_to_float(bits)))) << bits;
+  }
+}
+
+TEST(Lanes, PairsOfBf16AreRoundedAsSingleOnes) {
+  std::vector<float> values = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, std::numeric_limits<float>::max(), 1e-45f};
+  for (const uint32_t bits :
+       {0x7f800001u, 0xff80ffffu, 0x7fffffffu, 0xffffffffu, 0x3f808000u, 0x3f818000u, 0x3f808001u})
+    values.push_back(bits_to_float(bits));
+  for (uint64_t bits = 0; bits < 1ull << 32; bits += 4093) values.push_back(bits_to_float(static_cast<uint32_t>(bits)));
+  std::vector<bf16> rounded(values.size());
+  for (size_t i = 0; i + 2 * kLanes <= values.size(); i += 2 * kLanes) {
+    LanePair pair;
+    for (int l = 0; l < kLanes; ++l) {  // the even ones, and the odd ones
+      pair.first[l] = values[i + 2 * l];
+      pair.second[l] = values[i + 2 * l + 1];
+    }
+    store_pair(&rounded[i], pair);
+    for (size_t j = i; j < i + 2 * kLanes; ++j) {
+      ASSERT_EQ(rounded[j].bits, from_float<bf16>(values[j]).bits) << float_to_bits(values[j]);
+    }
+  }
+}
+
+template <typename T>
+class LanesOf : public testing::Test {};
+using LaneTypes = testing::Types<float, bf16>;
+TYPED_TEST_SUITE(LanesOf, LaneTypes);
+
+// Integers up to 256, exact in either type.
+template <typename T>
+std::vector<T> integers(int64_t count, int64_t first) {
+  std::vector<T> numbers;
+  for (int64_t i = 0; i < count; ++i) numbers.push_back(from_float<T>(static_cast<float>((first + i * 37) % 101 - 50)));
+  return numbers;
+}
+
+TYPED_TEST(LanesOf, MapNumbersKeepsPlacesAndEnds) {
+  for (int64_t count = 0; count <= 5 * kLanes + 3; ++count) {
+    const auto a = integers<TypeParam>(count, 1), b = integers<TypeParam>(count, 7);
+    std::vector<TypeParam> out(static_cast<size_t>(count) + 1, from_float<TypeParam>(99.0f));
+    map_numbers(
+        count, [](Lanes& r, const Lanes& x, const Lanes& y) { r = 2.0f * x + y; }, out.data(), a.data(), b.data());
+    for (size_t i = 0; i < a.size(); ++i) EXPECT_EQ(to_float(out[i]), 2.0f * to_float(a[i]) + to_float(b[i])) << count;
+    EXPECT_EQ(to_float(out.back()), 99.0f) << count;
+    auto in_place = a;
+    map_numbers(
+        count, [](Lanes& r, const Lanes& x) { r = -x; }, in_place.data(), in_place.data());
+    for (size_t i = 0; i < a.size(); ++i) EXPECT_EQ(to_float(in_place[i]), -to_float(a[i])) << count;
+  }
+}
+
+TYPED_TEST(LanesOf, AccumulateTakesEachNumberOnce) {
+  for (int64_t count = 0; count <= 9 * kLanes + 3; ++count) {
+    auto numbers = integers<TypeParam>(count, 3);
+    double sum = 0, largest = -1000;
+    for (const TypeParam number : numbers)
+      sum += to_float(number), largest = std::max<double>(largest, to_float(number));
+    numbers.push_back(from_float<TypeParam>(1e6f));  // not to be read
+    Accumulators sums = {}, maxima;
+    accumulate(
+        sums, count, [](Lanes& total, const Lanes& x) { total += x; }, numbers.data());
+    EXPECT_EQ(sums.sum(), sum) << count;
+    std::fill_n(maxima.lanes, std::size(maxima.lanes), Lanes{} - 1000.0f);
+    accumulate(
+        maxima, count, [](Lanes& maximum, const Lanes& x) { larger(maximum, x, maximum); }, numbers.data());
+    EXPECT_EQ(maxima.maximum(), largest) << count;
+  }
 }
 
 }  // namespace

@@ -119,19 +119,22 @@ void for_each_head(const AttentionShape& s, int threads, F&& f) {
   }
 }
 
-// Scores [keys, kLanes of stride] become exp(score - maximum) of each query. Writes the maxima and the sums.
+// What queries are multiplied by: scores are powers of two, so that the softmax needs no factor.
+float score_factor(int64_t head_dim) { return kLog2E / std::sqrt(static_cast<float>(head_dim)); }
+
+// Scores [keys, kLanes of stride] become 2^(score - maximum) of each query. Writes the maxima and the sums.
 void exponentiate(float* scores, int64_t stride, int64_t keys, Lanes& maximum, Lanes& sum) {
   load_all(maximum, scores);
   for (int64_t key = 1; key < keys; ++key) {
     Lanes score;
     load_all(score, scores + key * stride);
-    maximum = score > maximum ? score : maximum;
+    larger(maximum, score, maximum);
   }
   sum = Lanes{};
   for (int64_t key = 0; key < keys; ++key) {
     Lanes score;
     load_all(score, scores + key * stride);
-    simd_exp(score, score - maximum);
+    simd_exp2(score, score - maximum);
     store_all(scores + key * stride, score);
     sum += score;
   }
@@ -145,10 +148,9 @@ void head_forward(const AttentionShape& s, Out* out, float* lse, const In* qkv, 
   float* const o = transposed + kTile * width;
   load_head(k, qkv + s.channels, stride, s.sequence, head_dim);
   load_head(v, qkv + 2 * s.channels, stride, s.sequence, head_dim);
-  const float factor = 1.0f / std::sqrt(static_cast<float>(head_dim));
   for (int64_t begin = 0; begin < s.sequence; begin += kTile) {
     const QueryTile tile = {begin, std::min(kTile, s.sequence - begin)};
-    load_head(q, qkv + begin * stride, stride, tile.rows, head_dim, factor);
+    load_head(q, qkv + begin * stride, stride, tile.rows, head_dim, score_factor(head_dim));
     std::fill(q + tile.rows * width, q + kTile * width, 0.0f);
     transpose_tile(transposed, q, width);
     tile.scores(scores, k, transposed, head_dim);
@@ -164,7 +166,7 @@ void head_forward(const AttentionShape& s, Out* out, float* lse, const In* qkv, 
       tile.sum_over_keys(o, scores, v, piece, count, width);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t query = begin + piece + i;
-        lse[query] = maxima[i] + std::log(sums[i]);
+        lse[query] = kLn2 * (maxima[i] + std::log2(sums[i]));
         store_row(out + query * s.channels, o + i * width, head_dim, 1.0f / sums[i]);
       }
     });
@@ -181,12 +183,11 @@ void head_backward(const AttentionShape& s, Grad* dqkv, const Grad* dout, const 
   float *const p = dv + head, *const ds = p + padded(s.sequence) * kTile;
   float *const q = ds + padded(s.sequence) * kTile, *const d = q + kTile * width, *const dq = d + kTile * width;
   float* const transposed = dq + kTile * width;
-  const float factor = 1.0f / std::sqrt(static_cast<float>(head_dim));
   load_head(k, qkv + s.channels, stride, s.sequence, head_dim);
   load_head(v, qkv + 2 * s.channels, stride, s.sequence, head_dim);
   for (int64_t begin = 0; begin < s.sequence; begin += kTile) {
     const QueryTile tile = {begin, std::min(kTile, s.sequence - begin)};
-    load_head(q, qkv + begin * stride, stride, tile.rows, head_dim, factor);
+    load_head(q, qkv + begin * stride, stride, tile.rows, head_dim, score_factor(head_dim));
     load_head(d, dout + begin * s.channels, s.channels, tile.rows, head_dim);
     std::fill(q + tile.rows * width, q + kTile * width, 0.0f);
     std::fill(d + tile.rows * width, d + kTile * width, 0.0f);
@@ -205,7 +206,7 @@ void head_backward(const AttentionShape& s, Grad* dqkv, const Grad* dout, const 
 #pragma omp simd reduction(+ : delta)
         for (int64_t j = 0; j < head_dim; ++j) delta += d_row[j] * to_float(out_row[j]);
         deltas[i] = delta;
-        row_lse[i] = lse[begin + piece + i];
+        row_lse[i] = kLog2E * lse[begin + piece + i];
       }
       for (int64_t i = 0; i < kPiece; i += kLanes) {
         Lanes query_lse, query_delta;
@@ -216,18 +217,18 @@ void head_backward(const AttentionShape& s, Grad* dqkv, const Grad* dout, const 
           Lanes probability, d_probability;
           load_all(probability, p_at);
           load_all(d_probability, ds_at);
-          simd_exp(probability, probability - query_lse);
+          simd_exp2(probability, probability - query_lse);
           store_all(p_at, probability);
           store_all(ds_at, probability * (d_probability - query_delta));
         }
       }
       tile.sum_over_keys(dq, ds, k, piece, count, width);
-      store_head(dqkv + (begin + piece) * stride, stride, dq, count, head_dim, factor);
+      store_head(dqkv + (begin + piece) * stride, stride, dq, count, head_dim, kLn2 * score_factor(head_dim));
     });
     tile.add_to_keys(dv, p, d, width);
     tile.add_to_keys(dk, ds, q, width);
   }
-  store_head(dqkv + s.channels, stride, dk, s.sequence, head_dim);
+  store_head(dqkv + s.channels, stride, dk, s.sequence, head_dim, kLn2);  // the queries had kLog2E in their factor
   store_head(dqkv + 2 * s.channels, stride, dv, s.sequence, head_dim);
 }
 
@@ -254,7 +255,7 @@ void decode_heads(const AttentionShape& s, Out* out, const In* qkv, int64_t head
   float *const q = scratch, *const o = q + padded(width), *const wide = o + padded(width);
   const int64_t columns = padded(heads);
   float* const scores = wide + padded(width);  // [sequence, columns]: a column for each head
-  load_head(q, qkv + (s.sequence - 1) * stride, stride, 1, width, 1.0f / std::sqrt(static_cast<float>(head_dim)));
+  load_head(q, qkv + (s.sequence - 1) * stride, stride, 1, width, score_factor(head_dim));
   for_each_row(qkv + s.channels, stride, s.sequence, width, wide, [&](int64_t t, const float* keys) {
     float* const row = scores + t * columns;
     for (int64_t h = 0; h < heads; ++h) {

@@ -6,6 +6,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/lanes.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/prefetch.h"
 #include "kernels/cpu/simd_math.h"
 #include "kernels/operands.h"
 
@@ -13,29 +14,30 @@ namespace {
 
 template <typename T>
 float row_maximum(const T* logits, int64_t count) {
-  float maximum = to_float(logits[0]);
-#pragma omp simd reduction(max : maximum)
-  for (int64_t j = 0; j < count; ++j) maximum = std::max(maximum, to_float(logits[j]));
-  return maximum;
+  Accumulators maxima;
+  std::fill_n(maxima.lanes, std::size(maxima.lanes), Lanes{} + to_float(logits[0]));
+  accumulate(
+      maxima, count, [](Lanes& maximum, const Lanes& x) { larger(maximum, x, maximum); }, logits);
+  return maxima.maximum();
 }
 
-// In pieces, so that fp32 sums of a large vocabulary stay exact enough.
+// In pieces, so that fp32 sums of a large vocabulary stay exact enough, and that the next row comes from memory
+// meanwhile.
 template <typename T>
-float sum_of_exponentials(const T* logits, float maximum, int64_t count) {
-  constexpr int64_t kPiece = 4096;
+float sum_of_exponentials(const T* logits, const T* next_row, float maximum, int64_t count) {
+  constexpr int64_t kPiece = 1024;
   float total = 0;
   for (int64_t begin = 0; begin < count; begin += kPiece) {
-    Lanes sums{};
-    for_each_lanes(std::min(kPiece, count - begin), [&](int64_t j, int64_t used) {
-      Lanes x;
-      load_lanes(x, logits + begin + j, used);
-      simd_exp(x, x - maximum);
-      for (int64_t l = used; l < kLanes; ++l) x[l] = 0.0f;
-      sums += x;
-    });
-    float sum = 0;
-    for (int l = 0; l < kLanes; ++l) sum += sums[l];
-    total += sum;
+    Accumulators sums = {};
+    const int64_t piece = std::min(kPiece, count - begin);
+    prefetch(next_row + begin, piece);
+    const auto add = [&](Lanes& sum, const Lanes& x) {
+      Lanes power;
+      simd_exp2(power, (x - maximum) * kLog2E);
+      sum += power;
+    };
+    accumulate(sums, piece, add, logits + begin);
+    total += sums.sum();
   }
   return total;
 }
@@ -43,24 +45,23 @@ float sum_of_exponentials(const T* logits, float maximum, int64_t count) {
 // logits = factor e^(logits - shift).
 template <typename T>
 void exponentiate(T* logits, int64_t count, float shift, float factor) {
-  for_each_lanes(count, [&](int64_t j, int64_t used) {
-    Lanes x;
-    load_lanes(x, logits + j, used);
-    simd_exp(x, x - shift);
-    store_lanes(logits + j, used, x * factor);
-  });
+  const auto scaled_power = [&](Lanes& result, const Lanes& x) {
+    simd_exp2(result, (x - shift) * kLog2E);
+    result *= factor;
+  };
+  map_numbers(count, scaled_power, logits, logits);
 }
 
 template <typename T>
-float classify_row(T* logits, int32_t target, int64_t vocabulary, int64_t padded, float scale, bool write_gradient,
-                   float* lse) {
+float classify_row(T* logits, const T* next_row, int32_t target, int64_t vocabulary, int64_t padded, float scale,
+                   bool write_gradient, float* lse) {
   if (target < 0) {
     if (write_gradient) std::fill_n(logits, padded, from_float<T>(0.0f));
     if (lse) *lse = 0.0f;
     return 0.0f;
   }
   const float maximum = row_maximum(logits, vocabulary);
-  const float sum = sum_of_exponentials(logits, maximum, vocabulary);
+  const float sum = sum_of_exponentials(logits, next_row, maximum, vocabulary);
   const float target_logit = to_float(logits[target]);
   if (write_gradient) {
     const float factor = scale / sum;
@@ -94,9 +95,9 @@ void CpuBackend::classifier(Tensor losses, Tensor logits, Tensor targets, int64_
   dispatch(logits.dtype, [&]<typename T>() {
     parallel_blocks(threads_, rows, rows_per_span(padded), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        losses.as<float>()[i] =
-            classify_row(element<T>(logits, i), targets.as<const int32_t>()[i], vocabulary, padded, gradient_scale,
-                         write_gradient, lse.empty() ? nullptr : lse.as<float>() + i);
+        losses.as<float>()[i] = classify_row(element<T>(logits, i), element<const T>(logits, i + 1),
+                                             targets.as<const int32_t>()[i], vocabulary, padded, gradient_scale,
+                                             write_gradient, lse.empty() ? nullptr : lse.as<float>() + i);
       }
     });
   });

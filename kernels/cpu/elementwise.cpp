@@ -4,7 +4,9 @@
 #include <cmath>
 
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/lanes.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/row_sums.h"
 #include "kernels/operands.h"
 
 namespace {
@@ -20,14 +22,14 @@ void convert_span(Out* out, const In* in, int64_t count) {
 
 template <typename T>
 void add_span(T* out, const T* a, const T* b, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(to_float(a[i]) + to_float(b[i]));
+  map_numbers(
+      count, [](Lanes& sum, const Lanes& x, const Lanes& y) { sum = x + y; }, out, a, b);
 }
 
 template <typename T>
 void scale_span(T* x, float factor, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) x[i] = from_float<T>(to_float(x[i]) * factor);
+  map_numbers(
+      count, [&](Lanes& scaled, const Lanes& number) { scaled = number * factor; }, x, x);
 }
 
 template <bool kSquare, typename T>
@@ -144,35 +146,9 @@ void CpuBackend::fill_constant(Tensor x, float value) {
   });
 }
 
-// Chunks of rows are summed into partials of their own, four rows per pass over the partial.
 void CpuBackend::bias_backward(Tensor dbias, Tensor dout, bool accumulate) {
   check_bias_backward(dbias, dout);
-  const int64_t rows = dout.rows(), cols = dout.cols();
   const Profiler::Scope scope(profiler, "bias_backward", 0, static_cast<double>(dout.bytes()));
-  const int64_t chunk = row_chunk(rows), chunks = (rows + chunk - 1) / chunk;
-  float* const partials = shared_scratch(static_cast<size_t>(chunks * cols) * sizeof(float));
-  dispatch(dbias.dtype, dout.dtype, [&]<typename Bias, typename Out>() {
-    parallel_blocks(threads_, chunks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part) {
-        float* const sums = partials + part * cols;
-        std::fill_n(sums, cols, 0.0f);
-        const int64_t end = std::min(rows, (part + 1) * chunk);
-        int64_t row = part * chunk;
-        for (; row + 4 <= end; row += 4) {
-          const Out *a = element<const Out>(dout, row), *b = element<const Out>(dout, row + 1);
-          const Out *c = element<const Out>(dout, row + 2), *d = element<const Out>(dout, row + 3);
-#pragma omp simd
-          for (int64_t j = 0; j < cols; ++j) {
-            sums[j] += (to_float(a[j]) + to_float(b[j])) + (to_float(c[j]) + to_float(d[j]));
-          }
-        }
-        for (; row < end; ++row) {
-          const Out* a = element<const Out>(dout, row);
-#pragma omp simd
-          for (int64_t j = 0; j < cols; ++j) sums[j] += to_float(a[j]);
-        }
-      }
-    });
-    add_partials(threads_, dbias.as<Bias>(), partials, chunks, cols, cols, accumulate);
-  });
+  float* const partials = shared_scratch(static_cast<size_t>(row_sum_partials(dout)) * sizeof(float));
+  sum_rows(threads_, dbias, dout, accumulate, partials, [](int64_t) {});
 }

@@ -4,6 +4,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/lanes.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/row_sums.h"
 #include "kernels/cpu/simd_math.h"
 #include "kernels/operands.h"
 
@@ -12,28 +13,33 @@ namespace {
 constexpr float kTwoSqrt2OverPi = 1.59576912f;  // 2 sqrt(2 / pi)
 constexpr float kCubic = 0.044715f;
 
+// s = logistic(2u), 2u = kTwoSqrt2OverPi x (1 + kCubic x^2).
+inline void logistic_of_2u(Lanes& s, const Lanes& x, const Lanes& square) {
+  constexpr float kLinear = -kTwoSqrt2OverPi * kLog2E;
+  simd_logistic2(s, x * (square * (kLinear * kCubic) + kLinear));
+}
+
 template <typename T>
 void gelu_span(T* out, const T* in, int64_t count) {
-  for_each_lanes(count, [&](int64_t i, int64_t used) {
-    Lanes x, s;
-    load_lanes(x, in + i, used);
-    simd_logistic(s, kTwoSqrt2OverPi * (kCubic * x * x * x + x));
-    store_lanes(out + i, used, x * s);
-  });
+  const auto gelu = [](Lanes& result, const Lanes& x) {
+    Lanes s;
+    logistic_of_2u(s, x, x * x);
+    result = x * s;
+  };
+  map_numbers(count, gelu, out, in);
 }
 
 // gelu'(x) = s + x s (1 - s) d(2u)/dx with s = logistic(2u).
 template <typename T>
 void gelu_gradient_span(T* d, const T* in, int64_t count) {
-  for_each_lanes(count, [&](int64_t i, int64_t used) {
-    Lanes x, s, d_out;
-    load_lanes(x, in + i, used);
-    load_lanes(d_out, d + i, used);
-    const Lanes square = kCubic * x * x;
-    simd_logistic(s, kTwoSqrt2OverPi * (square * x + x));
-    const Lanes slope = kTwoSqrt2OverPi * (3.0f * square + 1.0f);
-    store_lanes(d + i, used, d_out * (x * s * (1.0f - s) * slope + s));
-  });
+  const auto gradient = [](Lanes& result, const Lanes& d_out, const Lanes& x) {
+    Lanes s;
+    const Lanes square = x * x;
+    logistic_of_2u(s, x, square);
+    const Lanes slope = square * (3.0f * kTwoSqrt2OverPi * kCubic) + kTwoSqrt2OverPi;
+    result = d_out * (x * s * (1.0f - s) * slope + s);
+  };
+  map_numbers(count, gradient, d, d, in);
 }
 
 }  // namespace
@@ -48,15 +54,13 @@ void CpuBackend::gelu_forward(Tensor out, Tensor in) {
   });
 }
 
+// A row is summed into dbias while it is in the first-level cache.
 void CpuBackend::gelu_backward(Tensor d, Tensor dbias, Tensor in, bool accumulate) {
   check_gelu_backward(d, dbias, in);
-  {
-    const Profiler::Scope scope(profiler, "gelu_backward", 0, static_cast<double>(in.bytes() + 2 * d.bytes()));
-    dispatch(d.dtype, [&]<typename T>() {
-      parallel_spans(threads_, {d, in}, [&](int64_t row, int64_t column, int64_t count) {
-        gelu_gradient_span(element<T>(d, row, column), element<const T>(in, row, column), count);
-      });
-    });
-  }
-  bias_backward(dbias, d, accumulate);
+  const Profiler::Scope scope(profiler, "gelu_backward", 0, static_cast<double>(in.bytes() + 2 * d.bytes()));
+  float* const partials = shared_scratch(static_cast<size_t>(row_sum_partials(d)) * sizeof(float));
+  dispatch(d.dtype, [&]<typename T>() {
+    sum_rows(threads_, dbias, d, accumulate, partials,
+             [&](int64_t row) { gelu_gradient_span(element<T>(d, row), element<const T>(in, row), d.cols()); });
+  });
 }

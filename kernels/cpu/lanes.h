@@ -5,7 +5,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "kernels/cpu/prefetch.h"
 #include "kernels/tensor.h"
 
 // One register with AVX-512 and AVX, several where registers are shorter.
@@ -20,6 +27,24 @@ typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 inline void load_all(Lanes& out, const float* from) { std::memcpy(&out, from, sizeof out); }
 inline void store_all(float* to, const Lanes& in) { std::memcpy(to, &in, sizeof in); }
 
+// The larger or smaller of each pair; the second where one is not a number. One instruction with AVX-512, of which GCC
+// makes a comparison and a selection. (The forms with a mask of all ones: GCC 12 warns of the others.)
+inline void larger(Lanes& out, const Lanes& a, const Lanes& b) {
+#if defined(__AVX512F__)
+  out = reinterpret_cast<Lanes>(_mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  out = a > b ? a : b;
+#endif
+}
+
+inline void smaller(Lanes& out, const Lanes& a, const Lanes& b) {
+#if defined(__AVX512F__)
+  out = reinterpret_cast<Lanes>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  out = a < b ? a : b;
+#endif
+}
+
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
@@ -29,12 +54,16 @@ inline void load_all(Lanes& out, const bf16* from) {
   out = reinterpret_cast<Lanes>(__builtin_convertvector(halves, Words) << 16);
 }
 
-// As from_float<bf16>() rounds.
-inline void store_all(bf16* to, const Lanes& in) {
+// The rounded number's bits are the upper half of each word, as those of from_float<bf16>(); the lower half is
+// undefined.
+inline Words bf16_words(const Lanes& in) {
   const Words bits = reinterpret_cast<Words>(in);
   const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Words kept = in != in ? bits | 0x00400000u : rounded;
-  const Halves halves = __builtin_convertvector(kept >> 16, Halves);
+  return in != in ? bits | 0x00400000u : rounded;
+}
+
+inline void store_all(bf16* to, const Lanes& in) {
+  const Halves halves = __builtin_convertvector(bf16_words(in) >> 16, Halves);
   std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -67,6 +96,101 @@ inline void for_each_lanes(int64_t count, F&& f) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) f(i, kLanes);
   if (i < count) f(i, count - i);
+}
+
+// Two registers of neighbouring numbers. bf16 come as the even and the odd ones, which takes no instruction that moves
+// numbers across a register: for work on each number by itself.
+struct LanePair {
+  Lanes first, second;
+};
+
+inline void load_pair(LanePair& out, const float* from) {
+  load_all(out.first, from);
+  load_all(out.second, from + kLanes);
+}
+
+inline void store_pair(float* to, const LanePair& in) {
+  store_all(to, in.first);
+  store_all(to + kLanes, in.second);
+}
+
+inline void load_pair(LanePair& out, const bf16* from) {
+  Words both;
+  std::memcpy(&both, from, sizeof both);
+  out.first = reinterpret_cast<Lanes>(both << 16);
+  out.second = reinterpret_cast<Lanes>(both & 0xffff0000u);
+}
+
+inline void store_pair(bf16* to, const LanePair& in) {
+  const Words both = bf16_words(in.first) >> 16 | (bf16_words(in.second) & 0xffff0000u);
+  std::memcpy(to, &both, sizeof both);
+}
+
+// f(out, in...) on registers, for `count` numbers of arrays of one type; `out` may be one of `in`.
+template <typename T, typename F, typename... In>
+inline void map_numbers(int64_t count, F&& f, T* out, const In*... in) {
+  static_assert((std::is_same_v<T, In> && ...));
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    LanePair result;
+    if constexpr (sizeof(T) == 2) (__builtin_prefetch(in + i + kPrefetchAhead<T>, 0, 2), ...);
+    [&](auto... pairs) {
+      (load_pair(pairs, in + i), ...);
+      f(result.first, std::as_const(pairs.first)...);
+      f(result.second, std::as_const(pairs.second)...);
+    }((static_cast<void>(in), LanePair{})...);
+    store_pair(out + i, result);
+  }
+  for (; i < count; i += kLanes) {
+    const int64_t used = std::min<int64_t>(kLanes, count - i);
+    Lanes result;
+    [&](auto... lanes) {
+      (load_lanes(lanes, in + i, used), ...);
+      f(result, std::as_const(lanes)...);
+    }((static_cast<void>(in), Lanes{})...);
+    store_lanes(out + i, used, result);
+  }
+}
+
+// Several, so that no number waits for the sum, or maximum, with the last.
+struct Accumulators {
+  Lanes lanes[4];
+
+  float sum() const {
+    Lanes all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) all[l] += all[l + half];
+    return all[0];
+  }
+
+  float maximum() const {
+    Lanes all = lanes[0];
+    for (const Lanes& more : lanes) larger(all, more, all);
+    for (int l = 1; l < kLanes; ++l) all[0] = std::max(all[0], all[l]);
+    return all[0];
+  }
+};
+
+// f(accumulator, numbers) on registers, for `count` numbers.
+template <typename T, typename F>
+inline void accumulate(Accumulators& out, int64_t count, F&& f, const T* in) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    LanePair pairs[2];
+    load_pair(pairs[0], in + i);
+    load_pair(pairs[1], in + i + 2 * kLanes);
+    f(out.lanes[0], pairs[0].first);
+    f(out.lanes[1], pairs[0].second);
+    f(out.lanes[2], pairs[1].first);
+    f(out.lanes[3], pairs[1].second);
+  }
+  for (; i < count; i += kLanes) {
+    const int64_t used = std::min<int64_t>(kLanes, count - i);
+    Lanes numbers, updated = out.lanes[0];
+    load_lanes(numbers, in + i, used);
+    f(updated, numbers);
+    for (int64_t l = 0; l < used; ++l) out.lanes[0][l] = updated[l];
+  }
 }
 
 #if defined(__AVX512F__)

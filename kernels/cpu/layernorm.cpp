@@ -3,8 +3,10 @@
 // comes from memory once and goes there once. Backward: dweight and dbias are sums over all rows, one partial per chunk
 // of rows.
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/lanes.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/operands.h"
 
@@ -19,24 +21,26 @@ struct Statistics {
 // Not inlined: layernorm_forward and residual_layernorm_forward must run the same instructions to agree in every bit.
 template <typename In>
 __attribute__((noinline)) Statistics row_statistics(const In* in, int64_t channels) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < channels; ++j) sum += to_float(in[j]);
-  const float mean = sum / static_cast<float>(channels);
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t j = 0; j < channels; ++j) {
-    const float deviation = to_float(in[j]) - mean;
-    squares += deviation * deviation;
-  }
-  return {mean, 1.0f / std::sqrt(squares / static_cast<float>(channels) + kEpsilon)};
+  Accumulators sums = {}, squares = {};
+  accumulate(
+      sums, channels, [](Lanes& sum, const Lanes& x) { sum += x; }, in);
+  const float mean = sums.sum() / static_cast<float>(channels);
+  const auto add_square = [&](Lanes& sum, const Lanes& x) { sum += (x - mean) * (x - mean); };
+  accumulate(squares, channels, add_square, in);
+  return {mean, 1.0f / std::sqrt(squares.sum() / static_cast<float>(channels) + kEpsilon)};
 }
 
 template <typename T, typename Weight>
 void normalize_row(T* out, const T* in, Statistics s, const Weight* weight, const Weight* bias, int64_t channels) {
+  if constexpr (std::is_same_v<T, Weight>) {
+    const auto normalize = [&](Lanes& result, const Lanes& x, const Lanes& w, const Lanes& b) {
+      result = (x - s.mean) * s.rstd * w + b;
+    };
+    map_numbers(channels, normalize, out, in, weight, bias);
+  } else {
 #pragma omp simd
-  for (int64_t j = 0; j < channels; ++j) {
-    out[j] = from_float<T>((to_float(in[j]) - s.mean) * s.rstd * to_float(weight[j]) + to_float(bias[j]));
+    for (int64_t j = 0; j < channels; ++j)
+      out[j] = from_float<T>((to_float(in[j]) - s.mean) * s.rstd * to_float(weight[j]) + to_float(bias[j]));
   }
 }
 

@@ -6,11 +6,14 @@
 
 #include "kernels/tensor.h"
 
-// Rows of so many elements that are together as long as is worth looking ahead.
+// So many numbers it is worth looking ahead: 8 KiB.
+template <typename T>
+inline constexpr int64_t kPrefetchAhead = 8192 / sizeof(T);
+
+// In rows of `row_elements`.
 template <typename T>
 int64_t rows_ahead(int64_t row_elements) {
-  constexpr int64_t kAhead = 8192;
-  return divide_up(kAhead, row_elements * static_cast<int64_t>(sizeof(T)));
+  return divide_up(kPrefetchAhead<T>, row_elements);
 }
 
 // Where there is no memory nothing happens.
