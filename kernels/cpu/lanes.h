@@ -56,14 +56,16 @@ inline void load_all(Lanes& out, const bf16* from) {
 
 // The rounded number's bits are the upper half of each word, as those of from_float<bf16>(); the lower half is
 // undefined.
-inline Words bf16_words(const Lanes& in) {
+inline void to_bf16_words(Words& out, const Lanes& in) {
   const Words bits = reinterpret_cast<Words>(in);
   const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return in != in ? bits | 0x00400000u : rounded;
+  out = in != in ? bits | 0x00400000u : rounded;
 }
 
 inline void store_all(bf16* to, const Lanes& in) {
-  const Halves halves = __builtin_convertvector(bf16_words(in) >> 16, Halves);
+  Words words;
+  to_bf16_words(words, in);
+  const Halves halves = __builtin_convertvector(words >> 16, Halves);
   std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -122,7 +124,10 @@ inline void load_pair(LanePair& out, const bf16* from) {
 }
 
 inline void store_pair(bf16* to, const LanePair& in) {
-  const Words both = bf16_words(in.first) >> 16 | (bf16_words(in.second) & 0xffff0000u);
+  Words even, odd;
+  to_bf16_words(even, in.first);
+  to_bf16_words(odd, in.second);
+  const Words both = even >> 16 | (odd & 0xffff0000u);
   std::memcpy(to, &both, sizeof both);
 }
 
@@ -130,26 +135,25 @@ inline void store_pair(bf16* to, const LanePair& in) {
 template <typename T, typename F, typename... In>
 inline void map_numbers(int64_t count, F&& f, T* out, const In*... in) {
   static_assert((std::is_same_v<T, In> && ...));
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    LanePair result;
-    if constexpr (sizeof(T) == 2) (__builtin_prefetch(in + i + kPrefetchAhead<T>, 0, 2), ...);
-    [&](auto... pairs) {
-      (load_pair(pairs, in + i), ...);
-      f(result.first, std::as_const(pairs.first)...);
-      f(result.second, std::as_const(pairs.second)...);
-    }((static_cast<void>(in), LanePair{})...);
-    store_pair(out + i, result);
-  }
-  for (; i < count; i += kLanes) {
-    const int64_t used = std::min<int64_t>(kLanes, count - i);
-    Lanes result;
-    [&](auto... lanes) {
-      (load_lanes(lanes, in + i, used), ...);
-      f(result, std::as_const(lanes)...);
-    }((static_cast<void>(in), Lanes{})...);
-    store_lanes(out + i, used, result);
-  }
+  const auto for_pieces = [&]<size_t... at>(std::index_sequence<at...>) {
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+      if constexpr (sizeof(T) == 2) (__builtin_prefetch(in + i + kPrefetchAhead<T>, 0, 2), ...);
+      LanePair result, pairs[sizeof...(In)];
+      (load_pair(pairs[at], in + i), ...);
+      f(result.first, pairs[at].first...);
+      f(result.second, pairs[at].second...);
+      store_pair(out + i, result);
+    }
+    for (; i < count; i += kLanes) {
+      const int64_t used = std::min<int64_t>(kLanes, count - i);
+      Lanes result, lanes[sizeof...(In)];
+      (load_lanes(lanes[at], in + i, used), ...);
+      f(result, lanes[at]...);
+      store_lanes(out + i, used, result);
+    }
+  };
+  for_pieces(std::index_sequence_for<In...>{});
 }
 
 // Several, so that no number waits for the sum, or maximum, with the last.
