@@ -12,7 +12,8 @@
 # make bundle           collects what a build needs into .bundle/, for a machine without a network
 # make fuzz             libFuzzer on everything that reads files and flags (tests/fuzz), FUZZ_SECONDS=60 for each reader, or those
 #                       of READERS="config tokenizer"; what it finds is in build/fuzz
-# make bench            speed of a training step and of each operation, as ratios of what this machine can do
+# make bench            speed of a training step and of each operation, as ratios of what this machine can do, and beside
+#                       PyTorch; LLMC=checkout: beside llm.c, too
 # make format           clang-format over all sources;  make lint checks it
 # make clean
 #

@@ -6,7 +6,7 @@ bench:
 	scripts/setup.sh --check bench
 	+$(MAKE) $(PARALLEL) train_gpt2 $(BUILD)/bench/operations
 	$(BUILD)/bench/operations
-	python3 scripts/bench_steps.py
+	python3 scripts/bench_steps.py $(if $(LLMC),--llmc $(LLMC))
 	python3 scripts/bench_ranks.py
 
 # Needs no Google Benchmark, unlike the one of operations.

@@ -4,7 +4,8 @@
 For every configuration, in fp32 and in bf16: tokens/s, model FLOPs per second (6 N + 6 L C T per token) as a share of the
 largest rate of products measured by the same process, the time of a step relative to AdamW's of the same dtype and to that of
 the same configuration in fp32, and tokens/s relative to PyTorch's best way of the same dtype (scripts/bench_pytorch.py,
-which installs PyTorch for itself: several GB; --pytorch none leaves it out). Random tokens; the first steps are not counted.
+which installs PyTorch for itself: several GB; --pytorch none leaves it out), and with --llmc tokens/s of AdamW in fp32 relative
+to llm.c (scripts/bench_llmc.py). Random tokens; the first steps are not counted.
 Runs take turns so that a slow minute of the machine meets all of them.
 """
 import argparse
@@ -73,6 +74,17 @@ def pytorch_rates(python, dtype, batch, length, threads, compiled):
     return answer["rates"], answer["torch"]
 
 
+def llmc_rate(checkout, batch, length, threads, steps):
+    """Tokens per second of the same step in llm.c, and its commit."""
+    command = [sys.executable, "scripts/bench_llmc.py", checkout, str(batch), str(length), "--threads", str(threads), "--steps",
+               str(steps)]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if finished.returncode != 0:
+        sys.exit(finished.returncode)
+    answer = json.loads(finished.stdout)
+    return answer["tokens_per_second"], answer["commit"]
+
+
 def main():
     parser = argparse.ArgumentParser(description="Training steps of GPT-2 124M, as ratios.")
     parser.add_argument("--steps", type=int, default=6, help="steps of a run, the first not counted (default: 6)")
@@ -81,6 +93,7 @@ def main():
     parser.add_argument("--pytorch", default="", help="a Python that has torch and transformers (default: one of "
                         "build/pytorch, which is installed), or none")
     parser.add_argument("--compile", action="store_true", help="PyTorch's torch.compile, too: minutes more")
+    parser.add_argument("--llmc", default="", metavar="PATH", help="a checkout of llm.c to measure beside")
     parser.add_argument("--filter", default="", help="only configurations whose names hold this text, and AdamW's")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="fp32, bf16 or both (default)")
     parser.add_argument("--profile", action="store_true", help="print the profile of each configuration")
@@ -88,6 +101,8 @@ def main():
     dtypes = arguments.dtypes.split(",")
     if not set(dtypes) <= set(DTYPES):
         parser.error(f"--dtypes takes {' and '.join(DTYPES)}")
+    if arguments.llmc and not os.path.exists(os.path.join(arguments.llmc, "train_gpt2.c")):
+        parser.error(f"--llmc: {arguments.llmc} is no checkout of llm.c: it has no train_gpt2.c")
     lengths = {row[2] for row in CONFIGURATIONS if arguments.filter in row[0]}
     configurations = [row for row in CONFIGURATIONS
                       if arguments.filter in row[0] or (row[0].startswith("adamw") and row[2] in lengths)]
@@ -120,6 +135,11 @@ def main():
         print(f"{name:23s} {dtype:5s} {rate:8.1f} {result['seconds']:7.3f} {result['peak'] / 1e9:8.0f} {result['mfu']:6.1%} "
               f"{result['seconds'] / adamw:8.3f} {best[name, dtypes[0]]['seconds'] / result['seconds']:7.2f} "
               + (f"{rate / rates[way]:9.2f}  {way} {rates[way]:.1f}" if rates else f"{'-':>9s}"))
+    for name, batch, length, flags in configurations:
+        if arguments.llmc and "fp32" in dtypes and flags == ["--optimizer", "adamw"]:
+            rate, commit = llmc_rate(arguments.llmc, batch, length, arguments.threads, arguments.steps)
+            ours = batch * length / best[name, "fp32"]["seconds"]
+            print(f"llm.c {commit}, {name}, fp32: {rate:.1f} tokens/s; this trainer / llm.c: {ours / rate:.2f}")
     if arguments.profile:
         for (name, dtype), result in best.items():
             print(f"\n{name}, {dtype}\n{result['profile']}")
