@@ -2,8 +2,8 @@
 """bench_llmc.py: tokens per second of an AdamW step of GPT-2 124M in llm.c's train_gpt2.c on a CPU, fp32.
 
 Takes a checkout of llm.c and compiles its program in a copy, with the flags of its Makefile and OpenMP; nothing but the sizes
-of the batch is changed in it. Random weights and random tokens. Prints a line of JSON: tokens per second and, where git
-knows it, the checkout's commit. The median of the steps after the first counts.
+of the batch is changed in it. Random weights and random tokens. Prints a line of JSON: tokens per second. The median of the
+steps after the first counts.
 """
 import argparse
 import array
@@ -22,6 +22,10 @@ POSITIONS, VOCABULARY, PADDED, LAYERS, HEADS, CHANNELS = 1024, 50257, 50304, 12,
 STEP = re.compile(r"^step \d+: train loss \S+ \(took ([\d.]+) ms\)")
 
 
+def compiler():
+    return os.environ.get("CC", "gcc")
+
+
 def build(checkout, folder, batch, length):
     source_path = os.path.join(checkout, "train_gpt2.c")
     if not os.path.exists(source_path):
@@ -35,7 +39,7 @@ def build(checkout, folder, batch, length):
     shutil.copytree(os.path.join(checkout, "llmc"), os.path.join(folder, "llmc"))
     with open(os.path.join(folder, "train_gpt2.c"), "w") as file:
         file.write(source)
-    subprocess.run([os.environ.get("CC", "gcc"), *FLAGS, "train_gpt2.c", "-lm", "-o", "train_gpt2"], cwd=folder, check=True)
+    subprocess.run([compiler(), *FLAGS, "train_gpt2.c", "-lm", "-o", "train_gpt2"], cwd=folder, check=True)
 
 
 def write_header(file, *words):
@@ -83,15 +87,18 @@ def main():
     parser.add_argument("batch", type=int)
     parser.add_argument("length", type=int)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--steps", type=int, default=6, help="steps, the first not counted (default: 6)")
+    parser.add_argument("--steps", type=int, default=6, help="2 to 41 steps, the first not counted (default: 6)")
     arguments = parser.parse_args()
+    if not 2 <= arguments.steps <= 41:
+        parser.error("--steps takes 2 to 41: llm.c ends after 41")
+    missing = [tool for tool in (compiler(), "stdbuf") if not shutil.which(tool)]
+    if missing:
+        sys.exit(f"bench_llmc: {missing[0]} is not installed")
     with tempfile.TemporaryDirectory() as folder:
         build(arguments.checkout, folder, arguments.batch, arguments.length)
         write_inputs(folder)
         seconds = statistics.median(step_seconds(folder, arguments.threads, arguments.steps)[1:])
-    commit = subprocess.run(["git", "-C", arguments.checkout, "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, text=True).stdout.strip()
-    print(json.dumps({"tokens_per_second": arguments.batch * arguments.length / seconds, "commit": commit}))
+    print(json.dumps({"tokens_per_second": arguments.batch * arguments.length / seconds}))
 
 
 if __name__ == "__main__":

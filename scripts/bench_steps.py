@@ -6,7 +6,7 @@ largest rate of products measured by the same process, the time of a step relati
 the same configuration in fp32, and tokens/s relative to PyTorch's best way of the same dtype (scripts/bench_pytorch.py,
 which installs PyTorch for itself: several GB; --pytorch none leaves it out), and with --llmc tokens/s of AdamW in fp32 relative
 to llm.c (scripts/bench_llmc.py). Random tokens; the first steps are not counted.
-Runs take turns so that a slow minute of the machine meets all of them.
+Runs, those of llm.c among them, take turns so that a slow minute of the machine meets all of them; PyTorch comes at the end.
 """
 import argparse
 import array
@@ -75,14 +75,13 @@ def pytorch_rates(python, dtype, batch, length, threads, compiled):
 
 
 def llmc_rate(checkout, batch, length, threads, steps):
-    """Tokens per second of the same step in llm.c, and its commit."""
+    """Tokens per second of the same step in llm.c."""
     command = [sys.executable, "scripts/bench_llmc.py", checkout, str(batch), str(length), "--threads", str(threads), "--steps",
                str(steps)]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if finished.returncode != 0:
         sys.exit(finished.returncode)
-    answer = json.loads(finished.stdout)
-    return answer["tokens_per_second"], answer["commit"]
+    return json.loads(finished.stdout)["tokens_per_second"]
 
 
 def main():
@@ -108,7 +107,7 @@ def main():
                       if arguments.filter in row[0] or (row[0].startswith("adamw") and row[2] in lengths)]
     if not configurations:
         parser.error("--filter matches none of: " + ", ".join(row[0] for row in CONFIGURATIONS))
-    best, pytorch, version = {}, {}, ""
+    best, llmc, pytorch, version = {}, {}, {}, ""
     with tempfile.TemporaryDirectory() as folder:
         write_shard(os.path.join(folder, "bench.bin"))
         for _ in range(arguments.rounds):
@@ -118,6 +117,9 @@ def main():
                                        arguments.profile)
                     if (name, dtype) not in best or result["seconds"] < best[name, dtype]["seconds"]:
                         best[name, dtype] = result
+                if arguments.llmc and "fp32" in dtypes and flags == ["--optimizer", "adamw"]:
+                    rate = llmc_rate(arguments.llmc, batch, length, arguments.threads, arguments.steps)
+                    llmc[name] = max(llmc.get(name, 0), rate)
     for _, batch, length, _ in configurations:
         for dtype in dtypes:
             if arguments.pytorch != "none" and (batch, length, dtype) not in pytorch:
@@ -135,11 +137,10 @@ def main():
         print(f"{name:23s} {dtype:5s} {rate:8.1f} {result['seconds']:7.3f} {result['peak'] / 1e9:8.0f} {result['mfu']:6.1%} "
               f"{result['seconds'] / adamw:8.3f} {best[name, dtypes[0]]['seconds'] / result['seconds']:7.2f} "
               + (f"{rate / rates[way]:9.2f}  {way} {rates[way]:.1f}" if rates else f"{'-':>9s}"))
-    for name, batch, length, flags in configurations:
-        if arguments.llmc and "fp32" in dtypes and flags == ["--optimizer", "adamw"]:
-            rate, commit = llmc_rate(arguments.llmc, batch, length, arguments.threads, arguments.steps)
-            ours = batch * length / best[name, "fp32"]["seconds"]
-            print(f"llm.c {commit}, {name}, fp32: {rate:.1f} tokens/s; this trainer / llm.c: {ours / rate:.2f}")
+    for name, rate in llmc.items():
+        batch, length = next(row[1:3] for row in CONFIGURATIONS if row[0] == name)
+        ours = batch * length / best[name, "fp32"]["seconds"]
+        print(f"llm.c, {name}, fp32: {rate:.1f} tokens/s; this trainer / llm.c: {ours / rate:.2f}")
     if arguments.profile:
         for (name, dtype), result in best.items():
             print(f"\n{name}, {dtype}\n{result['profile']}")

@@ -72,8 +72,8 @@ TEST_P(Elementwise, GeluBackwardSumsItsResult) {
 // Element by element over the whole range, where a norm would hide errors of small values.
 TEST_P(Elementwise, GeluOfExtremeValues) {
   TestDevice device(backend());
-  const Values xs = {0.0, -0.0, 1e-30, -1e-30, 1e-3, -1e-3, -5.0,  -9.0,
-                     9.0, 50.0, -50.0, 1e4,    -1e4, 1e15,  -1e15, 1e-20};
+  const Values xs = {0.0,  -0.0, 1e-30, -1e-30, 1e-3, -1e-3, -5.0, -9.0,  9.0,  50.0,  -50.0, 1e4,
+                     -1e4, 1e15, -1e15, 1e-20,  1e19, -1e19, 5e19, -5e19, 1e25, -1e25, 3e38,  -3e38};
   const int64_t count = static_cast<int64_t>(xs.size());
   const Tensor in = device.upload(xs, dtype(), {count}), out = device.poisoned(dtype(), {count});
   const Tensor d = device.upload(Values(xs.size(), 1.0), dtype(), {count});
@@ -197,12 +197,15 @@ TEST_P(Elementwise, IndependentOfThreads) {
     const Tensor x = device.random(1, dtype(), {301, cols}), out = device.poisoned(dtype(), {301, cols});
     const Tensor sums = device.poisoned(DType::kF32, {2});
     device->gelu_forward(out, x);
-    device->gelu_backward(out, device.poisoned(dtype(), {cols}), x, false);
+    const Tensor dbias = device.poisoned(dtype(), {cols});
+    device->gelu_backward(out, dbias, x, false);
     device->sum_squares(sums.slice(0, 1), out, false);
     device->sum(sums.slice(1, 1), out, 1.0f, false);
     std::vector<uint8_t> all = device.bits(out);
     const std::vector<uint8_t> scalars = device.bits(sums);
     all.insert(all.end(), scalars.begin(), scalars.end());
+    const std::vector<uint8_t> bias_bits = device.bits(dbias);
+    all.insert(all.end(), bias_bits.begin(), bias_bits.end());
     return all;
   });
 }

@@ -62,17 +62,19 @@ INSTANTIATE_OPERATION_TESTS(LayerNorm);
 TEST_P(LayerNorm, Forward) {
   for (const int64_t rows : {1, 5, 67}) {
     for (const int64_t channels : row_lengths(backend(), {2, 80, 391, 768})) {
-      TestDevice device(backend());
-      const Tensor in =
-          device.random(1, dtype(), {rows, channels}, 2, rows == 5 ? row_length(backend(), channels + 7) : 0);
-      const Tensor weight = device.random(2, dtype(), {channels}), bias = device.random(3, dtype(), {channels});
-      const Tensor out = device.poisoned(dtype(), {rows, channels});
-      const Tensor mean = device.poisoned(DType::kF32, {rows}), rstd = device.poisoned(DType::kF32, {rows});
-      device->layernorm_forward(out, mean, rstd, in, weight, bias);
-      const Normalized expected = reference_forward(device.read(in), device.read(weight), device.read(bias));
-      EXPECT_LE(relative_error(device.read(out), expected.out), tolerance(dtype())) << rows << " x " << channels;
-      EXPECT_LE(relative_error(device.read(mean), expected.mean), 1e-5);
-      EXPECT_LE(relative_error(device.read(rstd), expected.rstd), 1e-5);
+      for (const DType weights : {DType::kF32, DType::kBF16}) {
+        TestDevice device(backend());
+        const Tensor in =
+            device.random(1, dtype(), {rows, channels}, 2, rows == 5 ? row_length(backend(), channels + 7) : 0);
+        const Tensor weight = device.random(2, weights, {channels}), bias = device.random(3, weights, {channels});
+        const Tensor out = device.poisoned(dtype(), {rows, channels});
+        const Tensor mean = device.poisoned(DType::kF32, {rows}), rstd = device.poisoned(DType::kF32, {rows});
+        device->layernorm_forward(out, mean, rstd, in, weight, bias);
+        const Normalized expected = reference_forward(device.read(in), device.read(weight), device.read(bias));
+        EXPECT_LE(relative_error(device.read(out), expected.out), tolerance(dtype())) << rows << " x " << channels;
+        EXPECT_LE(relative_error(device.read(mean), expected.mean), 1e-5);
+        EXPECT_LE(relative_error(device.read(rstd), expected.rstd), 1e-5);
+      }
     }
   }
 }

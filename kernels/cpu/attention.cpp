@@ -119,7 +119,7 @@ void for_each_head(const AttentionShape& s, int threads, F&& f) {
   }
 }
 
-// What queries are multiplied by: scores are powers of two, so that the softmax needs no factor.
+// What queries are multiplied by: scores are exponents of two, so that the softmax needs no factor.
 float score_factor(int64_t head_dim) { return kLog2E / std::sqrt(static_cast<float>(head_dim)); }
 
 // Scores [keys, kLanes of stride] become 2^(score - maximum) of each query. Writes the maxima and the sums.
@@ -174,7 +174,8 @@ void head_forward(const AttentionShape& s, Out* out, float* lse, const In* qkv, 
 }
 
 // With P = softmax(S), S = Q K^T / sqrt(HD): dV = P^T dO, dP = dO V^T, dS = P (dP - delta), delta_i = sum_j dO_ij O_ij,
-// dQ = dS K / sqrt(HD), dK = dS^T Q / sqrt(HD). P comes back from the scores and their log-sum-exp.
+// dQ = dS K / sqrt(HD), dK = dS^T Q / sqrt(HD). P comes back from the scores,
+// here S log2 e, and their log-sum-exp.
 template <typename Grad, typename Out, typename In>
 void head_backward(const AttentionShape& s, Grad* dqkv, const Grad* dout, const Out* out, const float* lse,
                    const In* qkv, float* scratch) {

@@ -16,7 +16,7 @@ template <typename T>
 float row_maximum(const T* logits, int64_t count) {
   Accumulators maxima;
   std::fill_n(maxima.lanes, std::size(maxima.lanes), Lanes{} + to_float(logits[0]));
-  accumulate(
+  accumulate_numbers(
       maxima, count, [](Lanes& maximum, const Lanes& x) { larger(maximum, x, maximum); }, logits);
   return maxima.maximum();
 }
@@ -36,7 +36,7 @@ float sum_of_exponentials(const T* logits, const T* next_row, float maximum, int
       simd_exp2(power, (x - maximum) * kLog2E);
       sum += power;
     };
-    accumulate(sums, piece, add, logits + begin);
+    accumulate_numbers(sums, piece, add, logits + begin);
     total += sums.sum();
   }
   return total;

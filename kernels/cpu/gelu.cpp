@@ -34,7 +34,8 @@ template <typename T>
 void gelu_gradient_span(T* d, const T* in, int64_t count) {
   const auto gradient = [](Lanes& result, const Lanes& d_out, const Lanes& x) {
     Lanes s;
-    const Lanes square = x * x;
+    Lanes square = x * x;
+    smaller(square, Lanes{} + 1e30f, square);  // s (1 - s) is 0 from there on
     logistic_of_2u(s, x, square);
     const Lanes slope = square * (3.0f * kTwoSqrt2OverPi * kCubic) + kTwoSqrt2OverPi;
     result = d_out * (x * s * (1.0f - s) * slope + s);
@@ -54,13 +55,21 @@ void CpuBackend::gelu_forward(Tensor out, Tensor in) {
   });
 }
 
-// A row is summed into dbias while it is in the first-level cache.
+// Where there are enough chunks of rows for the threads, a row is summed into dbias while it is in the caches.
 void CpuBackend::gelu_backward(Tensor d, Tensor dbias, Tensor in, bool accumulate) {
   check_gelu_backward(d, dbias, in);
   const Profiler::Scope scope(profiler, "gelu_backward", 0, static_cast<double>(in.bytes() + 2 * d.bytes()));
   float* const partials = shared_scratch(static_cast<size_t>(row_sum_partials(d)) * sizeof(float));
+  if (row_chunks(d.rows()) >= 4 * threads_) {
+    sum_rows(threads_, dbias, d, accumulate, partials, [&]<typename T>(int64_t row, T* d_row) {
+      gelu_gradient_span(d_row, element<const T>(in, row), d.cols());
+    });
+    return;
+  }
   dispatch(d.dtype, [&]<typename T>() {
-    sum_rows(threads_, dbias, d, accumulate, partials,
-             [&](int64_t row) { gelu_gradient_span(element<T>(d, row), element<const T>(in, row), d.cols()); });
+    parallel_spans(threads_, {d, in}, [&](int64_t row, int64_t column, int64_t count) {
+      gelu_gradient_span(element<T>(d, row, column), element<const T>(in, row, column), count);
+    });
   });
+  sum_rows(threads_, dbias, d, accumulate, partials, [](int64_t, auto*) {});
 }

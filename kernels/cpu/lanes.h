@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -92,16 +93,9 @@ inline void store_lanes(T* to, int64_t count, const Lanes& in) {
   std::copy_n(values, count, to);
 }
 
-// f(i, numbers from i on, at most kLanes) for all of [0, count).
-template <typename F>
-inline void for_each_lanes(int64_t count, F&& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) f(i, kLanes);
-  if (i < count) f(i, count - i);
-}
-
 // Two registers of neighbouring numbers. bf16 come as the even and the odd ones, which takes no instruction that moves
 // numbers across a register: for work on each number by itself.
+static_assert(std::endian::native == std::endian::little);
 struct LanePair {
   Lanes first, second;
 };
@@ -131,7 +125,8 @@ inline void store_pair(bf16* to, const LanePair& in) {
   std::memcpy(to, &both, sizeof both);
 }
 
-// f(out, in...) on registers, for `count` numbers of arrays of one type; `out` may be one of `in`.
+// f(out, in...) on registers, for `count` numbers of arrays of one type; `out` may be one of `in`. Asks for what lies
+// behind bf16 numbers, for them and for the caller's next row; where that is of no use it costs nothing measurable.
 template <typename T, typename F, typename... In>
 inline void map_numbers(int64_t count, F&& f, T* out, const In*... in) {
   static_assert((std::is_same_v<T, In> && ...));
@@ -169,7 +164,7 @@ struct Accumulators {
 
   float maximum() const {
     Lanes all = lanes[0];
-    for (const Lanes& more : lanes) larger(all, more, all);
+    for (int i = 1; i < 4; ++i) larger(all, lanes[i], all);
     for (int l = 1; l < kLanes; ++l) all[0] = std::max(all[0], all[l]);
     return all[0];
   }
@@ -177,7 +172,7 @@ struct Accumulators {
 
 // f(accumulator, numbers) on registers, for `count` numbers.
 template <typename T, typename F>
-inline void accumulate(Accumulators& out, int64_t count, F&& f, const T* in) {
+inline void accumulate_numbers(Accumulators& out, int64_t count, F&& f, const T* in) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
     LanePair pairs[2];
@@ -193,7 +188,11 @@ inline void accumulate(Accumulators& out, int64_t count, F&& f, const T* in) {
     Lanes numbers, updated = out.lanes[0];
     load_lanes(numbers, in + i, used);
     f(updated, numbers);
-    for (int64_t l = 0; l < used; ++l) out.lanes[0][l] = updated[l];
+    if (used == kLanes) {
+      out.lanes[0] = updated;
+    } else {
+      for (int64_t l = 0; l < used; ++l) out.lanes[0][l] = updated[l];
+    }
   }
 }
 

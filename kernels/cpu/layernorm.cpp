@@ -18,15 +18,14 @@ struct Statistics {
   float mean, rstd;
 };
 
-// Not inlined: layernorm_forward and residual_layernorm_forward must run the same instructions to agree in every bit.
 template <typename In>
-__attribute__((noinline)) Statistics row_statistics(const In* in, int64_t channels) {
+Statistics row_statistics(const In* in, int64_t channels) {
   Accumulators sums = {}, squares = {};
-  accumulate(
+  accumulate_numbers(
       sums, channels, [](Lanes& sum, const Lanes& x) { sum += x; }, in);
   const float mean = sums.sum() / static_cast<float>(channels);
   const auto add_square = [&](Lanes& sum, const Lanes& x) { sum += (x - mean) * (x - mean); };
-  accumulate(squares, channels, add_square, in);
+  accumulate_numbers(squares, channels, add_square, in);
   return {mean, 1.0f / std::sqrt(squares.sum() / static_cast<float>(channels) + kEpsilon)};
 }
 

@@ -48,7 +48,8 @@ struct GeluGradient {
     unpack(raw.x, in);
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
-      const float square = in[i] * in[i];
+      // s (1 - s) is 0 from there on; with an infinite square the product would be no number.
+      const float square = fminf(in[i] * in[i], 1e30f);
       const Logistic s = logistic(in[i], square);
       values[i] *= fmaf(in[i] * s.value * s.complement, fmaf(kSlopeSquare, square, kSlope), s.value);
     }
