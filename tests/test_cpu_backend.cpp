@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <type_traits>
 
 #include "tests/backends.h"
 
@@ -130,6 +131,11 @@ TYPED_TEST(LanesOf, MapNumbersKeepsPlacesAndEnds) {
     map_numbers(
         count, [](Lanes& r, const Lanes& x, const Lanes& y) { r = 2.0f * x + y; }, out.data(), a.data(), b.data());
     for (size_t i = 0; i < a.size(); ++i) EXPECT_EQ(to_float(out[i]), 2.0f * to_float(a[i]) + to_float(b[i])) << count;
+    EXPECT_EQ(to_float(out.back()), 99.0f) << count;
+    const auto other = integers<std::conditional_t<std::is_same_v<TypeParam, float>, bf16, float>>(count, 7);
+    map_numbers(
+        count, [](Lanes& r, const Lanes& x, const Lanes& y) { r = x - y; }, out.data(), a.data(), other.data());
+    for (size_t i = 0; i < a.size(); ++i) EXPECT_EQ(to_float(out[i]), to_float(a[i]) - to_float(other[i])) << count;
     EXPECT_EQ(to_float(out.back()), 99.0f) << count;
     auto in_place = a;
     map_numbers(

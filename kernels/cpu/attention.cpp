@@ -174,8 +174,8 @@ void head_forward(const AttentionShape& s, Out* out, float* lse, const In* qkv, 
 }
 
 // With P = softmax(S), S = Q K^T / sqrt(HD): dV = P^T dO, dP = dO V^T, dS = P (dP - delta), delta_i = sum_j dO_ij O_ij,
-// dQ = dS K / sqrt(HD), dK = dS^T Q / sqrt(HD). P comes back from the scores,
-// here S log2 e, and their log-sum-exp.
+// dQ = dS K / sqrt(HD), dK = dS^T Q / sqrt(HD). P comes back from the scores, which here are
+// S log2 e, and their log-sum-exp.
 template <typename Grad, typename Out, typename In>
 void head_backward(const AttentionShape& s, Grad* dqkv, const Grad* dout, const Out* out, const float* lse,
                    const In* qkv, float* scratch) {

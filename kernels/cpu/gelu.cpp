@@ -33,8 +33,7 @@ void gelu_span(T* out, const T* in, int64_t count) {
 template <typename T>
 void gelu_gradient_span(T* d, const T* in, int64_t count) {
   const auto gradient = [](Lanes& result, const Lanes& d_out, const Lanes& x) {
-    Lanes s;
-    Lanes square = x * x;
+    Lanes s, square = x * x;
     smaller(square, Lanes{} + 1e30f, square);  // s (1 - s) is 0 from there on
     logistic_of_2u(s, x, square);
     const Lanes slope = square * (3.0f * kTwoSqrt2OverPi * kCubic) + kTwoSqrt2OverPi;

@@ -125,20 +125,22 @@ inline void store_pair(bf16* to, const LanePair& in) {
   std::memcpy(to, &both, sizeof both);
 }
 
-// f(out, in...) on registers, for `count` numbers of arrays of one type; `out` may be one of `in`. Asks for what lies
-// behind bf16 numbers, for them and for the caller's next row; where that is of no use it costs nothing measurable.
+// f(out, in...) on registers, for `count` numbers; `out` may be one of `in`. Arrays of one type go in pairs, and what
+// lies behind bf16 numbers is asked for, for them and for the caller's next row; where that is of no use it costs
+// nothing measurable.
 template <typename T, typename F, typename... In>
 inline void map_numbers(int64_t count, F&& f, T* out, const In*... in) {
-  static_assert((std::is_same_v<T, In> && ...));
   const auto for_pieces = [&]<size_t... at>(std::index_sequence<at...>) {
     int64_t i = 0;
-    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-      if constexpr (sizeof(T) == 2) (__builtin_prefetch(in + i + kPrefetchAhead<T>, 0, 2), ...);
-      LanePair result, pairs[sizeof...(In)];
-      (load_pair(pairs[at], in + i), ...);
-      f(result.first, pairs[at].first...);
-      f(result.second, pairs[at].second...);
-      store_pair(out + i, result);
+    if constexpr ((std::is_same_v<T, In> && ...)) {
+      for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+        if constexpr (sizeof(T) == 2) (__builtin_prefetch(in + i + kPrefetchAhead<T>, 0, 2), ...);
+        LanePair result, pairs[sizeof...(In)];
+        (load_pair(pairs[at], in + i), ...);
+        f(result.first, pairs[at].first...);
+        f(result.second, pairs[at].second...);
+        store_pair(out + i, result);
+      }
     }
     for (; i < count; i += kLanes) {
       const int64_t used = std::min<int64_t>(kLanes, count - i);

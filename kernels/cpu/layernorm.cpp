@@ -3,7 +3,6 @@
 // comes from memory once and goes there once. Backward: dweight and dbias are sums over all rows, one partial per chunk
 // of rows.
 #include <cmath>
-#include <type_traits>
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/lanes.h"
@@ -31,16 +30,10 @@ Statistics row_statistics(const In* in, int64_t channels) {
 
 template <typename T, typename Weight>
 void normalize_row(T* out, const T* in, Statistics s, const Weight* weight, const Weight* bias, int64_t channels) {
-  if constexpr (std::is_same_v<T, Weight>) {
-    const auto normalize = [&](Lanes& result, const Lanes& x, const Lanes& w, const Lanes& b) {
-      result = (x - s.mean) * s.rstd * w + b;
-    };
-    map_numbers(channels, normalize, out, in, weight, bias);
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < channels; ++j)
-      out[j] = from_float<T>((to_float(in[j]) - s.mean) * s.rstd * to_float(weight[j]) + to_float(bias[j]));
-  }
+  const auto normalize = [&](Lanes& result, const Lanes& x, const Lanes& w, const Lanes& b) {
+    result = (x - s.mean) * s.rstd * w + b;
+  };
+  map_numbers(channels, normalize, out, in, weight, bias);
 }
 
 struct Forward {
